@@ -1,0 +1,45 @@
+"""What every test can rely on: no network, GPU tests skipped with the reason, a fresh Python to run code in."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# Models in tests are built from configurations; a test that would download one fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Times vary on shared machines; pytest-timeout stops what hangs.
+hypothesis.settings.register_profile("torch_vtensor", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("torch_vtensor")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu`, and report why, on a machine where they cannot run."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items and not torch.cuda.is_available():
+        found = "sees none" if torch.version.cuda else "is built without CUDA"
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=f"needs a CUDA GPU; torch {torch.__version__} {found}"))
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Callable[..., str]:
+    """Run code or a module in a fresh Python, outside the source tree; return what it printed.
+
+    `run_python("import torch_vtensor")`, `run_python("-m", "torch_vtensor", "info", environ={"NAME": "value"})`
+    """
+
+    def run(*arguments: str, environ: dict[str, str] | None = None) -> str:
+        command = [sys.executable, *(arguments if len(arguments) > 1 else ("-c", *arguments))]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | (environ or {}), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run

@@ -1,0 +1,63 @@
+"""Growable KV memory for HuggingFace generate(), and compiled parallel training, as a PyTorch plugin."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Imported on first use: importing the package loads neither transformers nor a driver, and touches no GPU.
+_HOME = {
+    "VTensor": "allocator.vtensor",
+    "VTensorCache": "generation.cache",
+    "memory": "generation.cache",
+    "memory_pool": "allocator.torch_pool",
+    "enable": "generation.enable",
+    "enabled": "generation.enable",
+    "disable": "generation.enable",
+    "is_enabled": "generation.enable",
+    "explain": "generation.report",
+    "stats": "generation.report",
+    "trim": "generation.report",
+    "empty_cache": "generation.report",
+    "CapacityError": "errors",
+    "OutOfPagesError": "errors",
+    "VTensorError": "errors",
+}
+__all__ = [
+    "CapacityError",
+    "OutOfPagesError",
+    "VTensor",
+    "VTensorCache",
+    "VTensorError",
+    "__version__",
+    "disable",
+    "empty_cache",
+    "enable",
+    "enabled",
+    "explain",
+    "is_enabled",
+    "memory",
+    "memory_pool",
+    "stats",
+    "trim",
+]
+
+if TYPE_CHECKING:
+    from torch_vtensor.allocator.torch_pool import memory_pool
+    from torch_vtensor.allocator.vtensor import VTensor
+    from torch_vtensor.errors import CapacityError, OutOfPagesError, VTensorError
+    from torch_vtensor.generation.cache import VTensorCache, memory
+    from torch_vtensor.generation.enable import disable, enable, enabled, is_enabled
+    from torch_vtensor.generation.report import empty_cache, explain, stats, trim
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"torch_vtensor has no attribute {name!r}; it has {', '.join(_HOME)}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

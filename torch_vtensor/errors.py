@@ -1,0 +1,82 @@
+"""The exceptions of torch_vtensor: what failed, with which numbers, and what to do about it."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = [
+    "CapacityError",
+    "ClosedError",
+    "DriverError",
+    "ForkedProcessError",
+    "OutOfPagesError",
+    "VTensorError",
+]
+
+
+class VTensorError(RuntimeError):
+    """Base of every error that is about a resource and not about a caller's argument."""
+
+
+class OutOfPagesError(VTensorError, torch.OutOfMemoryError):
+    """No physical page is left for a request; every tensor is as it was before the call.
+
+    Also a ``torch.OutOfMemoryError``, so code that already handles running out of memory handles this.
+
+    Units: bytes in every field; ``budget_bytes`` is None where only the device itself is the limit.
+    """
+
+    def __init__(self, device: torch.device, asked_bytes: int, committed_bytes: int, budget_bytes: int | None) -> None:
+        self.device = device
+        self.asked_bytes = asked_bytes
+        self.committed_bytes = committed_bytes
+        self.budget_bytes = budget_bytes
+        limit = "the device has no more" if budget_bytes is None else f"the budget is {_mib(budget_bytes)}"
+        super().__init__(
+            f"out of pages on {device}: asked for {_mib(asked_bytes)} more with {_mib(committed_bytes)} committed, and "
+            f"{limit}. Nothing was changed. Close or shorten sequences, call torch_vtensor.trim(), or raise the budget "
+            f"(budget_bytes= of enable(), or TORCH_VTENSOR_BUDGET_BYTES)."
+        )
+
+
+class CapacityError(VTensorError, ValueError):
+    """A tensor was asked to hold more rows than the address range that it reserved."""
+
+    def __init__(self, asked_rows: int, capacity: int) -> None:
+        self.asked_rows = asked_rows
+        self.capacity = capacity
+        super().__init__(
+            f"{asked_rows} rows do not fit the reserved capacity of {capacity}. Reserving costs addresses, not memory: "
+            f"create the tensor with capacity >= {asked_rows}."
+        )
+
+
+class ClosedError(VTensorError):
+    """A VTensor was used after close()."""
+
+
+class ForkedProcessError(VTensorError):
+    """Memory made before os.fork() was asked to change in the child process."""
+
+
+class DriverError(VTensorError):
+    """A memory driver refused a call.
+
+    ``code`` is the driver's own name of the failure (a CUresult or an errno name).
+    """
+
+    def __init__(self, call: str, code: str, device: torch.device, nbytes: int, hint: str = "") -> None:
+        self.call = call
+        self.code = code
+        self.device = device
+        self.nbytes = nbytes
+        super().__init__(f"{call} failed with {code} on {device} for {nbytes} bytes" + (f": {hint}" if hint else ""))
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        """True where the driver says that physical memory has run out."""
+        return self.code in ("CUDA_ERROR_OUT_OF_MEMORY", "ENOSPC", "ENOMEM")
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.2f} MiB"
