@@ -1,0 +1,50 @@
+"""The private torch APIs that the allocator uses. Checked on torch 2.11, 2.13 and 2.15."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["num_storage_users"]
+
+
+def num_storage_users(tensor: torch.Tensor) -> int:
+    """How many tensors share ``tensor``'s storage, itself included."""
+    # The Python storage object made here is one more user of the storage.
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 1
+    return count
+
+
+PoolId = tuple[int, int]
+"""What torch's caching allocator knows a memory pool by."""
+
+
+def create_memory_pool(allocator: torch.cuda.CUDAPluggableAllocator, device_index: int) -> PoolId:
+    """A pool of torch's caching allocator whose segments come from ``allocator``; it lives until `retire_memory_pool`.
+
+    No ``torch.cuda.MemPool`` object stays: the destructor of the last user of a pool aborts the process while any
+    thread routes allocations (until torch 2.12) or captures a graph. It is harmless for a pool that has another user,
+    so we become one, and stop being one in a call that only marks the pool as releasable.
+    """
+    with torch.cuda.device(device_index):
+        pool = torch.cuda.MemPool(allocator.allocator())
+        pool_id: PoolId = pool.id
+        torch.cuda.memory._cuda_beginAllocateCurrentThreadToPool(device_index, pool_id)
+        torch.cuda.memory._cuda_endAllocateToPool(device_index, pool_id)
+        del pool
+    return pool_id
+
+
+def retire_memory_pool(pool_id: PoolId, device_index: int) -> None:
+    """No one allocates there any more: ``torch.cuda.empty_cache()`` may release its segments once they are unused."""
+    torch.cuda.memory._cuda_releasePool(device_index, pool_id)
+
+
+def start_routing(pool_id: PoolId, device_index: int) -> None:
+    """Send the calling thread's allocations on the device to the pool, until `stop_routing`."""
+    torch.cuda.memory._cuda_beginAllocateCurrentThreadToPool(device_index, pool_id)
+
+
+def stop_routing(pool_id: PoolId, device_index: int) -> None:
+    """End what `start_routing` began; any thread may do it."""
+    torch.cuda.memory._cuda_endAllocateToPool(device_index, pool_id)
+    torch.cuda.memory._cuda_releasePool(device_index, pool_id)

@@ -1,0 +1,200 @@
+"""AddressRange: one reserved interval of addresses, and which page backs which part of it.
+
+    strip 0                           strip 1                           ...
+    |## committed ##|                 |## committed ##|
+    ^               ^                 ^
+    0         committed_bytes     strip_bytes          (offsets, the same in every strip)
+
+A range has one or more equal strips that grow in step, each from its own start: the rows of one slot, or of one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import pairwise
+
+from torch_vtensor.allocator.driver import round_up
+from torch_vtensor.allocator.page_pool import Page, PagePool
+from torch_vtensor.errors import DriverError
+
+__all__ = ["AddressRange"]
+
+
+class AddressRange:
+    """Reserves ``num_strips`` strips of ``strip_bytes`` addresses each, none of it backed by memory yet.
+
+    Args:
+        pool: where pages come from and go to.
+        num_strips: how many parts grow in step.
+        strip_bytes: addresses a strip; rounded up to whole pages.
+
+    Raises: DriverError if the addresses cannot be had.
+    """
+
+    def __init__(self, pool: PagePool, num_strips: int, strip_bytes: int) -> None:
+        self.pool = pool
+        self.num_strips = num_strips
+        self.strip_bytes = round_up(strip_bytes, pool.page_bytes)
+        self.reserved_bytes = self.num_strips * self.strip_bytes
+        self.num_heads = 0  # detached and not yet emptied: the addresses are theirs too
+        self._rest: AddressRange | None = None  # of a head: the range that it was detached from
+        self._bounds = [0]  # page i of every strip backs offsets [_bounds[i], _bounds[i + 1])
+        self._pages: list[list[Page]] = [[] for _ in range(num_strips)]
+        self._strays: list[tuple[int, Page]] = []  # mapped, but not (yet) part of the range
+        self.base_ptr = pool.driver.reserve(self.reserved_bytes)
+
+    @property
+    def head_bytes(self) -> int:
+        """The first backed offset of every strip; above 0 once the front was given back."""
+        return self._bounds[0]
+
+    @property
+    def committed_bytes(self) -> int:
+        """The end of what is backed, as an offset in every strip."""
+        return self._bounds[-1]
+
+    @property
+    def is_whole(self) -> bool:
+        """True unless the front was given back, or this is such a front."""
+        return self.head_bytes == 0 and self.reserved_bytes > 0
+
+    @property
+    def pages(self) -> list[Page]:
+        """Every page that this range maps, strip by strip."""
+        return [page for strip in self._pages for page in strip]
+
+    def commit(self, nbytes: int) -> None:
+        """Back every strip up to offset ``nbytes`` (rounded up to a page) with pages of its own.
+
+        Raises: OutOfPagesError or DriverError, with the range as it was.
+        """
+        with self.pool.lock:  # from here on, as the scheduler's thread may be committing too
+            assert self.reserved_bytes > 0, "a detached head does not grow"
+            missing = min(nbytes, self.strip_bytes) - self.committed_bytes
+            if missing <= 0:
+                return
+            self._unmap_strays()
+            plan = self.pool.page_plan(missing)
+            pages = self.pool.acquire(plan * self.num_strips)
+            self._map([pages[i * len(plan) : (i + 1) * len(plan)] for i in range(self.num_strips)])
+
+    def commit_shared(self, source: AddressRange, source_strips: Sequence[int], nbytes: int) -> int:
+        """Map the whole pages below offset ``nbytes`` of ``source``'s strips into this empty range.
+
+        Strip i shares the pages of ``source_strips[i]``. Returns the offset up to which pages are shared.
+
+        Raises: DriverError, with both ranges as they were.
+        """
+        assert self.committed_bytes == 0 and len(source_strips) == self.num_strips
+        with self.pool.lock:
+            num_pages = sum(end <= nbytes for end in source._bounds[1:])
+            shared = [source._pages[strip][:num_pages] for strip in source_strips]
+            self.pool.share(page for strip in shared for page in strip)
+            self._bounds = [source.head_bytes]
+            try:
+                self._map(shared)
+            except BaseException:
+                self._bounds = [0]
+                raise
+        return self.committed_bytes
+
+    def detach_head(self, nbytes: int) -> AddressRange | None:
+        """Hand the whole pages below offset ``nbytes`` to a new range over the same addresses, to be emptied later.
+
+        They stay mapped until then, because views and the device may still read them. The new range owns no
+        addresses, so this one must not be released before it. Returns None if no whole page lies below.
+        """
+        with self.pool.lock:
+            num_pages = sum(end <= nbytes for end in self._bounds[1:])
+            if num_pages == 0:
+                return None
+            head = AddressRange.__new__(AddressRange)
+            head.pool, head.num_strips, head.strip_bytes = self.pool, self.num_strips, self.strip_bytes
+            head.base_ptr, head.reserved_bytes = self.base_ptr, 0
+            head.num_heads, head._rest = 0, self
+            head._bounds = self._bounds[: num_pages + 1]
+            head._pages, head._strays = [strip[:num_pages] for strip in self._pages], []
+            self._bounds = self._bounds[num_pages:]
+            self._pages = [strip[num_pages:] for strip in self._pages]
+            self.num_heads += 1
+            return head
+
+    def exclusive_from(self) -> int:
+        """The offset from which on no page of this range is mapped by another one."""
+        with self.pool.lock:
+            for index in range(len(self._bounds) - 2, -1, -1):
+                if any(strip[index].num_refs > 1 for strip in self._pages):
+                    return self._bounds[index + 1]
+            return 0
+
+    def empty(self) -> None:
+        """Unmap everything and drop the pages. The device must be done with them.
+
+        Raises: DriverError; strips already emptied stay so, and the call can be repeated.
+        """
+        with self.pool.lock:
+            self._unmap_strays()
+            start, nbytes = self.head_bytes, self.committed_bytes - self.head_bytes
+            for strip, pages in enumerate(self._pages):
+                if pages:
+                    self.pool.driver.unmap(self._address(strip, start), nbytes)
+                    self._pages[strip] = []
+                    self.pool.drop(pages)
+            self._bounds = [0]
+
+    def release(self) -> int:
+        """Give the addresses of an empty range back; returns how many bytes of them."""
+        assert self.committed_bytes == 0 and self.num_heads == 0, "a range is released after it and its heads are empty"
+        released_bytes = self.reserved_bytes
+        if released_bytes:
+            self.pool.driver.release(self.base_ptr, released_bytes)
+        self.reserved_bytes = 0
+        if self._rest is not None:
+            self._rest.num_heads -= 1
+            self._rest = None
+        return released_bytes
+
+    def _address(self, strip: int, offset: int) -> int:
+        return self.base_ptr + strip * self.strip_bytes + offset
+
+    def _map(self, pages: list[list[Page]]) -> None:
+        """Map the same number of pages, of the same sizes, behind the end of every strip, or drop them all.
+
+        If the driver fails in the undoing as well, what it left mapped is undone by the next ``commit`` or ``empty``.
+        """
+        driver, start = self.pool.driver, self.committed_bytes
+        bounds = [start]
+        for page in pages[0]:
+            bounds.append(bounds[-1] + page.nbytes)
+        if len(bounds) == 1:
+            return
+        unmapped = [page for strip_pages in reversed(pages) for page in reversed(strip_pages)]
+        try:
+            for strip, strip_pages in enumerate(pages):
+                for offset, page in zip(bounds, strip_pages, strict=False):
+                    driver.map(self._address(strip, offset), page.nbytes, page.handle)
+                    self._strays.append((self._address(strip, offset), unmapped.pop()))
+                driver.set_access(self._address(strip, start), bounds[-1] - start)
+        except BaseException:
+            self.pool.drop(unmapped)
+            with suppress(DriverError):
+                self._unmap_strays()
+            raise
+        self._strays.clear()
+        for strip, strip_pages in enumerate(pages):
+            self._pages[strip] += strip_pages
+        self._bounds += bounds[1:]
+
+    def _unmap_strays(self) -> None:
+        while self._strays:
+            ptr, page = self._strays[-1]
+            self.pool.driver.unmap(ptr, page.nbytes)
+            self._strays.pop()
+            self.pool.drop([page])
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless offsets are contiguous and every strip has the same page sizes."""
+        sizes = [end - start for start, end in pairwise(self._bounds)]
+        for strip in self._pages:
+            assert [page.nbytes for page in strip] == sizes, "a strip's pages do not match the range's offsets"

@@ -1,0 +1,209 @@
+"""CudaDriver: CUDA virtual memory management through cuda-python. The only Python file that calls cuMem*.
+
+Costs on an H200, which shape everything above: reserving is free; create 8, map 1.4, set_access 23, unmap 15 and
+destroy 10 us a handle, nearly independent of the handle's size. None of them waits for the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import torch
+
+from torch_vtensor.errors import DriverError, ForkedProcessError
+
+__all__ = ["CudaDriver"]
+
+_LARGE_PAGE_BYTES = 32 * 2**20
+_CAPTURE_NONE, _CAPTURE_ACTIVE = 0, 1
+_EVENT_DISABLE_TIMING = 2
+
+_SEM_BYTES = 64  # sizeof(sem_t) is 32 on 64-bit Linux
+
+_libc = ctypes.CDLL(None)
+_libc.calloc.restype = ctypes.c_void_p
+_libc.calloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+
+
+class _ContextFence:
+    """An event that has passed when all work submitted to the context before it, on any stream, is done."""
+
+    def __init__(self, driver: CudaDriver) -> None:
+        self._driver = driver
+        self._event = driver.call("cuEventCreate", 0, _EVENT_DISABLE_TIMING)
+        driver.call("cuCtxRecordEvent", 0, driver.context, self._event)
+
+    def passed(self) -> bool:
+        (error,) = self._driver.cuda.cuEventQuery(self._event)
+        return bool(error == self._driver.cuda.CUresult.CUDA_SUCCESS)
+
+    def wait(self) -> None:
+        self._driver.call("cuEventSynchronize", 0, self._event)
+
+    def order_after(self) -> None:
+        stream = torch.cuda.current_stream(self._driver.device).cuda_stream
+        self._driver.call("cuStreamWaitEvent", 0, stream, self._event, 0)
+
+    def __del__(self) -> None:
+        # Allowed while the event is pending: the driver frees it once it has passed.
+        self._driver.cuda.cuEventDestroy(self._event)
+
+
+class _GraphLease:
+    """Keeps an object alive until a captured graph, and everything instantiated from it, is destroyed.
+
+    The graph owns a CUDA user object whose destructor is libc's ``sem_post`` on a semaphore of ours: it runs on a
+    driver thread, where taking Python's lock could deadlock, so it only posts and ``ended`` looks. The semaphore is
+    no Python object, because a graph may outlive the interpreter.
+    """
+
+    def __init__(self, cuda: Any, graph: Any, owner: object) -> None:
+        self.owner = owner
+        self._semaphore = ctypes.c_void_p(_libc.calloc(1, _SEM_BYTES))
+        _libc.sem_init(self._semaphore, 0, 0)
+        post = ctypes.cast(_libc.sem_post, ctypes.c_void_p).value
+        no_sync = cuda.CUuserObject_flags.CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
+        error, user_object = cuda.cuUserObjectCreate(self._semaphore.value, cuda.CUhostFn(post), 1, no_sync.value)
+        if error == cuda.CUresult.CUDA_SUCCESS:
+            move = cuda.CUuserObjectRetain_flags.CU_GRAPH_USER_OBJECT_MOVE
+            (error,) = cuda.cuGraphRetainUserObject(graph, user_object, 1, move.value)
+        if error != cuda.CUresult.CUDA_SUCCESS:
+            raise DriverError("cuGraphRetainUserObject", error.name, torch.device("cuda"), 0)
+
+    def ended(self) -> bool:
+        """True, once, when the graph is gone; do not ask again after that."""
+        if _libc.sem_trywait(self._semaphore) != 0:
+            return False
+        _libc.free(self._semaphore)
+        return True
+
+
+class CudaDriver:
+    """Virtual memory of one CUDA device.
+
+    Args:
+        device: a CUDA device; the current one where it names no index.
+
+    Raises: DriverError where the device or driver has no virtual memory management; ImportError, with the remedy,
+        without cuda-python.
+    """
+
+    # A mapping call costs the same for one page as for many tokens, but bytes committed ahead are bytes that no one
+    # else can use: the scheduler maps one page ahead in time instead.
+    growth_fraction = 0.0
+
+    def __init__(self, device: torch.device | str | int = "cuda") -> None:
+        try:
+            from cuda.bindings import driver as cuda
+        except ImportError as error:
+            raise ImportError(
+                "CUDA memory needs cuda-python: pip install 'torch_vtensor[cuda]' (or cuda-bindings)"
+            ) from error
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        torch.cuda.init()
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        self.device = torch.device("cuda", index)
+        self.cuda = cuda
+        self._pid = os.getpid()
+        self._graph_leases: list[_GraphLease] = []
+        self._capture_streams: frozenset[int] = frozenset()
+        with torch.cuda.device(index):
+            torch.cuda.current_stream().query()  # the primary context exists from here on
+            self.context = self.call("cuCtxGetCurrent", 0)
+
+        self._properties = cuda.CUmemAllocationProp()
+        self._properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._properties.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        self._properties.location.id = index
+        self._access = cuda.CUmemAccessDesc()
+        self._access.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        self._access.location.id = index
+        self._access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        recommended = cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
+        granularity = int(self.call("cuMemGetAllocationGranularity", 0, self._properties, recommended))
+        large = max(_LARGE_PAGE_BYTES // granularity, 1) * granularity
+        self.page_sizes: tuple[int, ...] = (granularity, large) if large > granularity else (granularity,)
+
+    def reserve(self, nbytes: int) -> int:
+        return int(self.call("cuMemAddressReserve", nbytes, nbytes, 0, 0, 0))
+
+    def release(self, ptr: int, nbytes: int) -> None:
+        self.call("cuMemAddressFree", nbytes, ptr, nbytes)
+
+    def create(self, nbytes: int) -> int:
+        return int(self.call("cuMemCreate", nbytes, nbytes, self._properties, 0))
+
+    def destroy(self, handle: int, nbytes: int) -> None:
+        self.call("cuMemRelease", nbytes, handle)
+
+    def map(self, ptr: int, nbytes: int, handle: int) -> None:
+        self.call("cuMemMap", nbytes, ptr, nbytes, 0, handle, 0)
+
+    def set_access(self, ptr: int, nbytes: int) -> None:
+        self.call("cuMemSetAccess", nbytes, ptr, nbytes, [self._access], 1)
+
+    def unmap(self, ptr: int, nbytes: int) -> None:
+        self.call("cuMemUnmap", nbytes, ptr, nbytes)
+
+    def tensor(self, ptr: int, nbytes: int, owner: object) -> torch.Tensor:
+        # An empty array names no address, since nothing may be mapped there and torch asks the driver what is.
+        return torch.as_tensor(_CudaArray(ptr if nbytes else 0, nbytes, owner), device=self.device)
+
+    def total_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info(self.device)[1])
+
+    def fence(self) -> _ContextFence:
+        return _ContextFence(self)
+
+    def is_capturing(self) -> bool:
+        # A fence would break a capture on any stream of the context: also look at those that others captured on.
+        return torch.cuda.is_current_stream_capturing() or any(map(self._is_stream_capturing, self._capture_streams))
+
+    def prepare_thread(self) -> None:
+        torch.cuda.set_device(self.device)
+        # Another thread may be capturing a graph, in which the default mode forbids event queries on every thread.
+        self.call("cuThreadExchangeStreamCaptureMode", 0, self.cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+
+    def retain_in_capture(self, owner: object) -> None:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        info = self.cuda.cuStreamGetCaptureInfo(stream)
+        if info[0] == self.cuda.CUresult.CUDA_SUCCESS and int(info[1]) == _CAPTURE_ACTIVE:
+            self._capture_streams = self._capture_streams | {stream}
+            self._graph_leases.append(_GraphLease(self.cuda, info[3], owner))
+
+    def collect(self) -> None:
+        for lease in list(self._graph_leases):
+            if lease.ended():
+                self._graph_leases.remove(lease)  # in place: another thread may be adding one
+
+    def call(self, name: str, nbytes: int, *arguments: object) -> Any:
+        """Call a driver function and return its first result; ``nbytes`` is what the error message will say."""
+        if os.getpid() != self._pid:
+            raise ForkedProcessError(
+                f"{name} on {self.device}: CUDA cannot be used in a process made by fork() after CUDA was initialised. "
+                "Start workers with the 'spawn' method."
+            )
+        error, *values = getattr(self.cuda, name)(*arguments)
+        if error != self.cuda.CUresult.CUDA_SUCCESS:
+            raise DriverError(name, error.name, self.device, nbytes)
+        return values[0] if values else None
+
+    def _is_stream_capturing(self, stream: int) -> bool:
+        error, status = self.cuda.cuStreamIsCapturing(stream)
+        return error != self.cuda.CUresult.CUDA_SUCCESS or int(status) != _CAPTURE_NONE
+
+
+class _CudaArray:
+    """The CUDA array interface of raw device bytes; torch keeps this object, and with it ``owner``, alive."""
+
+    def __init__(self, ptr: int, nbytes: int, owner: object) -> None:
+        self.owner = owner
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (ptr, False),
+            "version": 3,
+            "strides": None,
+        }

@@ -1,0 +1,96 @@
+"""The protocol between the allocator and a kind of memory: addresses, physical pages, and binding one to the other.
+
+Two implementations exist, ``cuda_driver.CudaDriver`` and ``host_driver.HostDriver``, and one contract suite
+(tests/allocator/test_driver_contract.py) that both pass.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+__all__ = ["Driver", "Fence", "round_up"]
+
+
+class Fence(Protocol):
+    """A point in the device's work: everything submitted before it was made."""
+
+    def passed(self) -> bool:
+        """True once the device has done all work before the fence. Never waits."""
+
+    def wait(self) -> None:
+        """Block the host until the fence has passed: only for memory that must come back now."""
+
+    def order_after(self) -> None:
+        """Make the current stream's next work start after the fence. The host does not wait."""
+
+
+class Driver(Protocol):
+    """What the allocator needs of a device. No method waits for the device; each raises DriverError on refusal.
+
+    Units:   bytes everywhere; addresses are plain integers.
+    Source:  vTensor (arXiv 2407.15309) section 4, the operations below vAlloc, vFree and pAlloc.
+    """
+
+    device: torch.device
+    page_sizes: tuple[int, ...]
+    """Sizes a handle may have, ascending; each divides the next. The first is the granularity of every address."""
+    growth_fraction: float
+    """How much of a range's committed bytes is worth committing ahead in one batch when it grows."""
+
+    def reserve(self, nbytes: int) -> int:
+        """Reserve addresses, aligned to the granularity, and return the first. Takes no physical memory."""
+
+    def release(self, ptr: int, nbytes: int) -> None:
+        """Give back a whole reservation in which nothing is mapped any more."""
+
+    def create(self, nbytes: int) -> int:
+        """Create physical memory of one of ``page_sizes`` and return its handle."""
+
+    def destroy(self, handle: int, nbytes: int) -> None:
+        """Return a handle's memory to the system; it must not be mapped anywhere."""
+
+    def map(self, ptr: int, nbytes: int, handle: int) -> None:
+        """Bind a whole handle to reserved addresses. Usable only after ``set_access``."""
+
+    def set_access(self, ptr: int, nbytes: int) -> None:
+        """Make mapped addresses readable and writable by the device."""
+
+    def unmap(self, ptr: int, nbytes: int) -> None:
+        """Unbind whole handles from their addresses, which stay reserved."""
+
+    def tensor(self, ptr: int, nbytes: int, owner: object) -> torch.Tensor:
+        """A uint8 tensor [nbytes] over ``ptr`` whose storage keeps ``owner`` alive until its last view is gone.
+
+        With ``nbytes`` 0 nothing needs to be mapped at ``ptr``.
+        """
+
+    def total_bytes(self) -> int:
+        """Physical memory of the device."""
+
+    def fence(self) -> Fence:
+        """Mark the device's work as submitted so far, on every stream."""
+
+    def is_capturing(self) -> bool:
+        """True while the current stream, or one that used this memory, is being captured into a graph.
+
+        No fence may be made or asked then.
+        """
+
+    def prepare_thread(self) -> None:
+        """Make the calling thread fit to call this driver."""
+
+    def retain_in_capture(self, owner: object) -> None:
+        """Note that the current stream will use ``owner``'s memory: a fence made later covers that stream too.
+
+        If the stream is being captured into a graph, ``owner`` lives as long as that graph.
+        """
+
+    def collect(self) -> None:
+        """Let go of what ended graphs kept alive."""
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``value``."""
+    return -(-value // multiple) * multiple

@@ -1,0 +1,324 @@
+"""GrowthScheduler: maps ahead of need and takes memory back, both off the critical path.
+
+A range's life:
+
+    reserve ──> in use ──(last view gone)──> dead ──(fence recorded)──> parked ──> adopted by the next sequence
+                                                                          │
+                                                    pressure, trim, idle above the watermark
+                                                                          │
+                                                                          └──(fence passed)──> unmapped, pages pooled
+
+Finalizers only append to ``_dead``: they run inside garbage collection, on any thread, where neither a lock may be
+taken nor the driver called. Everything else happens at the next operation or on the scheduler's thread.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import queue
+import threading
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch_vtensor.allocator.address_range import AddressRange
+from torch_vtensor.allocator.driver import Fence
+from torch_vtensor.allocator.page_pool import PagePool, PoolStats
+from torch_vtensor.errors import VTensorError
+
+__all__ = ["GrowthScheduler", "RangeHold"]
+
+_log = logging.getLogger(__name__)
+_THREAD_NAME = "torch_vtensor growth"
+_IDLE_FRACTION = 8  # idle memory above 1/8 of the limit goes back, down to 1/16
+
+
+class RangeHold:
+    """Keeps a range's mapping alive; the range dies with the last reference, a torch storage's or a VTensor's.
+
+    Once the front of the range was given back, this holds that front, and ``rest`` holds what is in use.
+    """
+
+    __slots__ = ("__weakref__", "_dead", "range", "rest")
+
+    def __init__(self, range_: AddressRange, dead: deque[AddressRange]) -> None:
+        self.range = range_
+        self.rest: RangeHold | None = None
+        self._dead = dead
+
+    def __del__(self) -> None:
+        self._dead.append(self.range)
+
+
+class _Idle(NamedTuple):
+    """A range that nothing refers to, usable again after ``fence``."""
+
+    range: AddressRange
+    fence: Fence
+
+
+class GrowthScheduler:
+    """Hands out address ranges of one pool, grows them ahead of need, and reclaims them behind the device.
+
+    Args:
+        pool: the device's pages.
+        idle_bytes: how much parked and pooled memory to keep for the next sequence; more than that is returned to
+            the system in the background. Default: an eighth of the budget, or of the device's memory.
+
+    Source: vTensor (arXiv 2407.15309) section 4.3, the vTensor scheduler: there a thread spins through every step;
+        here it sleeps until a sequence is about to need a page.
+    """
+
+    def __init__(self, pool: PagePool, idle_bytes: int | None = None) -> None:
+        self.pool = pool
+        self.num_device_waits = 0
+        self._idle_bytes = idle_bytes
+        self._dead: deque[AddressRange] = deque()
+        self._parked: list[_Idle] = []
+        self._retired: list[_Idle] = []
+        self._reserved_bytes = 0
+        self._thread: _Worker | None = None
+        self._thread_lock = threading.RLock()
+        pool.reclaimers.append(self._reclaim)
+
+    @property
+    def idle_bytes(self) -> int:
+        """The high watermark of parked and pooled memory."""
+        if self._idle_bytes is not None:
+            return self._idle_bytes
+        budget_bytes = self.pool.budget_bytes
+        return (self.pool.driver.total_bytes() if budget_bytes is None else budget_bytes) // _IDLE_FRACTION
+
+    def reserve(self, num_strips: int, strip_bytes: int, first_bytes: int | None) -> RangeHold:
+        """A range with room for ``strip_bytes`` a strip: a parked one, still mapped, or a new one.
+
+        A parked range is adopted only if it holds at most twice the ``first_bytes`` a strip that the caller is about
+        to commit (plus a page), so that adoption never ties up much more memory than a new range would; None: never.
+
+        Raises: DriverError without addresses; ForkedProcessError where the pool is the parent's.
+        """
+        self.pool.check_process()
+        with self.pool.lock:
+            self._drain()
+            if first_bytes is not None and not self.pool.driver.is_capturing():
+                limit = 2 * first_bytes + self.pool.page_bytes
+                for index in range(len(self._parked) - 1, -1, -1):
+                    parked = self._parked[index].range
+                    fits = parked.num_strips == num_strips and parked.strip_bytes >= strip_bytes
+                    if fits and parked.committed_bytes <= limit:
+                        self._parked[index].fence.order_after()
+                        del self._parked[index]
+                        return RangeHold(parked, self._dead)
+            new = AddressRange(self.pool, num_strips, strip_bytes)
+            self._reserved_bytes += new.reserved_bytes
+            return RangeHold(new, self._dead)
+
+    def drop_head(self, hold: RangeHold, nbytes: int) -> RangeHold:
+        """Part with the whole pages below offset ``nbytes`` of every strip; returns the hold to use from now on.
+
+        The old hold, which the views made so far keep alive, stands for those pages from now on, and keeps the new
+        one alive: so they go back when the last such view is gone and the device is done, and the rest lives on.
+        """
+        with self.pool.lock:
+            head = hold.range.detach_head(nbytes)
+            if head is None:
+                return hold
+            hold.rest = RangeHold(hold.range, self._dead)
+            hold.range = head
+            return hold.rest
+
+    def reap(self) -> None:
+        """Notice what died since, and have it taken back, off this thread, once the device is done with it."""
+        with self.pool.lock:
+            self._drain()
+
+    def commit_soon(self, hold: RangeHold, nbytes: int) -> None:
+        """Commit up to offset ``nbytes`` on the scheduler's thread; without memory, the next commit will say so."""
+        self.pool.check_process()
+        alive = weakref.ref(hold)
+
+        def commit() -> None:
+            with self.pool.lock:
+                current = alive()
+                try:
+                    while current is not None and current.rest is not None:
+                        current = current.rest  # the front was given back since; the rest grows
+                    if current is not None:
+                        current.range.commit(nbytes)
+                finally:
+                    del current  # before the lock is released, also from a traceback: references to holds are counted
+
+        self.run_soon(commit)
+
+    def run_soon(self, job: Callable[[], object]) -> None:
+        """Run ``job`` on the scheduler's thread; one that raises is logged, and its caller meets the cause itself."""
+        with self._thread_lock:
+            if self._thread is None or not self._thread.is_alive():
+                try:
+                    self._thread = _Worker(self.pool.driver.prepare_thread)
+                except RuntimeError:
+                    self._thread = None  # no thread can be started, as while the interpreter ends
+                else:
+                    # It ends with its scheduler; a SimpleQueue may be put to from a finalizer.
+                    weakref.finalize(self, self._thread.jobs.put, None).atexit = False
+            if self._thread is not None:
+                self._thread.jobs.put(job)
+                return
+        _run(job)
+
+    def settle(self) -> None:
+        """Return once the scheduler's thread has done everything it was asked to do so far."""
+        done = threading.Event()
+        self.run_soon(done.set)
+        done.wait()
+
+    def trim(self) -> int:
+        """Return all parked and pooled memory to the system; waits for the device where it must.
+
+        While this stream is being captured into a graph, only pooled memory: waiting would break the capture.
+
+        Returns: bytes of physical memory given back; 0 in a child process, where all of it is the parent's.
+        """
+        if self.pool.is_foreign:
+            return 0
+        with self.pool.lock:
+            self._drain()
+            if not self.pool.driver.is_capturing():
+                self._retired += self._parked
+                self._parked.clear()
+                self._empty_retired(wait=True)
+            return self.pool.trim()
+
+    def stats(self) -> PoolStats:
+        """Exact figures of this pool, at this moment."""
+        pool = self.pool
+        with pool.lock:
+            self._drain()
+            pages, counts = pool.live_pages(), pool.ledger.counts()
+            idle_refs = Counter(page for idle in self._parked + self._retired for page in idle.range.pages)
+            parked_bytes = sum(page.nbytes for page, num_refs in idle_refs.items() if num_refs == page.num_refs)
+            return PoolStats(
+                reserved_bytes=self._reserved_bytes,
+                committed_bytes=counts.committed_bytes,
+                live_bytes=sum(page.nbytes for page in pages) - parked_bytes,
+                shared_bytes=sum(page.nbytes for page in pages if page.num_refs > 1),
+                parked_bytes=parked_bytes,
+                pooled_bytes=counts.free_bytes,
+                torch_bytes=counts.torch_bytes,
+                budget_bytes=counts.budget_bytes,
+                num_device_waits=self.num_device_waits,
+                driver_calls=pool.driver.stats(),
+            )
+
+    def _drain(self) -> None:
+        """Put a fence behind every range that died since, and park it. No driver call on memory."""
+        if self.pool.is_foreign:
+            self._dead.clear()  # made before fork(): the parent unmaps and frees its own memory
+            return
+        self.pool.driver.collect()
+        num_dead = len(self._dead)  # one that dies during this call may have work behind this call's fence
+        # The scheduler's own thread leaves it to others: it cannot know that somebody is capturing a graph meanwhile.
+        if not num_dead or self.pool.driver.is_capturing() or threading.current_thread().name == _THREAD_NAME:
+            return
+        fence = self.pool.driver.fence()
+        while num_dead and self._dead:  # a close() in a finalizer can come in between
+            num_dead -= 1
+            dead = self._dead.popleft()
+            adoptable = dead.is_whole and dead.committed_bytes > 0 and dead.exclusive_from() == 0
+            (self._parked if adoptable else self._retired).append(_Idle(dead, fence))
+        if self._retired or self._num_parked_bytes() + self.pool.ledger.free_bytes > self.idle_bytes:
+            self.run_soon(self._collect)
+
+    def _collect(self) -> None:
+        """Empty what is retired and, above the watermark, what is parked, as far as the device is done with it."""
+        with self.pool.lock:
+            self._empty_retired(wait=False)
+            keep_bytes = self.idle_bytes // 2
+            if self._num_parked_bytes() + self.pool.ledger.free_bytes <= self.idle_bytes:
+                return
+            # Pooled pages first: a parked range saves its adopter the mapping as well.
+            self.pool.trim(max(keep_bytes - self._num_parked_bytes(), 0))
+            while self._parked and self._num_parked_bytes() > keep_bytes:
+                self._retired.append(self._parked.pop(0))
+                self._empty_retired(wait=False)
+                self.pool.trim(max(keep_bytes - self._num_parked_bytes(), 0))
+
+    def _num_parked_bytes(self) -> int:
+        return sum(idle.range.committed_bytes * idle.range.num_strips for idle in self._parked)
+
+    def _reclaim(self, nbytes: int) -> None:
+        """Turn parked ranges into pooled pages until ``nbytes`` are free; waits for the device only if it must."""
+        with self.pool.lock:
+            self._drain()
+            if self.pool.driver.is_capturing():
+                return  # asking a fence would break the capture
+            for wait in (False, True):
+                self._empty_retired(wait)
+                for idle in list(self._parked):
+                    if self.pool.ledger.free_bytes >= nbytes:
+                        return
+                    if wait or idle.fence.passed():
+                        self._parked.remove(idle)
+                        self._retired.append(idle)
+                        self._empty_retired(wait)
+
+    def _empty_retired(self, wait: bool) -> None:
+        """Unmap what is retired, in the order in which it died, so that heads come before the rest of their range."""
+        remaining: list[_Idle] = []
+        try:
+            while self._retired:
+                idle = self._retired[0]
+                passed = idle.fence.passed()
+                if idle.range.num_heads or not (passed or wait):
+                    remaining.append(self._retired.pop(0))
+                    continue
+                if not passed:
+                    self.num_device_waits += 1
+                    idle.fence.wait()
+                idle.range.empty()
+                self._reserved_bytes -= idle.range.release()
+                self._retired.pop(0)
+        finally:
+            self._retired[:0] = remaining
+
+
+class _Worker:
+    """A daemon thread that runs jobs in order and sleeps in between."""
+
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        self.jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._prepare = prepare
+        self._thread = threading.Thread(target=self._run, name=_THREAD_NAME, daemon=True)
+        self._thread.start()
+        atexit.register(_stop, weakref.ref(self))
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        self.jobs.put(None)
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        job: Callable[[], object] | None = self._prepare
+        while job is not None:
+            _run(job)
+            del job  # it may hold the scheduler, whose end ends this thread
+            job = self.jobs.get()
+
+
+def _run(job: Callable[[], object]) -> None:
+    try:
+        job()
+    except VTensorError as error:
+        _log.debug("work ahead was not possible: %s", error)
+    except Exception:
+        _log.exception("a job of the growth thread failed; later jobs still run")
+
+
+def _stop(worker: weakref.ref[_Worker]) -> None:
+    alive = worker()
+    if alive is not None:
+        alive.stop()

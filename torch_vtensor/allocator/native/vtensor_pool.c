@@ -1,0 +1,279 @@
+/* What PyTorch's caching allocator calls, under its own lock and without the GIL, for the segments of a MemPool.
+ *
+ * torch relies on cudaFree waiting for the device before it takes memory away. Here a freed segment is *pending* behind
+ * fences instead, and is given back by a later call once they have passed:
+ *
+ *     alloc ──> live ──(torch frees it: fences set)──> pending ──(fences passed)──> unmapped, pages pooled
+ */
+
+#include "vtensor_pool.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+
+#include "segment.h"
+
+#define MAX_DEVICES 128
+
+typedef struct {
+    pthread_mutex_t mutex;
+    cuda_context context; /* the primary one, retained for good by the first attach */
+    vtp_ledger *ledger;   /* owned; NULL: detached */
+    segment_plan plan;
+    memory_segment *live;
+    memory_segment *pending;
+    vtp_torch_counts counts;
+} device_state;
+
+static device_state devices[MAX_DEVICES] = {[0 ... MAX_DEVICES - 1] = {.mutex = PTHREAD_MUTEX_INITIALIZER}};
+
+int vtensor_pool_abi_version(void) {
+    return 1;
+}
+
+/* Lock a device and make its context current, with a capture mode in which the calling thread may map memory and ask
+ * events although a capture is under way. The mode comes back in *mode, for leave(). */
+static int enter(device_state *device, int *mode) {
+    pthread_mutex_lock(&device->mutex);
+    if (device->context == NULL) {
+        note_failure("the device was never attached", "vtp_torch_attach", 0);
+    } else if (CUDA_DO(cuCtxPushCurrent_v2, 0, device->context)) {
+        *mode = CUDA_CAPTURE_MODE_RELAXED;
+        if (CUDA_DO(cuThreadExchangeStreamCaptureMode, 0, mode)) {
+            return 1;
+        }
+        cuda.cuCtxPopCurrent_v2(&(cuda_context){NULL});
+    }
+    pthread_mutex_unlock(&device->mutex);
+    return 0;
+}
+
+static void leave(device_state *device, int mode) {
+    cuda.cuThreadExchangeStreamCaptureMode(&mode);
+    cuda.cuCtxPopCurrent_v2(&(cuda_context){NULL});
+    pthread_mutex_unlock(&device->mutex);
+}
+
+static device_state *find_device(int ordinal) {
+    return ordinal >= 0 && ordinal < MAX_DEVICES ? &devices[ordinal] : NULL;
+}
+
+static void add_pending(device_state *device, memory_segment *segment) {
+    segment->next = device->pending;
+    device->pending = segment;
+    device->counts.pending_segments++;
+    device->counts.pending_bytes += segment->bytes;
+}
+
+/* Give back the pending segments in *list that the device is done with; the others stay in it. */
+static void give_back(device_state *device, memory_segment **list) {
+    while (*list != NULL) {
+        memory_segment *segment = *list;
+        struct memory_segment *next = segment->next;
+        int64_t bytes = segment->bytes;
+        int is_done = 1;
+        for (int i = 0; i < 2; i++) {
+            is_done &= fence_poll(&segment->fences[i]);
+        }
+        if (is_done && segment_unmake(segment)) {
+            *list = next;
+            device->counts.pending_segments--;
+            device->counts.pending_bytes -= bytes;
+        } else {
+            list = &segment->next;
+        }
+    }
+}
+
+/* Give back every pending segment, waiting for the device. The lock is open meanwhile: the device's work may depend on
+ * a host function that needs the GIL, whose holder may be asking for this lock. */
+static void wait_for_pending(device_state *device) {
+    memory_segment *waiting = device->pending;
+    if (waiting == NULL) {
+        return;
+    }
+    device->pending = NULL;
+    device->counts.num_device_waits++;
+    pthread_mutex_unlock(&device->mutex);
+    for (memory_segment *segment = waiting; segment != NULL; segment = segment->next) {
+        for (int i = 0; i < 2; i++) {
+            fence_wait(&segment->fences[i]);
+        }
+    }
+    pthread_mutex_lock(&device->mutex);
+    give_back(device, &waiting);
+    while (waiting != NULL) {
+        memory_segment *segment = waiting;
+        waiting = segment->next;
+        segment->next = device->pending;
+        device->pending = segment;
+    }
+}
+
+static segment_result make(device_state *device, int64_t bytes, memory_segment **made) {
+    *made = NULL;
+    if (device->ledger == NULL) {
+        note_failure("the device was detached", "vtp_torch_attach", bytes);
+        return SEGMENT_FAILED;
+    }
+    segment_result result = segment_make(&device->plan, device->ledger, bytes, made);
+    if (result != SEGMENT_MADE && *made != NULL) {
+        /* Half undone, never seen by the device: there is nothing to wait for. */
+        (*made)->fences[0].has_passed = (*made)->fences[1].has_passed = 1;
+        add_pending(device, *made);
+    }
+    return result;
+}
+
+static void *alloc(device_state *device, int64_t bytes) {
+    memory_segment *segment;
+    give_back(device, &device->pending);
+    segment_result result = make(device, bytes, &segment);
+    if (result == SEGMENT_LACKS_MEMORY && device->pending != NULL) {
+        /* As cudaMalloc after cudaFree would: better late than out of memory. */
+        wait_for_pending(device);
+        result = make(device, bytes, &segment);
+    }
+    if (result != SEGMENT_MADE) {
+        return NULL;
+    }
+    segment->next = device->live;
+    device->live = segment;
+    device->counts.live_segments++;
+    device->counts.live_bytes += segment->bytes;
+    return (void *)(uintptr_t)segment->address;
+}
+
+void *vtp_torch_alloc(size_t size, int ordinal, void *stream) {
+    (void)stream;
+    device_state *device = find_device(ordinal);
+    void *address = NULL;
+    int mode;
+    if (device != NULL && enter(device, &mode)) {
+        address = alloc(device, (int64_t)size);
+        device->counts.num_allocs++;
+        device->counts.num_failures += address == NULL;
+        leave(device, mode);
+    }
+    if (address == NULL) {
+        latest_failure()->num_failures++;
+        latest_failure()->asked_bytes = (int64_t)size;
+    }
+    return address;
+}
+
+void vtp_torch_free(void *address, size_t size, int ordinal, void *stream) {
+    (void)size;
+    device_state *device = find_device(ordinal);
+    int mode;
+    if (device == NULL || !enter(device, &mode)) {
+        return;
+    }
+    memory_segment **link = &device->live;
+    while (*link != NULL && (*link)->address != (uint64_t)(uintptr_t)address) {
+        link = &(*link)->next;
+    }
+    memory_segment *segment = *link;
+    if (segment != NULL) {
+        *link = segment->next;
+        device->counts.num_frees++;
+        device->counts.live_segments--;
+        device->counts.live_bytes -= segment->bytes;
+        /* torch names the stream that was current when the segment was made. Its blocks may belong to another one, and
+         * graphs are replayed where their user likes: most often on the default stream, hence the second fence. */
+        segment->fences[0] = fence_set(stream);
+        segment->fences[1] = stream != NULL ? fence_set(NULL) : (stream_fence){.has_passed = 1};
+        add_pending(device, segment);
+    }
+    give_back(device, &device->pending);
+    leave(device, mode);
+}
+
+int64_t vtp_torch_drain(int ordinal, int wait) {
+    device_state *device = find_device(ordinal);
+    int mode;
+    if (device == NULL || !enter(device, &mode)) {
+        return 0;
+    }
+    give_back(device, &device->pending);
+    if (wait) {
+        wait_for_pending(device);
+    }
+    int64_t num_pending = device->counts.pending_segments;
+    leave(device, mode);
+    return num_pending;
+}
+
+static int retain_context(device_state *device, int ordinal) {
+    int handle;
+    return device->context != NULL || (CUDA_DO(cuDeviceGet, 0, &handle, ordinal) &&
+                                       CUDA_DO(cuDevicePrimaryCtxRetain, 0, &device->context, handle));
+}
+
+int vtp_torch_attach(const vtp_torch_config *config) {
+    device_state *device = find_device(config->device);
+    if (device == NULL || !cuda_open(config->driver)) {
+        return 0;
+    }
+    int num_access = 1 + config->num_peers;
+    cuda_access *access = calloc((size_t)num_access, sizeof *access);
+    if (access == NULL) {
+        note_failure("no host memory", "vtp_torch_attach", 0);
+        return 0;
+    }
+    for (int i = 0; i < num_access; i++) {
+        int ordinal = i == 0 ? config->device : config->peers[i - 1];
+        access[i] = (cuda_access){{CUDA_LOCATION_DEVICE, ordinal}, CUDA_ACCESS_READ_WRITE};
+    }
+    pthread_mutex_lock(&device->mutex);
+    int attached = retain_context(device, config->device);
+    if (attached) {
+        free(device->plan.access);
+        device->plan = (segment_plan){
+            .page_bytes = config->page_bytes,
+            .large_page_bytes = config->large_page_bytes,
+            .device = config->device,
+            .num_access = num_access,
+            .access = access,
+        };
+        ledger_retain(config->ledger);
+        if (device->ledger != NULL) {
+            vtp_ledger_delete(device->ledger);
+        }
+        device->ledger = config->ledger;
+    } else {
+        free(access);
+    }
+    pthread_mutex_unlock(&device->mutex);
+    return attached;
+}
+
+int64_t vtp_torch_detach(int ordinal) {
+    device_state *device = find_device(ordinal);
+    int mode;
+    if (device == NULL || !enter(device, &mode)) {
+        return 0;
+    }
+    if (device->ledger != NULL) {
+        vtp_ledger_delete(device->ledger);
+        device->ledger = NULL;
+    }
+    wait_for_pending(device);
+    int64_t num_left = device->counts.live_segments + device->counts.pending_segments;
+    leave(device, mode);
+    return num_left;
+}
+
+void vtp_torch_read(int ordinal, vtp_torch_counts *counts) {
+    *counts = (vtp_torch_counts){0};
+    device_state *device = find_device(ordinal);
+    if (device != NULL) {
+        pthread_mutex_lock(&device->mutex);
+        *counts = device->counts;
+        pthread_mutex_unlock(&device->mutex);
+    }
+}
+
+void vtp_torch_read_failure(vtp_torch_failure *failure) {
+    *failure = *latest_failure();
+}

@@ -1,0 +1,100 @@
+/* The C interface of libvtensor_pool.so: what Python calls through ctypes, and PyTorch through function pointers.
+ *
+ * Sizes are bytes. Every function may be called from any thread, with or without the GIL, and none calls Python. */
+
+#ifndef VTENSOR_POOL_H
+#define VTENSOR_POOL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define VTP_EXPORT __attribute__((visibility("default")))
+
+/* Raised whenever a signature or a meaning below changes, so that Python refuses a library built from older sources. */
+VTP_EXPORT int vtensor_pool_abi_version(void);
+
+/* ---- The ledger: which bytes of physical memory one device has given us, against which budget, and which of them are
+ * pooled. It knows nothing of a driver: whoever takes a page creates, maps and destroys it. */
+
+typedef struct vtp_ledger vtp_ledger;
+
+enum {
+    VTP_OVER_BUDGET = 0,
+    VTP_REUSED = 1,    /* *handle is a pooled page of exactly these bytes */
+    VTP_CHARGED = 2,   /* the bytes are charged: create a page, or uncharge them */
+    VTP_NO_MEMORY = -1 /* no host memory for the ledger's own notes */
+};
+
+typedef struct {
+    int64_t committed_bytes; /* free + torch + what PagePool holds */
+    int64_t free_bytes;      /* pooled */
+    int64_t torch_bytes;     /* under torch's tensors, or waiting for the device to be done with them */
+    int64_t budget_bytes;    /* -1: no limit */
+    int64_t num_free_pages;
+    int64_t num_pages;
+} vtp_ledger_counts;
+
+/* A budget below 0 is no limit. NULL where the host has no memory. */
+VTP_EXPORT vtp_ledger *vtp_ledger_new(int64_t budget_bytes);
+/* The caller is done with the ledger; its last owner frees it. Pooled pages are forgotten, not destroyed. */
+VTP_EXPORT void vtp_ledger_delete(vtp_ledger *ledger);
+VTP_EXPORT int vtp_ledger_take(vtp_ledger *ledger, int64_t bytes, uint64_t *handle);
+/* The page becomes pooled: 1. Cannot fail for a page that was taken; 0 where none of these bytes is out. */
+VTP_EXPORT int vtp_ledger_put(vtp_ledger *ledger, uint64_t handle, int64_t bytes);
+/* 1 and the largest pooled page, which stays charged until it is put back or uncharged; 0 where none is pooled. */
+VTP_EXPORT int vtp_ledger_pop(vtp_ledger *ledger, uint64_t *handle, int64_t *bytes);
+/* A page of these bytes was destroyed, or never created: 1. 0 where none of these bytes is out. */
+VTP_EXPORT int vtp_ledger_uncharge(vtp_ledger *ledger, int64_t bytes);
+VTP_EXPORT void vtp_ledger_set_budget(vtp_ledger *ledger, int64_t budget_bytes);
+/* All counts at one moment. */
+VTP_EXPORT void vtp_ledger_read(vtp_ledger *ledger, vtp_ledger_counts *counts);
+
+/* ---- The torch allocator: segments of PyTorch's caching allocator on pages of a ledger. */
+
+typedef struct {
+    const char *driver; /* the library to open, "libcuda.so.1"; the first attach of a process decides */
+    int32_t device;
+    int32_t num_peers;
+    const int32_t *peers; /* devices that may read and write this one's memory as well */
+    vtp_ledger *ledger;
+    int64_t page_bytes;       /* the device's granularity */
+    int64_t large_page_bytes; /* a multiple of it, for the bulk of a segment */
+} vtp_torch_config;
+
+typedef struct {
+    int64_t live_segments;
+    int64_t live_bytes;
+    int64_t pending_segments; /* freed by torch, but perhaps still in use by the device */
+    int64_t pending_bytes;
+    int64_t num_allocs;
+    int64_t num_frees;
+    int64_t num_failures;     /* allocs that returned NULL */
+    int64_t num_device_waits; /* times that a call had to wait for the device */
+} vtp_torch_counts;
+
+typedef struct {
+    int64_t num_failures; /* allocs of this thread that returned NULL, on any device */
+    int64_t asked_bytes;  /* by the latest of them */
+    int64_t bytes;        /* what the call below was about */
+    const char *call;     /* the driver's call that failed, or ours; NULL: none yet */
+    const char *code;     /* the driver's name of the failure, or ours */
+} vtp_torch_failure;
+
+/* From here on, segments of this device come from the ledger; segments made before keep theirs. 1, or 0 with the reason
+ * in this thread's failure. */
+VTP_EXPORT int vtp_torch_attach(const vtp_torch_config *config);
+/* No new segments; waits for the device and gives back what torch has freed. Returns the segments that stay: torch
+ * still uses them, and may free them later. */
+VTP_EXPORT int64_t vtp_torch_detach(int device);
+/* Give back what torch has freed and the device is done with; if `wait`, make the device be done with it. Returns the
+ * segments that are still pending. */
+VTP_EXPORT int64_t vtp_torch_drain(int device, int wait);
+VTP_EXPORT void vtp_torch_read(int device, vtp_torch_counts *counts);
+/* Why the calling thread's latest alloc (or attach) failed. */
+VTP_EXPORT void vtp_torch_read_failure(vtp_torch_failure *failure);
+
+/* CUDAPluggableAllocator's two functions. NULL makes torch raise torch.OutOfMemoryError. */
+VTP_EXPORT void *vtp_torch_alloc(size_t size, int device, void *stream);
+VTP_EXPORT void vtp_torch_free(void *address, size_t size, int device, void *stream);
+
+#endif

@@ -1,0 +1,86 @@
+"""The process's own pool and scheduler for each device, made on first use from the settings."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import torch
+
+from torch_vtensor.allocator.driver import Driver
+from torch_vtensor.allocator.growth import GrowthScheduler
+from torch_vtensor.allocator.page_pool import PagePool
+from torch_vtensor.settings import load_settings
+
+__all__ = ["all_schedulers", "default_pool", "default_scheduler", "set_default_budget"]
+
+_lock = threading.Lock()
+_schedulers: dict[torch.device, GrowthScheduler] = {}
+_budget_bytes: int | None = None  # set_default_budget's; before it is called, the settings' one counts
+
+
+def default_scheduler(device: torch.device) -> GrowthScheduler:
+    """The scheduler that owns this process's memory on ``device``.
+
+    Raises: ValueError for a device type without a driver; what the driver raises where it cannot work.
+    """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    elif device.type == "cpu":
+        device = torch.device("cpu")  # and not cpu:0, which is the same memory
+    with _lock:
+        scheduler = _schedulers.get(device)
+        if scheduler is None:
+            budget_bytes = _budget_bytes if _budget_bytes is not None else load_settings().budget_bytes
+            scheduler = GrowthScheduler(PagePool(_make_driver(device), budget_bytes))
+            _schedulers[device] = scheduler
+        return scheduler
+
+
+def default_pool(device: torch.device) -> PagePool:
+    """The pages of ``default_scheduler(device)``."""
+    return default_scheduler(device).pool
+
+
+def set_default_budget(budget_bytes: int | None) -> None:
+    """Limit the physical memory of every device's own pool, those not made yet included.
+
+    Units:  bytes; None takes the limit away.
+    Raises: ValueError for less than one byte.
+    """
+    global _budget_bytes
+    if budget_bytes is not None and budget_bytes < 1:
+        raise ValueError(f"budget_bytes is {budget_bytes}: give at least one byte, or None for no limit")
+    with _lock:
+        _budget_bytes = budget_bytes
+        for scheduler in _schedulers.values():
+            scheduler.pool.budget_bytes = budget_bytes
+
+
+def all_schedulers() -> dict[torch.device, GrowthScheduler]:
+    """The schedulers made so far, by device."""
+    with _lock:
+        return dict(_schedulers)
+
+
+def _make_driver(device: torch.device) -> Driver:
+    if device.type == "cuda":
+        from torch_vtensor.allocator.cuda_driver import CudaDriver
+
+        return CudaDriver(device)
+    if device.type == "cpu":
+        from torch_vtensor.allocator.host_driver import HostDriver
+
+        return HostDriver(load_settings().page_bytes)
+    raise ValueError(f"no memory driver for device '{device}': torch_vtensor supports 'cpu' and 'cuda'")
+
+
+def _start_afresh_in_child() -> None:
+    # The child shares the parent's pages through its inherited mappings and must take none of them: it gets pools of
+    # its own. The lock may have been held by a thread that does not exist here.
+    global _lock
+    _lock = threading.Lock()
+    _schedulers.clear()
+
+
+os.register_at_fork(after_in_child=_start_afresh_in_child)

@@ -1,0 +1,101 @@
+"""TimedDriver: counts and times every driver call, so that "no driver call in steady state" can be checked."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from torch_vtensor.allocator.driver import Driver, Fence
+
+__all__ = ["CallStats", "TimedDriver"]
+
+_T = TypeVar("_T")
+_SAMPLES_KEPT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class CallStats:
+    """How often a driver call was made, and what it cost the host, in microseconds, over the latest 4,096."""
+
+    count: int
+    p50_us: float
+    p99_us: float
+
+
+class TimedDriver:
+    """A Driver that counts and times the calls of the driver inside it."""
+
+    def __init__(self, inner: Driver) -> None:
+        self.inner = inner
+        self.device = inner.device
+        self.page_sizes = inner.page_sizes
+        self.growth_fraction = inner.growth_fraction
+        self.num_calls_by_thread: Counter[int] = Counter()
+        self._num_calls: Counter[str] = Counter()
+        self._seconds: dict[str, deque[float]] = {}
+
+    def reserve(self, nbytes: int) -> int:
+        return self._timed("reserve", lambda: self.inner.reserve(nbytes))
+
+    def release(self, ptr: int, nbytes: int) -> None:
+        self._timed("release", lambda: self.inner.release(ptr, nbytes))
+
+    def create(self, nbytes: int) -> int:
+        return self._timed("create", lambda: self.inner.create(nbytes))
+
+    def destroy(self, handle: int, nbytes: int) -> None:
+        self._timed("destroy", lambda: self.inner.destroy(handle, nbytes))
+
+    def map(self, ptr: int, nbytes: int, handle: int) -> None:
+        self._timed("map", lambda: self.inner.map(ptr, nbytes, handle))
+
+    def set_access(self, ptr: int, nbytes: int) -> None:
+        self._timed("set_access", lambda: self.inner.set_access(ptr, nbytes))
+
+    def unmap(self, ptr: int, nbytes: int) -> None:
+        self._timed("unmap", lambda: self.inner.unmap(ptr, nbytes))
+
+    def tensor(self, ptr: int, nbytes: int, owner: object) -> torch.Tensor:
+        return self.inner.tensor(ptr, nbytes, owner)
+
+    def total_bytes(self) -> int:
+        return self.inner.total_bytes()
+
+    def fence(self) -> Fence:
+        return self.inner.fence()
+
+    def is_capturing(self) -> bool:
+        return self.inner.is_capturing()
+
+    def prepare_thread(self) -> None:
+        self.inner.prepare_thread()
+
+    def retain_in_capture(self, owner: object) -> None:
+        self.inner.retain_in_capture(owner)
+
+    def collect(self) -> None:
+        self.inner.collect()
+
+    def stats(self) -> dict[str, CallStats]:
+        """Counts and times by call name, for the calls that were made."""
+        result = {}
+        for name, seconds in list(self._seconds.items()):
+            ordered = sorted(seconds)
+            p50, p99 = ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.99)]
+            result[name] = CallStats(self._num_calls[name], p50 * 1e6, p99 * 1e6)
+        return result
+
+    def _timed(self, name: str, call: Callable[[], _T]) -> _T:
+        start = time.perf_counter()
+        try:
+            return call()
+        finally:
+            self._seconds.setdefault(name, deque(maxlen=_SAMPLES_KEPT)).append(time.perf_counter() - start)
+            self._num_calls[name] += 1
+            self.num_calls_by_thread[threading.get_ident()] += 1

@@ -1,0 +1,209 @@
+"""memory_pool(): torch tensors on the pages, and within the budget, of a device's PagePool.
+
+torch's caching allocator stays on top. A `with` block borrows one of its memory pools, whose segments come from the
+native allocator, which takes pages from the same ledger as PagePool:
+
+    torch.empty ──> caching allocator's pool ──> vtp_torch_alloc (C, no GIL) ──> ledger <── PagePool <── VTensor
+
+torch keeps the segments of dead tensors cached for the next block that borrows the pool. They go back to the ledger
+when PagePool runs out of pages, or with `release_idle`: the pool is retired, and torch releases what is unused in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from torch_vtensor.allocator import _torch_compat, native
+from torch_vtensor.allocator._torch_compat import PoolId
+from torch_vtensor.allocator.native_allocator import Failure, NativeAllocator, TorchPoolStats
+from torch_vtensor.allocator.page_pool import PagePool
+from torch_vtensor.allocator.pools import default_pool
+from torch_vtensor.errors import DriverError, OutOfPagesError, VTensorError
+
+__all__ = ["TorchPoolStats", "memory_pool", "release_idle", "torch_pool_stats"]
+
+_OUT_OF_MEMORY = ("over budget", "CUDA_ERROR_OUT_OF_MEMORY")
+
+
+class TorchPools:
+    """The memory pools of torch's caching allocator on the pages of one PagePool.
+
+    One is borrowed by each `with` block that is open, so there are as many as were ever open at once: torch refuses to
+    route two blocks to one pool.
+    """
+
+    def __init__(self, pool: PagePool, native: NativeAllocator, allocator: torch.cuda.CUDAPluggableAllocator) -> None:
+        assert pool.device.index is not None
+        self.pool = pool
+        self.device_index = pool.device.index
+        self._native = native
+        self._allocator = allocator
+        self._lock = threading.Lock()
+        self._idle: list[PoolId] = []
+        self._retired: list[PoolId] = []
+        pool.reclaimers.append(self._reclaim)
+
+    @contextlib.contextmanager
+    def routed(self) -> Iterator[None]:
+        """Send the calling thread's allocations on the device to the pages, until the block ends."""
+        failures_before = self._native.failure().num_failures
+        pool_id = self._borrow()
+        try:
+            _torch_compat.start_routing(pool_id, self.device_index)
+            try:
+                yield
+            finally:
+                _torch_compat.stop_routing(pool_id, self.device_index)
+        except OutOfPagesError:
+            raise
+        except torch.OutOfMemoryError as error:
+            failure = self._native.failure()
+            if failure.num_failures == failures_before:
+                raise
+            raise self._cause(failure) from error
+        finally:
+            with self._lock:
+                self._idle.append(pool_id)
+
+    def release_idle(self, wait: bool) -> int:
+        """Give the segments of dead tensors back to the page pool; returns the bytes."""
+        before = self.pool.ledger.torch_bytes
+        with self._lock:
+            unused = [pool_id for pool_id in self._idle if _has_unused_segment(pool_id)]
+            for pool_id in unused:
+                self._idle.remove(pool_id)
+                _torch_compat.retire_memory_pool(pool_id, self.device_index)
+            self._retired = [pool_id for pool_id in self._retired + unused if _segments(pool_id)]
+            must_release = any(map(_has_unused_segment, self._retired))
+        if must_release:
+            torch.cuda.empty_cache()
+        self._native.drain(self.device_index, wait)
+        return max(before - self.pool.ledger.torch_bytes, 0)
+
+    def stats(self) -> TorchPoolStats:
+        """What the native allocator holds of this device."""
+        return self._native.stats(self.device_index)
+
+    def _borrow(self) -> PoolId:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return _torch_compat.create_memory_pool(self._allocator, self.device_index)
+
+    def _reclaim(self, nbytes: int) -> None:
+        """PagePool runs out of pages: waits for the device only if nothing else helps."""
+        for wait in (False, True):
+            if self.pool.ledger.free_bytes < nbytes and self.pool.ledger.torch_bytes > 0:
+                self.release_idle(wait)
+
+    def _cause(self, failure: Failure) -> Exception:
+        if failure.code not in _OUT_OF_MEMORY:
+            return DriverError(failure.call, failure.code, self.pool.device, failure.nbytes)
+        budget_bytes = self.pool.budget_bytes if failure.code == "over budget" else None
+        committed_bytes = self.pool.ledger.committed_bytes
+        return OutOfPagesError(self.pool.device, failure.asked_bytes, committed_bytes, budget_bytes)
+
+
+# torch keeps a plain pointer to the allocator in every segment: it lives as long as the process.
+_lock = threading.Lock()
+_native: NativeAllocator | None = None
+_allocator: torch.cuda.CUDAPluggableAllocator | None = None
+_pools: dict[int, TorchPools] = {}
+
+
+@contextlib.contextmanager
+def memory_pool(device: torch.device | str | int | None = None, budget_bytes: int | None = None) -> Iterator[PagePool]:
+    """Inside the `with` block, this thread's CUDA tensors come from the device's PagePool, and count in its budget.
+
+    They are ordinary tensors and may outlive the block. The memory of dead ones stays cached for the next block; it
+    goes back to the page pool when that runs out of pages, and with ``torch_vtensor.trim()``. Blocks may be nested, and
+    open in several threads; a CUDA graph may be captured inside, but no block may be opened inside a capture.
+
+    Args:
+        device: a CUDA device; the current one by default. Tensors of other devices are not affected.
+        budget_bytes: sets the budget of the device's PagePool, KV memory included, also after the block.
+
+    Effects: the block itself makes no driver call. A tensor that needs a new segment does, natively, without the GIL
+        and without waiting for the device, unless memory that it still uses is the last there is.
+    Raises:  OutOfPagesError (a ``torch.OutOfMemoryError``) out of the block where an allocation in it found no page;
+        VTensorError on a machine without CUDA, or inside a capture.
+    """
+    pools = _pools_on(_cuda_device(device))
+    if torch.cuda.is_current_stream_capturing():
+        raise VTensorError(
+            "memory_pool() was opened while the current stream captures a CUDA graph, whose memory torch keeps in a "
+            "pool of the graph's own. Open it before the capture: captures inside the block are fine."
+        )
+    if budget_bytes is not None:
+        pools.pool.budget_bytes = budget_bytes
+    with pools.routed():
+        yield pools.pool
+
+
+def release_idle(device: torch.device | str | int | None = None, wait: bool = True) -> int:
+    """Give memory that dead tensors of `memory_pool` blocks left cached back to the page pool; returns the bytes.
+
+    Where there is such memory, torch's own cache is emptied as well: torch has no narrower call that is safe while
+    other threads allocate.
+
+    Args:
+        device: a CUDA device; all by default.
+        wait: also give back what the device still uses, by waiting for it.
+    """
+    with _lock:
+        pools = list(_pools.values())
+    if device is not None:
+        index = _cuda_device(device).index
+        pools = [candidate for candidate in pools if candidate.device_index == index]
+    return sum(candidate.release_idle(wait) for candidate in pools)
+
+
+def torch_pool_stats(device: torch.device | str | int | None = None) -> TorchPoolStats:
+    """What `memory_pool` holds on a CUDA device, the current one by default."""
+    return _pools_on(_cuda_device(device)).stats()
+
+
+def _cuda_device(device: torch.device | str | int | None) -> torch.device:
+    found = torch.device("cuda") if device is None else torch.device(device)
+    if found.type != "cuda":
+        raise ValueError(f"device is '{found}'; memory_pool() serves CUDA devices. Leave it out for tensors elsewhere.")
+    if not torch.cuda.is_available():
+        reason = "sees no GPU" if torch.version.cuda else "is built without CUDA"
+        raise VTensorError(
+            f"memory_pool() needs a CUDA GPU, and torch {torch.__version__} {reason}. Leave the `with` out on this "
+            "machine: VTensors and KV caches work without it, and torch's own allocator serves all other tensors."
+        )
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+
+
+def _pools_on(device: torch.device) -> TorchPools:
+    global _native, _allocator
+    with _lock:
+        if device.index not in _pools:
+            if (backend := torch.cuda.get_allocator_backend()) != "native":
+                raise VTensorError(
+                    f"torch's allocator backend is {backend!r}; memory_pool() builds on the caching one. "
+                    "Take `backend:` out of PYTORCH_ALLOC_CONF."
+                )
+            if _native is None or _allocator is None:
+                _native = NativeAllocator(str(native.library_path()))
+                _allocator = torch.cuda.CUDAPluggableAllocator(_native.path, "vtp_torch_alloc", "vtp_torch_free")
+            pool = default_pool(device)
+            others = [index for index in range(torch.cuda.device_count()) if index != device.index]
+            peers = [index for index in others if torch.cuda.can_device_access_peer(index, device.index)]
+            _native.attach(device, pool.ledger, pool.driver.page_sizes, peers)
+            _pools[device.index] = TorchPools(pool, _native, _allocator)
+        return _pools[device.index]
+
+
+def _segments(pool_id: PoolId) -> list[dict[str, int]]:
+    segments: list[dict[str, int]] = torch.cuda.memory_snapshot(pool_id, include_traces=False)
+    return segments
+
+
+def _has_unused_segment(pool_id: PoolId) -> bool:
+    return any(segment["allocated_size"] == 0 for segment in _segments(pool_id))

@@ -1,0 +1,401 @@
+"""VTensor: a tensor that reserves its full length of addresses once and takes physical pages as it grows."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
+
+import torch
+
+from torch_vtensor.allocator._torch_compat import num_storage_users
+from torch_vtensor.allocator.address_range import AddressRange
+from torch_vtensor.allocator.growth import GrowthScheduler, RangeHold
+from torch_vtensor.allocator.pools import default_scheduler
+from torch_vtensor.errors import CapacityError, ClosedError, OutOfPagesError
+
+__all__ = ["VTensor"]
+
+
+class VTensor:
+    """A growable tensor [*outer, length, *row] whose address never moves and whose growth copies nothing.
+
+    ``length`` rows are written, ``committed`` rows have memory, ``capacity`` rows have addresses:
+
+        [0, length) [length, committed) [committed, capacity)
+          readable      no driver call         addresses only
+
+    Each of the ``outer`` indices (slots, heads) is a strip of its own that grows from its own start.
+
+    Args:
+        row_shape: the shape of one row, for example (num_heads, head_dim).
+        capacity: rows to reserve. Addresses are free: reserve what could ever be needed.
+        dtype, device: as in torch; the CPU and CUDA devices have drivers.
+        outer_shape: leading dimensions, for example (batch,).
+        first_rows: rows that the caller is about to write; a hint for which parked range to adopt.
+        scheduler: where memory comes from; default: the device's own.
+        adopt: whether the tensor may start in an ended tensor's range.
+
+    Effects: reserves addresses and takes no memory; may adopt the still mapped range of an ended tensor.
+    Raises:  ValueError for a shape that holds nothing.
+    Source:  vTensor (arXiv 2407.15309) section 4.1. There one tensor per request; here also one strip per slot or head.
+    """
+
+    def __init__(
+        self,
+        row_shape: Sequence[int],
+        *,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        outer_shape: Sequence[int] = (),
+        first_rows: int = 0,
+        scheduler: GrowthScheduler | None = None,
+        adopt: bool = True,
+    ) -> None:
+        self.row_shape, self.outer_shape = tuple(row_shape), tuple(outer_shape)
+        if capacity < 1 or min((*self.row_shape, *self.outer_shape), default=1) < 1:
+            raise ValueError(
+                f"outer_shape {self.outer_shape}, capacity {capacity} and row_shape {self.row_shape} must all be at "
+                "least 1"
+            )
+        self.dtype = dtype
+        self.row_bytes = math.prod(self.row_shape) * dtype.itemsize
+        self.scheduler = scheduler or default_scheduler(torch.device(device))
+        self.device = self.scheduler.pool.device
+        self.length = 0
+        self._seen_rows = 0  # a live view made earlier may show rows below this
+        self._shared_bytes = 0  # offsets below this may be mapped by another tensor
+        self._base: torch.Tensor | None = None
+        self._base_rows = 0
+        self._hold: RangeHold | None = self.scheduler.reserve(
+            math.prod(self.outer_shape), capacity * self.row_bytes, first_rows * self.row_bytes if adopt else None
+        )
+        self.capacity = capacity
+
+    # What it is
+
+    @property
+    def committed(self) -> int:
+        """Rows that have physical memory."""
+        return min(self._range.committed_bytes // self.row_bytes, self.capacity)
+
+    @property
+    def first_row(self) -> int:
+        """The first row that still has memory: 0 until ``drop_head`` gave earlier ones back."""
+        return -(-self._range.head_bytes // self.row_bytes)
+
+    @property
+    def writable_from(self) -> int:
+        """The first row that no other tensor maps, as far as it lies in shared pages."""
+        if self._shared_bytes:  # those it was shared with may have ended since
+            self._shared_bytes = min(self._shared_bytes, self._range.exclusive_from())
+        return -(-self._shared_bytes // self.row_bytes)
+
+    @property
+    def head_bytes(self) -> int:
+        """Where ``storage()`` starts in the first strip: the bytes that ``drop_head`` gave back."""
+        return self._range.head_bytes
+
+    @property
+    def committed_bytes(self) -> int:
+        """Physical bytes behind this tensor, shared pages included."""
+        return (self._range.committed_bytes - self._range.head_bytes) * self._range.num_strips
+
+    @property
+    def shared_bytes(self) -> int:
+        """Those of the committed bytes that another tensor maps as well."""
+        return sum(page.nbytes for page in self._range.pages if page.num_refs > 1)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of addresses behind this tensor."""
+        return self._range.reserved_bytes
+
+    @property
+    def data_ptr(self) -> int:
+        """The address of row 0 of the first strip; the same for life."""
+        return self._range.base_ptr
+
+    def tensor(self) -> torch.Tensor:
+        """The written rows [*outer, length - first_row, *row] as an ordinary strided torch tensor.
+
+        It stays valid, and its memory stays mapped, however long it lives; later rows never change it.
+        """
+        self.retain_in_capture()
+        self._seen_rows = max(self._seen_rows, self.length)
+        return self._rows(self.first_row, self.length)
+
+    def storage(self) -> torch.Tensor:
+        """A uint8 tensor [bytes] over everything from ``first_row`` to the last strip's committed end.
+
+        Each call makes a torch storage of its own, so a caller can tell its own views from others'.
+        Strips' uncommitted tails lie in between where there are several: index it by strides, never read it whole.
+        """
+        self.retain_in_capture()
+        hold = self._open()
+        head, end = hold.range.head_bytes, hold.range.committed_bytes
+        nbytes = (hold.range.num_strips - 1) * hold.range.strip_bytes + end - head if end > head else 0
+        with torch.inference_mode(False):  # what inference mode makes cannot be written outside of it
+            return hold.range.pool.driver.tensor(hold.range.base_ptr + head, nbytes, hold)
+
+    def retain_in_capture(self) -> None:
+        """Say that the current stream will use the memory: it is not unmapped before that stream's work is done.
+
+        If the stream is being captured into a graph, the memory lives as long as that graph.
+        """
+        hold = self._open()
+        hold.range.pool.driver.retain_in_capture(hold)
+
+    def num_storages(self) -> int:
+        """How many torch storages over this tensor's present range are alive, each with one or more views."""
+        self._open()
+        with self.scheduler.pool.lock:  # the scheduler's thread holds a reference only under this lock
+            # One reference is ours, one is the argument's; every storage's owner is one more.
+            return sys.getrefcount(self._hold) - 2
+
+    def strides(self) -> tuple[int, ...]:
+        """Strides, in elements, of [*outer, row, *row_shape]; from the capacity, so they never change."""
+        row = _contiguous_strides(self.row_shape)
+        row_elements = math.prod(self.row_shape)
+        strip_elements = self._range.strip_bytes // self.dtype.itemsize
+        outer = tuple(stride * strip_elements for stride in _contiguous_strides(self.outer_shape))
+        return (*outer, row_elements, *row)
+
+    # Growing and shrinking
+
+    def append(self, rows: torch.Tensor) -> torch.Tensor:
+        """Write ``rows`` behind the last row and return the whole tensor.
+
+        Shapes:  rows [*outer, T, *row] in this tensor's dtype and device.
+        Effects: length += T. Copies only ``rows``; calls the driver only if fewer than T committed rows are left.
+            After ``truncate``, rows that another tensor or a live view can see are not overwritten: the kept rows
+            move to fresh pages first (whole pages are shared, the last part is copied).
+        Raises:  ValueError for a shape, dtype or device that does not fit; CapacityError past the reservation;
+            OutOfPagesError; in each case with the tensor unchanged.
+        """
+        axis = len(self.outer_shape)
+        expected = (*self.outer_shape, rows.shape[axis] if rows.dim() > axis else 0, *self.row_shape)
+        if tuple(rows.shape) != expected or rows.dtype != self.dtype or rows.device != self.device:
+            raise ValueError(
+                f"append got {tuple(rows.shape)} {rows.dtype} on {rows.device}; this tensor takes "
+                f"[*{self.outer_shape}, T, *{self.row_shape}] {self.dtype} on {self.device}: convert the rows first"
+            )
+        start, stop = self.length, self.length + expected[axis]
+        self.prepare_write(start, stop)
+        self._rows(start, stop).copy_(rows)
+        self.length = stop
+        return self.tensor()
+
+    def commit(self, num_rows: int) -> None:
+        """Make sure that rows [first_row, num_rows) have memory; does not change the length.
+
+        Raises: CapacityError or OutOfPagesError, with the tensor unchanged.
+        """
+        if num_rows > self.capacity:
+            raise CapacityError(num_rows, self.capacity)
+        if num_rows > self.committed:
+            range_ = self._range
+            nbytes = num_rows * self.row_bytes
+            own_bytes = range_.committed_bytes - max(range_.head_bytes, self._shared_bytes)
+            extra_bytes = int(own_bytes * range_.pool.driver.growth_fraction)
+            if extra_bytes:
+                with suppress(OutOfPagesError):  # what is asked for may fit where memory ahead of need does not
+                    range_.commit(nbytes + extra_bytes)
+            range_.commit(nbytes)
+
+    def commit_ahead(self, num_rows: int) -> None:
+        """As ``commit``, but on the scheduler's thread, and without an error if there is no memory."""
+        self.scheduler.commit_soon(self._open(), min(num_rows, self.capacity) * self.row_bytes)
+
+    def prepare_write(self, start: int, stop: int) -> None:
+        """Make rows [start, stop) writable without disturbing what others see, committing what is missing.
+
+        Raises: CapacityError or OutOfPagesError, with the tensor unchanged; ForkedProcessError in a process made by
+            fork() since, where writing would change the parent's rows.
+        """
+        self.scheduler.pool.check_process()
+        if stop > self.capacity:
+            raise CapacityError(stop, self.capacity)
+        overwrites = start * self.row_bytes < self._shared_bytes and start < self.writable_from
+        if not overwrites and start < self._seen_rows:
+            overwrites = self._has_live_views()
+            if not overwrites:
+                self._seen_rows = start
+        if overwrites:
+            self._move(self._fork(None, None, start, commit_rows=stop))
+        else:
+            self.commit(stop)
+
+    def truncate(self, length: int) -> None:
+        """Forget the rows from ``length`` on. Their memory stays for the rows to come; ``close`` gives it back.
+
+        Raises: ValueError unless first_row <= length <= self.length.
+        """
+        if not self.first_row <= length <= self.length:
+            raise ValueError(f"truncate to {length} rows: it must lie in [{self.first_row}, {self.length}]")
+        self.length = length
+
+    def drop_head(self, first_row: int) -> None:
+        """Give back the whole pages that hold only rows before ``first_row``, behind the device's pending work.
+
+        Effects: those rows are gone; ``tensor()`` starts at the first row that is still whole. A live view keeps
+            the pages that it could read until it is gone.
+        """
+        hold = self._open()
+        self._hold = self.scheduler.drop_head(hold, min(first_row, self.length) * self.row_bytes)
+        if self._hold is not hold:
+            self._base = None
+            del hold  # the last reference, unless there are views
+            self.scheduler.reap()
+
+    # Sharing
+
+    def fork(
+        self, select: Sequence[int] | None = None, *, capacity: int | None = None, share_rows: int | None = None
+    ) -> VTensor:
+        """A new tensor with the same rows that shares this one's whole pages.
+
+        Args:
+            select: indices into the first outer dimension, repeats allowed: the new tensor's slots. Default: all.
+            capacity: the new tensor's; default: this one's.
+            share_rows: share only pages that end before this row, so that the rows from it on can be overwritten;
+                default: every whole page.
+
+        Effects: whole pages are mapped twice, not copied; of the last, partly written page only the written rows are
+            copied, so both tensors can go on appending. Never waits for the device.
+        Raises:  OutOfPagesError, with this tensor unchanged.
+        Source:  vTensor (arXiv 2407.15309) section 4.3, prefix sharing; the paper shares whole chunks only.
+        """
+        return self._fork(select, capacity, self.length if share_rows is None else min(share_rows, self.length))
+
+    def relocate(self, writable_from: int) -> None:
+        """Move to a fresh range in which the rows from ``writable_from`` on are this tensor's alone.
+
+        Live views keep the old range. The one case in which the address changes.
+        """
+        self._move(self._fork(None, None, min(writable_from, self.length)))
+
+    def close(self) -> None:
+        """Give the memory back as soon as no view uses it. Closing twice is fine."""
+        if self._hold is not None:
+            self._hold = self._base = None
+            self.scheduler.reap()
+
+    def __enter__(self) -> VTensor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._hold is None:
+            return "VTensor(closed)"
+        shape = [*self.outer_shape, self.length, *self.row_shape]
+        return (
+            f"VTensor({shape}, {self.dtype}, {self.device}, committed={self.committed} of capacity={self.capacity} "
+            f"rows, {self.committed_bytes / 2**20:.2f} MiB)"
+        )
+
+    # Inside
+
+    @property
+    def _range(self) -> AddressRange:
+        return self._open().range
+
+    def _open(self) -> RangeHold:
+        if self._hold is None:
+            raise ClosedError("this VTensor is closed: make a new one (its still living views stay readable)")
+        return self._hold
+
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of every strip, which have memory, as a view of the cached storage."""
+        if self._base is None or stop > self._base_rows:
+            base_rows = self.committed  # asked first: the scheduler's thread may commit more meanwhile
+            self._base, self._base_rows = self.storage().view(self.dtype), base_rows
+        head_elements = self._range.head_bytes // self.dtype.itemsize
+        offset = start * math.prod(self.row_shape) - head_elements
+        return self._base.as_strided((*self.outer_shape, stop - start, *self.row_shape), self.strides(), offset)
+
+    def _has_live_views(self) -> bool:
+        num_own_storages = int(self._base is not None)
+        if self.num_storages() > num_own_storages:
+            return True
+        return self._base is not None and num_storage_users(self._base) > 1
+
+    def _move(self, moved: VTensor) -> None:
+        """Go on in the range of ``moved``, which holds the same rows."""
+        self._hold, self._base = moved._hold, None
+        self._shared_bytes, self._seen_rows = moved._shared_bytes, 0
+
+    def _fork(
+        self, select: Sequence[int] | None, capacity: int | None, share_rows: int, commit_rows: int = 0
+    ) -> VTensor:
+        """A new tensor that maps the whole pages below ``share_rows`` and copies the rows behind them."""
+        source, slots = self._range, self._slots(select)
+        capacity = self.capacity if capacity is None else capacity
+        if capacity < self.length:
+            raise CapacityError(self.length, capacity)
+        strips_per_slot = math.prod(self.outer_shape[1:])
+        strips = [slot * strips_per_slot + i for slot in slots for i in range(strips_per_slot)]
+        forked = VTensor(
+            self.row_shape,
+            capacity=capacity,
+            dtype=self.dtype,
+            outer_shape=(len(slots), *self.outer_shape[1:]) if self.outer_shape else (),
+            scheduler=self.scheduler,
+            adopt=False,
+        )
+        try:
+            with self.scheduler.pool.lock:
+                shared_bytes = forked._range.commit_shared(source, strips, share_rows * self.row_bytes)
+                self._shared_bytes = max(self._shared_bytes, shared_bytes)
+            forked._shared_bytes = shared_bytes
+            forked._range.commit(max(self.length, commit_rows) * self.row_bytes)
+            forked.length = self.length
+            source_ESB, target_ESB = self._bytes(shared_bytes), forked._bytes(shared_bytes)
+            for target, slot in enumerate(slots):
+                target_ESB[target].copy_(source_ESB[slot])
+        except BaseException:
+            forked.close()  # now, and not when the traceback that holds it is gone
+            raise
+        return forked
+
+    def _slots(self, select: Sequence[int] | None) -> list[int]:
+        """The indices into the first outer dimension that ``select`` stands for; [0] without such a dimension."""
+        if select is None:
+            return list(range(math.prod(self.outer_shape[:1])))
+        if not self.outer_shape:
+            raise ValueError(
+                f"select is {list(select)}: this tensor has no outer dimension to select from, leave it out"
+            )
+        if not select or not all(0 <= slot < self.outer_shape[0] for slot in select):
+            raise ValueError(
+                f"select is {list(select)}: it takes at least one index, each in [0, {self.outer_shape[0]})"
+            )
+        return list(select)
+
+    def _bytes(self, start: int) -> torch.Tensor:
+        """The written bytes from offset ``start`` on: [slot, strips a slot, bytes]."""
+        range_ = self._range
+        num_slots = self.outer_shape[0] if self.outer_shape else 1
+        per_slot = range_.num_strips // num_slots
+        nbytes = max(self.length * self.row_bytes - start, 0)
+        unit = torch.int64 if nbytes % 8 == 0 else torch.uint8
+        shape = (num_slots, per_slot, nbytes // unit.itemsize)
+        strides = (per_slot * range_.strip_bytes // unit.itemsize, range_.strip_bytes // unit.itemsize, 1)
+        base = self.storage().view(unit)
+        return base.as_strided(shape, strides, (start - range_.head_bytes) // unit.itemsize if nbytes else 0)
+
+
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
