@@ -1,0 +1,169 @@
+"""What one appended token, a fork and a returned byte cost: VTensor against torch.cat.
+
+    python benchmarks/bench_append.py [--device cuda] [--quick]
+
+Checks that contents are equal before it times anything, and writes benchmarks/results/append_<device>_<date>.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import report
+import torch
+from transformers import DynamicCache
+
+import torch_vtensor
+from torch_vtensor.allocator.pools import default_scheduler
+
+GIB = 2**30
+
+
+def main() -> None:
+    """Run all parts and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="few repeats, to see that it runs")
+    parser.add_argument("--out", type=Path, help="folder of the result file")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    repeats = 5 if arguments.quick else 30
+    with torch.inference_mode():
+        parts = [append(device, repeats), growth(device), fork(device, quick=arguments.quick), give_back(device)]
+    path = report.write("append", device, "\n\n".join(parts), arguments.out)
+    print(path.read_text())
+
+
+def append(device: torch.device, repeats: int) -> str:
+    """One token for every layer of a model, at several lengths."""
+    layers, heads, dim = (32, 8, 128) if device.type == "cuda" else (8, 8, 64)
+    dtype = torch.bfloat16
+    rows = []
+    for length in (1024, 4096, 8192, 16384):
+        prompt = torch.randn(1, heads, length, dim, device=device, dtype=dtype)
+        token = torch.randn(1, heads, 1, dim, device=device, dtype=dtype)
+        times, views = [], []
+        for cache in (DynamicCache(), torch_vtensor.VTensorCache()):
+            cache.layer_class_to_replicate = None
+            cache.layers = [_layer(cache) for _ in range(layers)]
+            for layer in range(layers):
+                cache.update(prompt, prompt, layer)
+
+            times.append(report.measure(partial(step, cache, token), device, repeats))
+            views.append(cache.layers[layers - 1].keys.clone())
+            del cache
+        assert torch.equal(*views), "VTensorCache and DynamicCache hold different keys"
+        cat, ours = times
+        rows.append((length, f"{cat:ms}", f"{ours:ms}", f"{cat.median / ours.median:.1f}x"))
+    title = f"## Append one token: {layers} layers, batch 1, {heads} heads of {dim}, bfloat16; ms a step (10th-90th)"
+    return f"{title}\n\n" + report.table(("context", "DynamicCache (torch.cat)", "torch_vtensor", "ratio"), rows)
+
+
+def step(cache: DynamicCache, token: torch.Tensor) -> None:
+    """Append one token to every layer."""
+    for layer in range(len(cache.layers)):
+        cache.update(token, token, layer)
+
+
+def _layer(cache: DynamicCache) -> object:
+    from transformers.cache_utils import DynamicLayer
+
+    from torch_vtensor.generation.cache import VTensorLayer
+
+    return VTensorLayer() if isinstance(cache, torch_vtensor.VTensorCache) else DynamicLayer()
+
+
+def growth(device: torch.device) -> str:
+    """Driver calls on the appending thread and behind it, over 2,048 appended tokens."""
+    import threading
+
+    scheduler = default_scheduler(device)
+    counts = scheduler.pool.driver.num_calls_by_thread
+    main = threading.get_ident()
+    with torch_vtensor.VTensor((8192,), capacity=16384, dtype=torch.bfloat16, device=device) as vtensor:
+        vtensor.append(torch.zeros(1024, 8192, device=device, dtype=torch.bfloat16))
+        row = torch.zeros(1, 8192, device=device, dtype=torch.bfloat16)
+        scheduler.settle()
+        steps_with_calls, all_before = 0, sum(counts.values())
+        num_steps = 2048
+        for _ in range(num_steps):
+            before = counts[main]
+            if vtensor.committed - vtensor.length == 2:
+                vtensor.commit_ahead(vtensor.committed + 1)
+                scheduler.settle()  # a model step takes milliseconds: time enough for the scheduler's thread
+            vtensor.append(row)
+            steps_with_calls += counts[main] != before
+        total = sum(counts.values()) - all_before
+    return (
+        "## Driver calls while one sequence grows by 2,048 tokens of 16 KiB\n\n"
+        f"{total} calls, in {steps_with_calls} of {num_steps} steps on the appending thread, the others ahead of need."
+    )
+
+
+def fork(device: torch.device, quick: bool) -> str:
+    """Fork a long prefix once, and 64 times with a tail each."""
+    scheduler = default_scheduler(device)
+    gib = 4 if device.type == "cuda" and not quick else 0.25
+    rows_total = int(gib * GIB) // (128 * 1024)
+    prefix = torch_vtensor.VTensor((65536,), capacity=2 * rows_total, dtype=torch.bfloat16, device=device)
+    for _ in range(8):
+        prefix.append(torch.randn(rows_total // 8, 65536, device=device).to(torch.bfloat16))
+    prefix_bytes = prefix.length * prefix.row_bytes
+    one = report.measure(lambda: prefix.fork().close(), device, 10)
+    clone = report.measure(lambda: prefix.tensor().clone(), device, 5)
+    tail = torch.randn(40, 65536, device=device).to(torch.bfloat16)
+    torch_vtensor.trim()
+    forks = [prefix.fork() for _ in range(64)]
+    for branch in forks:
+        branch.append(tail)
+    assert torch.equal(forks[-1].tensor()[-40:], tail)
+    assert torch.equal(forks[0].tensor()[: prefix.length : 997], prefix.tensor()[::997])
+    live_bytes = scheduler.stats().live_bytes
+    tails_bytes = 64 * 40 * prefix.row_bytes
+    ratio = live_bytes / (prefix_bytes + tails_bytes)
+    for branch in forks:
+        branch.close()
+    prefix.close()
+    return (
+        f"## Fork a prefix of {prefix_bytes / GIB:.2f} GiB\n\n"
+        + report.table(
+            ("what", "ms (10th-90th)"), [("fork and close", f"{one:ms}"), ("clone (copies it)", f"{clone:ms}")]
+        )
+        + f"\n\n64 forks with a tail of 40 tokens each: {live_bytes / GIB:.3f} GiB live, "
+        f"{ratio:.3f} x (prefix + tails); 64 copies would be {64 * (prefix_bytes + tails_bytes / 64) / GIB:.1f} GiB."
+    )
+
+
+def give_back(device: torch.device) -> str:
+    """Memory that trim() returns to the system, as the system counts it."""
+    scheduler = default_scheduler(device)
+    torch_vtensor.trim()
+    gib = 10 if device.type == "cuda" else 0.5
+    before = _free_bytes(device)
+    vtensor = torch_vtensor.VTensor((65536,), capacity=2**20, dtype=torch.bfloat16, device=device)
+    vtensor.commit(int(gib * GIB) // vtensor.row_bytes)
+    taken = before - _free_bytes(device)
+    vtensor.close()
+    time_taken = report.measure(torch_vtensor.trim, device, 1, warmup=0)
+    returned = taken - (before - _free_bytes(device))
+    calls = [
+        (name, call.count, f"{call.p50_us:.1f}", f"{call.p99_us:.1f}")
+        for name, call in scheduler.stats().driver_calls.items()
+    ]
+    return (
+        f"## Give memory back\n\ntrim() returned {returned / GIB:.2f} of {taken / GIB:.2f} GiB "
+        f"({returned / taken:.1%}) in {time_taken.median * 1e3:.1f} ms.\n\n## Driver calls of this whole run\n\n"
+        + report.table(("call", "count", "p50 us", "p99 us"), calls)
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return -default_scheduler(device).pool.driver.inner.physical_bytes()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""KVStore: where the keys and values of one or more layers lie in virtual memory.
+
+Two layouts, chosen per device (measured: benchmarks/results):
+
+    CPU   [slot, head | token, dim]                    one layer a store, keys and values apart
+    CUDA  [slot | token, layer, keys and values, head, dim]   all layers of a kind in one store
+
+``|`` ends the strip: what is left of it has an address range part of its own, what is right of it one row a token.
+CPU kernels read rows of one head fastest. CUDA's pages are 2 MiB: with all layers of a token side by side, a
+sequence of a Llama-3-8B wastes less than 16 tokens, where a strip per layer and head would waste 1,024.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from torch_vtensor.allocator.pools import default_scheduler
+from torch_vtensor.allocator.vtensor import VTensor
+
+__all__ = ["KVShape", "KVStore", "is_token_major", "paging_tokens"]
+
+_CUDA_CAPACITY_TOKENS = 128 * 1024
+_CPU_CAPACITY_TOKENS = 1024
+
+
+class KVShape(NamedTuple):
+    """What one layer keeps: keys [B, H, T, key_dim] and values [B, H, T, value_dim]."""
+
+    batch: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, key: torch.Tensor, value: torch.Tensor) -> KVShape:
+        """The shape that a store for these new keys and values has."""
+        batch, heads, _, key_dim = key.shape
+        return cls(batch, heads, key_dim, value.shape[3], key.dtype, key.device)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of one sequence in one layer."""
+        return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class _Place(NamedTuple):
+    """Where one layer's keys or values lie: which VTensor, and their [B, H, T, D] strides and offset in elements."""
+
+    vtensor: int
+    sizes: tuple[int, int, int]  # B, H, D
+    strides: tuple[int, int, int, int]
+    offset: int
+
+
+TOKEN_MAJOR_DEVICES = {"cuda"}
+"""Device types whose stores keep all layers of a token side by side."""
+
+
+def is_token_major(device: torch.device) -> bool:
+    """Whether stores on this device keep all layers of a token side by side."""
+    return device.type in TOKEN_MAJOR_DEVICES
+
+
+def paging_tokens(shape: KVShape, num_layers: int) -> int:
+    """The number of tokens from which pages waste less than they hold; below it ordinary memory serves better."""
+    page_bytes = default_scheduler(shape.device).pool.page_bytes
+    if is_token_major(shape.device):
+        return -(-page_bytes // (shape.token_bytes * num_layers))
+    return -(-page_bytes // (max(shape.key_dim, shape.value_dim) * shape.dtype.itemsize))
+
+
+class KVStore:
+    """Keys and values of ``num_layers`` layers of one shape, for ``shape.batch`` slots, over VTensors.
+
+    Args:
+        shape: of every layer in it.
+        num_layers: layers that share the store's pages; 1 where the device keeps layers apart.
+        tokens: how many tokens are about to be written.
+
+    Units:   tokens; every position is a token's absolute one.
+    Effects: reserves addresses; takes memory with ``commit``.
+    """
+
+    def __init__(self, shape: KVShape, num_layers: int, tokens: int) -> None:
+        self.shape = shape
+        self.num_layers = num_layers
+        self.intervals: list[tuple[int, int] | None] = [None] * num_layers
+        self.viewers: weakref.WeakSet[object] = weakref.WeakSet()
+        self._num_writes = [0] * num_layers
+        self._derived: dict[Hashable, tuple[weakref.ref[KVStore], list[int]]] = {}
+        self._next_head_bytes = default_scheduler(shape.device).pool.page_bytes
+        capacity = _capacity(tokens, shape.device)
+        if is_token_major(shape.device):
+            row_elements = shape.heads * (shape.key_dim + shape.value_dim) * num_layers
+            rows: list[tuple[tuple[int, ...], int]] = [((shape.batch,), row_elements)]
+        else:
+            rows = [((shape.batch, shape.heads), dim) for dim in (shape.key_dim, shape.value_dim)]
+        self.vtensors = [
+            VTensor(
+                (row_elements,),
+                outer_shape=outer,
+                capacity=capacity,
+                dtype=shape.dtype,
+                device=shape.device,
+                first_rows=tokens,
+            )
+            for outer, row_elements in rows
+        ]
+
+    @property
+    def committed(self) -> int:
+        """Tokens that have memory."""
+        return min(vtensor.committed for vtensor in self.vtensors)
+
+    @property
+    def committed_bytes(self) -> int:
+        """Physical bytes behind this store, shared pages included."""
+        return sum(vtensor.committed_bytes for vtensor in self.vtensors)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that have addresses."""
+        return min(vtensor.capacity for vtensor in self.vtensors)
+
+    def commit(self, tokens: int) -> None:
+        """Give tokens [first, ``tokens``) memory.
+
+        Raises: OutOfPagesError or DriverError; what was committed before stays usable.
+        """
+        for vtensor in self.vtensors:
+            vtensor.commit(tokens)
+
+    def commit_ahead(self) -> None:
+        """Have one more page a strip mapped in the background."""
+        for vtensor in self.vtensors:
+            vtensor.commit_ahead(vtensor.committed + 1)
+
+    def views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, H, committed, D] of one layer, over torch storages of their own.
+
+        Position 0 of the views is token ``first(layer)``'s: the first that still has memory.
+        """
+        first, committed = self.first, self.committed  # before the storages: the scheduler may commit more meanwhile
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside it
+            storages = [vtensor.storage().view(self.shape.dtype) for vtensor in self.vtensors]
+        views = []
+        for place in self._places(layer):
+            storage = storages[place.vtensor]
+            head_elements = self.vtensors[place.vtensor].head_bytes // self.shape.dtype.itemsize
+            offset = place.offset + first * place.strides[2] - head_elements
+            batch, heads, dim = place.sizes
+            views.append(storage.as_strided((batch, heads, committed - first, dim), place.strides, offset))
+        return views[0], views[1]
+
+    @property
+    def first(self) -> int:
+        """The first token that still has memory."""
+        return max(vtensor.first_row for vtensor in self.vtensors)
+
+    def has_older_views(self) -> bool:
+        """Whether storages are alive that are not the newest of one of ``viewers``: somebody kept an older view."""
+        if self.first > 0:  # views from before the head was dropped are counted elsewhere
+            return True
+        return max(vtensor.num_storages() for vtensor in self.vtensors) > len(self.viewers)
+
+    def wrote(self, layer: int, first: int, stop: int) -> None:
+        """Record that ``layer`` has just written up to token ``stop`` and holds tokens [``first``, ``stop``)."""
+        self.intervals[layer] = (first, stop)
+        self._num_writes[layer] += 1
+
+    def keep_from(self, layer: int, first: int) -> None:
+        """Record that ``layer`` needs no token before ``first``; pages that no layer needs any more go back."""
+        interval = self.intervals[layer]
+        assert interval is not None
+        self.intervals[layer] = (first, interval[1])
+        if first * self.vtensors[0].row_bytes >= self._next_head_bytes and layer == self._last_layer():
+            needed = min(used[0] for used in self.intervals if used)
+            for vtensor in self.vtensors:
+                vtensor.length = interval[1]
+                vtensor.drop_head(needed)
+            self._next_head_bytes = self.vtensors[0].head_bytes + self.vtensors[0].scheduler.pool.page_bytes
+
+    def derive(self, layer: int, request: Hashable, make: Callable[[], KVStore]) -> KVStore:
+        """The store that ``make`` makes from this one, made once for all layers that come with the same request.
+
+        Layers arrive one by one; one that has written here since the store was derived gets a newer one.
+        """
+        reference, num_writes = self._derived.get(request, (None, []))
+        derived = reference() if reference else None
+        if derived is None or num_writes[layer] != self._num_writes[layer]:
+            derived = make()
+            self._derived[request] = (weakref.ref(derived), list(self._num_writes))
+        return derived
+
+    def fork(self, select: Sequence[int] | None = None, *, share: int | None = None, capacity: int = 0) -> KVStore:
+        """A store with the same tokens that shares whole pages; slot i is this store's slot ``select[i]``.
+
+        Args:
+            select: source slots, repeats allowed; default: all of them.
+            share: pages of tokens before this one are shared, later ones copied; default: as many as every layer has
+                written, so that both stores can go on appending.
+            capacity: tokens of addresses to reserve; default: this store's.
+
+        Raises: OutOfPagesError, with this store unchanged.
+        """
+        stops = [interval[1] for interval in self.intervals if interval]
+        forked = KVStore.__new__(KVStore)
+        forked.shape = self.shape if select is None else self.shape._replace(batch=len(select))
+        forked.num_layers = self.num_layers
+        forked.intervals, forked._num_writes = list(self.intervals), [0] * self.num_layers
+        forked.viewers, forked._derived = weakref.WeakSet(), {}
+        forked._next_head_bytes = self._next_head_bytes
+        forked.vtensors = []
+        for vtensor in self.vtensors:
+            vtensor.length = max(stops)
+            share_rows = min(stops) if share is None else share
+            forked.vtensors.append(vtensor.fork(select, share_rows=share_rows, capacity=max(capacity, self.capacity)))
+        return forked
+
+    @property
+    def writable_from(self) -> int:
+        """The first token whose memory is surely no other store's."""
+        return max(vtensor.writable_from for vtensor in self.vtensors)
+
+    def retain_in_capture(self) -> None:
+        """Keep this store's memory alive for a graph that the current stream is being captured into."""
+        for vtensor in self.vtensors:
+            vtensor.retain_in_capture()
+
+    def close(self) -> None:
+        """Give the memory back once no view uses it."""
+        for vtensor in self.vtensors:
+            vtensor.close()
+
+    def _last_layer(self) -> int:
+        return max(layer for layer, interval in enumerate(self.intervals) if interval)
+
+    def _places(self, layer: int) -> tuple[_Place, _Place]:
+        shape = self.shape
+        places = []
+        offset = layer * shape.heads * (shape.key_dim + shape.value_dim)
+        for index, dim in enumerate((shape.key_dim, shape.value_dim)):
+            sizes = (shape.batch, shape.heads, dim)
+            if is_token_major(shape.device):
+                slot, token, _ = self.vtensors[0].strides()
+                places.append(_Place(0, sizes, (slot, dim, token, 1), offset))
+                offset += shape.heads * dim
+            else:
+                slot, head, token, _ = self.vtensors[index].strides()
+                places.append(_Place(index, sizes, (slot, head, token, 1), 0))
+        return places[0], places[1]
+
+
+def _capacity(tokens: int, device: torch.device) -> int:
+    """Tokens to reserve: on CUDA so many that addresses never change; on the CPU, where one storage spans the strips
+    of every head and may be read whole, at most a few times what is used. A store that outgrows it is mapped anew."""
+    if device.type == "cuda":
+        return max(_CUDA_CAPACITY_TOKENS, 1 << math.ceil(math.log2(2 * tokens)))
+    return max(_CPU_CAPACITY_TOKENS, 1 << math.ceil(math.log2(2 * tokens)))

@@ -1,0 +1,398 @@
+"""The methods of a transformers cache layer, over virtual memory: what enable() installs and VTensorCache's layers use.
+
+Each takes the layer and the stock method it stands for. The stock method runs, counted with the reason, wherever
+zero-copy would be wrong or is impossible, so a layer is always in a state that transformers itself could have made.
+
+The adopt rule. Before each append the layer's ``keys`` and ``values`` are compared with the views published last:
+the same objects: append behind them; a part of our own views (``crop``): append behind that part; anything else
+(assigned by the user, offloaded, reordered by stock code): import it by copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from torch_vtensor.errors import DriverError, ForkedProcessError
+from torch_vtensor.generation._torch_compat import is_traced
+from torch_vtensor.generation._transformers_compat import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    initialize,
+    recording_shows_window_only,
+)
+from torch_vtensor.generation.kv_store import KVShape, is_token_major
+from torch_vtensor.generation.layer_column import LayerColumn, LayerGroup
+
+__all__ = [
+    "LayerState",
+    "batch_repeat_interleave",
+    "batch_select_indices",
+    "cache_update",
+    "counters",
+    "deepcopy",
+    "getstate",
+    "leave_all",
+    "reorder_cache",
+    "reset",
+    "state_of",
+    "update",
+]
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+_FORK = "torch_vtensor.fork"
+
+
+class _Step(NamedTuple):
+    """All that decides whether new keys and values fit a layer that took others before."""
+
+    key: torch.Size
+    value: torch.Size
+    dtype: torch.dtype
+
+
+class LayerState:
+    """What we keep beside a layer: its column, and the tokens [first, stop) that its published views show."""
+
+    __slots__ = ("column", "first", "keys", "step", "stop", "values")
+
+    def __init__(self, column: LayerColumn) -> None:
+        self.column = column
+        self.first = 0
+        self.stop = 0
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.step: _Step | None = None  # what the last append looked like; one that looks the same needs no checks
+
+    def publish(self, layer: DynamicLayer, first: int, stop: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Make ``keys`` and ``values``, which show tokens [first, stop), the layer's own."""
+        self.first, self.stop, self.keys, self.values = first, stop, keys, values
+        layer.keys, layer.values = keys, values
+
+
+# Beside the layers and not in their __dict__: exporters flatten that.
+_states: weakref.WeakKeyDictionary[DynamicLayer, LayerState] = weakref.WeakKeyDictionary()
+_members: weakref.WeakKeyDictionary[DynamicLayer, tuple[LayerGroup, int]] = weakref.WeakKeyDictionary()
+_calling = threading.local()
+counters: Counter[str] = Counter()
+"""How often layers appended in place ("zero-copy"), by copy ("import"), and by the stock method, by reason."""
+
+
+def state_of(layer: DynamicLayer) -> LayerState | None:
+    """The state of a layer whose present keys and values are our views; None if it is stock."""
+    state = _states.get(layer)
+    return state if state is not None and state.keys is layer.keys and state.values is layer.values else None
+
+
+def cache_update(
+    stock: Callable[..., KeysValues],
+    cache: Cache,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer_idx: int,
+    *args: Any,
+    **kw: Any,
+) -> KeysValues:
+    """``Cache.update``: one more step of a full-attention layer at once, everything else by the stock method.
+
+    The stock method calls ``update`` below, which learns here which layers the one that appends grows together with.
+    """
+    if torch.compiler.is_compiling():
+        return stock(cache, key, value, layer_idx, *args, **kw)
+    if layer_idx < len(cache.layers):
+        layer = cache.layers[layer_idx]
+        state = _states.get(layer)
+        if state is not None and _is_next_step(layer, state, key, value):
+            try:
+                return _append(layer, state, key, value)
+            except (DriverError, ForkedProcessError):
+                pass  # the stock method says why
+    _calling.cache = cache
+    try:
+        return stock(cache, key, value, layer_idx, *args, **kw)
+    finally:
+        _calling.cache = None
+
+
+def update(
+    stock: Callable[..., KeysValues], layer: DynamicLayer, key: torch.Tensor, value: torch.Tensor, *args: Any, **kw: Any
+) -> KeysValues:
+    """``DynamicLayer.update`` and ``DynamicSlidingWindowLayer.update``: append in place, return views of everything.
+
+    Shapes: key, value [B, H, T, D]; returns keys, values [B, H, length + T, D], as the stock method does.
+    Raises: OutOfPagesError, with the layer as it was.
+    """
+    if torch.compiler.is_compiling():
+        return stock(layer, key, value, *args, **kw)
+    reason = _why_stock(key, value)
+    try:
+        state = _adopt(layer, key, value) if reason is None else None
+        if state is not None:
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                return _append_window(layer, state, key, value)
+            views = _append(layer, state, key, value)
+            state.step = _Step(key.shape, value.shape, key.dtype)
+            return views
+    except (DriverError, ForkedProcessError) as error:
+        reason = f"memory driver: {type(error).__name__}"
+    counters[f"stock: {reason or 'keys and values do not fit the tokens before them'}"] += 1
+    _states.pop(layer, None)
+    return stock(layer, key, value, *args, **kw)
+
+
+def reorder_cache(stock: Callable[..., None], layer: DynamicLayer, beam_idx: torch.Tensor) -> None:
+    """``DynamicLayer.reorder_cache``: slot i gets slot ``beam_idx[i]``'s tokens, by sharing their pages."""
+    if not _select(layer, beam_idx):
+        stock(layer, beam_idx)
+
+
+def batch_select_indices(stock: Callable[..., None], layer: DynamicLayer, indices: Any) -> None:
+    """``DynamicLayer.batch_select_indices``: keep only some slots, by sharing their pages."""
+    if not _select(layer, indices):
+        stock(layer, indices)
+
+
+def batch_repeat_interleave(stock: Callable[..., None], layer: DynamicLayer, repeats: Any) -> None:
+    """``DynamicLayer.batch_repeat_interleave``: each slot ``repeats`` times, sharing pages."""
+    state = _current(layer)
+    batch = state.column.shape.batch if state else 0
+    slots = [slot for slot in range(batch) for _ in range(repeats)] if isinstance(repeats, int) else []
+    if not slots or not _select(layer, slots):
+        stock(layer, repeats)
+
+
+def reset(stock: Callable[..., None], layer: DynamicLayer) -> None:
+    """``DynamicLayer.reset``: leaves our memory first, because the stock method may write zeros into its tensors."""
+    if _current(layer) is not None:
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        del _states[layer]
+    stock(layer)
+
+
+def deepcopy(layer: DynamicLayer, memo: dict[Any, Any]) -> DynamicLayer:
+    """``copy.deepcopy`` of a layer: an independent layer that shares pages until one of them writes."""
+    state = _current(layer)
+    # One object a deepcopy, so that the layers of one cache fork their common store once, and twice for two copies.
+    column = state.column.fork(memo.setdefault(_FORK, object())) if state else None
+    new: DynamicLayer = object.__new__(type(layer))
+    memo[id(layer)] = new
+    for name, attribute in layer.__dict__.items():
+        if state is None or name not in ("keys", "values"):
+            new.__dict__[name] = copy.deepcopy(attribute, memo)
+        elif column is None:
+            new.__dict__[name] = attribute.clone()
+    if state is not None and column is not None:
+        _publish(new, column, state.first, state.stop)
+    return new
+
+
+def getstate(layer: DynamicLayer) -> dict[str, Any]:
+    """What pickle, ``torch.save`` and ``copy.copy`` see: the tokens alone, not the address range they lie in."""
+    attributes: dict[str, Any] = layer.__dict__.copy()
+    if _current(layer) is not None:
+        attributes["keys"], attributes["values"] = layer.keys.clone(), layer.values.clone()
+    return attributes
+
+
+def leave_all(leaves: Callable[[DynamicLayer], bool]) -> None:
+    """Copy the tokens of every layer for which ``leaves`` is true to ordinary memory, and forget the layer."""
+    for layer in list(_states):
+        if leaves(layer):
+            if _current(layer) is not None:
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+            _states.pop(layer, None)
+
+
+def _is_next_step(layer: Any, state: LayerState, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether these tokens look like the last ones, of which every check is known to hold."""
+    step = state.step
+    return (
+        step is not None
+        and state.keys is layer.keys
+        and state.values is layer.values
+        and key.shape == step.key
+        and value.shape == step.value
+        and key.dtype is step.dtype
+        and value.dtype is step.dtype
+        and type(key) is torch.Tensor
+        and type(value) is torch.Tensor
+        and not torch.is_grad_enabled()
+        and not is_traced()
+    )
+
+
+def _append(layer: DynamicLayer, state: LayerState, key: torch.Tensor, value: torch.Tensor) -> KeysValues:
+    keys, values = state.column.append(key, value, state.first, state.stop)
+    counters["zero-copy"] += 1
+    state.publish(layer, state.first, state.stop + key.shape[2], keys, values)
+    return keys, values
+
+
+def _append_window(
+    layer: DynamicSlidingWindowLayer, state: LayerState, key: torch.Tensor, value: torch.Tensor
+) -> KeysValues:
+    num_new, window = key.shape[2], layer.sliding_window
+    recording = getattr(layer, "record_past", False)
+    if state.stop == 0 and num_new >= window > 1 and not recording:
+        # A prompt longer than the window: attention sees all of it once, the cache keeps its end.
+        kept = window - 1
+        state.publish(layer, 0, kept, *state.column.append(key[:, :, -kept:], value[:, :, -kept:], 0, 0))
+        keys, values = key, value
+    else:
+        keys, values = state.column.append(key, value, state.first, state.stop)
+        stop = state.stop + num_new
+        if recording:
+            state.publish(layer, state.first, stop, keys, values)
+            if recording_shows_window_only():
+                keys, values = keys[:, :, -(window - 1 + num_new) :], values[:, :, -(window - 1 + num_new) :]
+        else:
+            kept_keys, kept_values = keys[:, :, -window + 1 :], values[:, :, -window + 1 :]
+            state.publish(layer, stop - kept_keys.shape[2], stop, kept_keys, kept_values)
+            state.column.keep(state.first)
+    counters["zero-copy"] += 1
+    layer.cumulative_length += num_new
+    return keys, values
+
+
+def _why_stock(key: torch.Tensor, value: torch.Tensor) -> str | None:
+    """Why these tokens must go through the stock method, or None."""
+    cache = getattr(_calling, "cache", None)
+    if torch.is_grad_enabled():
+        return "gradients are enabled (use torch.no_grad())"
+    if type(key) is not torch.Tensor or type(value) is not torch.Tensor:
+        return "a tensor subclass"
+    if key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3] or 0 in key.shape or 0 in value.shape:
+        return "empty, or not [batch, heads, tokens, dim]"
+    if key.device != value.device or key.dtype != value.dtype:
+        return "keys and values differ in dtype or device"
+    if key.device.type not in ("cpu", "cuda"):
+        return f"no memory driver for {key.device.type}"
+    if is_traced():
+        return "traced or transformed"
+    if cache is not None and getattr(cache, "offloading", False):
+        return "the cache offloads its layers"
+    return None
+
+
+def _adopt(layer: DynamicLayer, key: torch.Tensor, value: torch.Tensor) -> LayerState | None:
+    """The layer's state, brought up to what its keys and values are now; None if the new tokens do not fit them."""
+    if not layer.is_initialized:
+        initialize(layer, key, value)
+    shape = KVShape.of(key, value)
+    state = _current(layer)
+    if state is not None:
+        return state if state.column.shape == shape else None
+    length = layer.keys.shape[2] if layer.keys is not None and layer.keys.numel() else 0
+    state = LayerState(LayerColumn(*_group_of(layer, shape)))
+    if length:
+        keys, values = layer.keys, layer.values
+        if _why_stock(keys, values) is not None or KVShape.of(keys, values) != shape:
+            return None
+        state.publish(layer, 0, length, *state.column.append(keys, values, 0, 0))
+        counters["import"] += 1
+    else:
+        state.keys, state.values = layer.keys, layer.values
+    _states[layer] = state
+    return state
+
+
+def _current(layer: DynamicLayer) -> LayerState | None:
+    """The layer's state if its keys and values are our views, or a part of them (``crop``), which is then adopted."""
+    state = _states.get(layer)
+    if state is None or (state.keys is layer.keys and state.values is layer.values):
+        return state
+    shift = _shift_within(layer.keys, state.keys)
+    if shift is None or shift != _shift_within(layer.values, state.values):
+        del _states[layer]
+        return None
+    first = state.first + shift
+    state.publish(layer, first, first + layer.keys.shape[2], layer.keys, layer.values)
+    return state
+
+
+def _shift_within(part: Any, whole: torch.Tensor | None) -> int | None:
+    """How many tokens into ``whole`` the view ``part`` starts; None if it is not a run of its tokens."""
+    if not isinstance(part, torch.Tensor) or whole is None or part.dim() != 4 or part.dtype != whole.dtype:
+        return None
+    same_rows = part.shape[:2] == whole.shape[:2] and part.shape[3] == whole.shape[3]
+    if not same_rows or part.stride() != whole.stride():
+        return None
+    if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+        return None
+    shift, remainder = divmod(int(part.storage_offset()) - int(whole.storage_offset()), whole.stride(2))
+    if remainder or shift < 0 or shift + part.shape[2] > whole.shape[2]:
+        return None
+    return shift
+
+
+def _group_of(layer: DynamicLayer, shape: KVShape) -> tuple[LayerGroup, int]:
+    """The group that a layer without tokens in it belongs to, and its place there."""
+    group, index = _members.pop(layer, (None, 0))
+    if group is not None and group.shape == shape:
+        return group, index
+    cache = getattr(_calling, "cache", None) if is_token_major(shape.device) else None
+    siblings = [other for other in cache.layers if _kind(other) == _kind(layer)] if cache is not None else [layer]
+    siblings = [other for other in siblings if other is layer or _states.get(other) is None]
+    group = LayerGroup(shape, len(siblings))
+    for place, sibling in enumerate(siblings):
+        if sibling is layer:
+            index = place
+        else:
+            _members[sibling] = (group, place)
+    return group, index
+
+
+def _kind(layer: Any) -> tuple[type, int | None]:
+    return type(layer), getattr(layer, "sliding_window", None)
+
+
+def _select(layer: DynamicLayer, indices: torch.Tensor | Sequence[int]) -> bool:
+    """Give the layer's slots the tokens of others by sharing pages; False if only the stock method can."""
+    state = _current(layer)
+    if state is None or state.column.store is None:
+        return False
+    slots = _slots(indices, state.column.shape.batch)
+    if slots is None:
+        return False
+    if slots != list(range(state.column.shape.batch)):
+        try:
+            column = state.column.select(slots)
+        except DriverError as error:
+            counters[f"stock: memory driver: {type(error).__name__}"] += 1
+            return False
+        assert column is not None
+        counters["shared"] += 1
+        _publish(layer, column, state.first, state.stop)
+    return True
+
+
+def _slots(indices: Any, batch: int) -> list[int] | None:
+    """Indices into the batch as a list; None if they are none. Layers come one by one with the same tensor."""
+    if isinstance(indices, torch.Tensor):
+        known = getattr(_calling, "slots", None)
+        if known is None or known[0] is not indices or known[1] != indices._version:
+            if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
+                return None
+            known = _calling.slots = (indices, indices._version, indices.tolist())
+        indices = known[2]
+    if not isinstance(indices, list) or not indices or not all(-batch <= index < batch for index in indices):
+        return None
+    return [index % batch for index in indices]
+
+
+def _publish(layer: DynamicLayer, column: LayerColumn, first: int, stop: int) -> None:
+    state = LayerState(column)
+    state.publish(layer, first, stop, *column.views(first, stop))
+    _states[layer] = state
+
+
+# In a child made by fork() the memory is the parent's: its layers' tokens are imported by copy at their next append.
+os.register_at_fork(after_in_child=_states.clear)

@@ -1,0 +1,121 @@
+"""What the memory is doing and why: stats(), explain(), trim()."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from torch_vtensor.allocator.page_pool import PoolStats
+from torch_vtensor.allocator.pools import all_schedulers
+from torch_vtensor.generation import layers
+from torch_vtensor.generation._transformers_compat import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from torch_vtensor.settings import format_bytes
+
+__all__ = ["Explanation", "LayerExplanation", "Stats", "empty_cache", "explain", "stats", "trim"]
+
+
+class Stats(NamedTuple):
+    """Every device's memory, and how many appends of cache layers were zero-copy or stock, by reason."""
+
+    devices: dict[torch.device, PoolStats]
+    appends: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = []
+        for device, pool in self.devices.items():
+            names = ("committed", "live", "shared", "parked", "pooled", "torch", "reserved")
+            sizes = ", ".join(f"{name} {format_bytes(getattr(pool, name + '_bytes'))}" for name in names)
+            lines.append(f"{device}: {sizes}; {pool.num_driver_calls} driver calls, {pool.num_device_waits} waits")
+            lines += [
+                f"  {name:<11} {call.count:>7} calls, p50 {call.p50_us:.1f} us, p99 {call.p99_us:.1f} us"
+                for name, call in pool.driver_calls.items()
+            ]
+        lines += [f"appends {reason}: {count}" for reason, count in self.appends.items()]
+        return "\n".join(lines) or "nothing was allocated yet"
+
+
+class LayerExplanation(NamedTuple):
+    """What one layer of a model's cache will do."""
+
+    layer: int
+    kind: str
+    zero_copy: bool
+    reason: str
+
+
+class Explanation(tuple[LayerExplanation, ...]):
+    """One entry a layer; prints as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        rows = [
+            f"{entry.layer:>5}  {'zero-copy' if entry.zero_copy else 'stock':<9}  {entry.kind}: {entry.reason}"
+            for entry in self
+        ]
+        return "\n".join(["layer  memory     kind", *rows])
+
+
+def stats() -> Stats:
+    """Exact figures of this process's memory, by device, and of what the cache layers did."""
+    return Stats({device: scheduler.stats() for device, scheduler in all_schedulers().items()}, dict(layers.counters))
+
+
+def trim(device: torch.device | str | None = None) -> int:
+    """Give all memory that no live tensor uses back to the system; may wait for the device.
+
+    Args:
+        device: only this one; default: all.
+
+    Returns: bytes of physical memory given back.
+    """
+    wanted = torch.device(device) if device is not None else None
+    freed_bytes = 0
+    for known, scheduler in all_schedulers().items():
+        if wanted is None or known == wanted or (known.type == wanted.type and wanted.index is None):
+            freed_bytes += scheduler.trim()
+    return freed_bytes
+
+
+def empty_cache() -> None:
+    """``trim()`` under the name that torch.cuda's users know."""
+    trim()
+
+
+def explain(model: Any) -> Explanation:
+    """Say for each layer of ``model``'s cache whether it will be zero-copy or stock, and why.
+
+    Args:
+        model: a transformers model, or its config.
+
+    Raises: TypeError for anything else.
+    """
+    config = getattr(model, "config", model)
+    if not hasattr(config, "get_text_config"):
+        raise TypeError(f"explain takes a transformers model or config, not a {type(model).__name__}")
+    if reason := _own_cache(model):
+        return Explanation([LayerExplanation(0, type(model).__name__, False, reason)])
+    entries = []
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        kind = type(layer).__name__
+        if not isinstance(layer, DynamicLayer):
+            entries.append(LayerExplanation(index, kind, False, "keeps no keys and values that grow"))
+        elif _owner_of_update(type(layer)) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            entries.append(LayerExplanation(index, kind, False, "has an update() of its own"))
+        else:
+            window = getattr(layer, "sliding_window", None)
+            more = f"; pages before the window of {window} go back" if window else ""
+            entries.append(LayerExplanation(index, kind, True, f"appends in place{more}"))
+    return Explanation(entries)
+
+
+def _own_cache(model: Any) -> str | None:
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if callable(supports) and not supports():
+        return "the model brings a cache class of its own, which stays as it is"
+    return None
+
+
+def _owner_of_update(kind: type) -> type:
+    return next(owner for owner in kind.__mro__ if "update" in owner.__dict__)
