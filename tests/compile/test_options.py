@@ -1,0 +1,46 @@
+"""Options are honoured or refused, never ignored."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
+from torch_vtensor.compile.options import parse_options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plann": print}, r"options has no 'plann'\. Did you mean 'plan'\? Known: codegen, inductor, inspect, plan\."),
+        ({"max_autotune": True}, r"options has no 'max_autotune'\. Known: codegen"),
+        ({"plan": "tp"}, r"plan is 'tp'; a plan is a function of \(graph, mesh\)"),
+        ({"codegen": "c"}, r"codegen is 'c'; choose one of inductor, eager"),
+        ({"inductor": "max_autotune"}, r"inductor is 'max_autotune'; give a dict"),
+        (
+            {"inductor": {"max_autotun": True}},
+            r"options\['inductor'\] has no 'max_autotun'\. Did you mean 'max_autotune'",
+        ),
+        ({"inspect": []}, r"inspect is \[\]; give a function"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BackendCompilerFailed, match=message) as caught:
+        torch.compile(lambda x: x + 1, backend="superscaler", options=options)(torch.ones(1))
+    assert isinstance(caught.value.inner_exception, ValueError | TypeError)
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(BackendCompilerFailed, match="fastest"):
+        torch.compile(lambda x: x + 1, backend="superscaler", mode="fastest")(torch.ones(1))
+
+
+def test_modes_come_before_settings_of_ones_own() -> None:
+    options = parse_options("max-autotune-no-cudagraphs", {"inductor": {"coordinate_descent_tuning": False}})
+    assert options.config_patches["max_autotune"] is True
+    assert options.config_patches["coordinate_descent_tuning"] is False
+
+
+def test_guard_filters_stay_with_torch(compiled: Any) -> None:
+    function = compiled(lambda x: x + 1, guard_filter_fn=lambda guards: [True] * len(guards))
+    assert function(torch.ones(1)).item() == 2

@@ -1,0 +1,215 @@
+"""Every private torch API of the compiler half, behind functions that say what we want from it.
+
+Inductor is driven from outside, through its own extension points: `compile_fx` does all that it does for
+``backend="inductor"`` (decompositions, AOTAutograd, static inputs, CUDA graph settings, caches), and hands us each
+graph at two places, the partitioner (training) and `inner_compile` (every graph).
+
+| what we use | for |
+| --- | --- |
+| `_inductor.compile_fx`: `compile_fx`, `compile_fx_inner`, `partition_fn`, `_recursive_joint_graph_passes` | driving |
+| `_inductor.config`: `custom_partitioner_fn`, `use_joint_graph_passes`; `CustomPartitionerFn` | the joint graph |
+| `_functorch.config`: `enable_autograd_cache`, `enable_remote_autograd_cache` | running the phases every time |
+| `_inductor`: `list_mode_options`, `list_options`; `cudagraph_trees.reset_cudagraph_trees` | options, reset |
+| `utils._pytree.tree_leaves`; `_ops.OperatorBase`; `_boxed_call` on a function | calling conventions, names |
+| node meta `desc`, `nn_module_stack`, `fwd_nn_module_stack`, `partitioner_tag`, `grapharg` | names |
+
+Run on torch 2.13.0. tests/compile/test_torch_compat.py fails by name when one of these moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch.fx import GraphModule, Node
+
+BoxedCallable = Callable[[list[Any]], Any]
+"""Takes its arguments as one list, which it empties, so that they can be freed while it runs."""
+
+CutInTwo = Callable[[GraphModule], tuple[GraphModule, GraphModule]]
+"""Cuts a joint graph into a forward and a backward graph, deciding what is saved and what is recomputed."""
+
+Generate = Callable[[GraphModule], BoxedCallable]
+"""Generates code for a forward, backward or inference graph as inductor does."""
+
+
+class GraphCompiler(Protocol):
+    """What `drive_inductor` asks for each graph that AOTAutograd captures."""
+
+    cache_key: str | None
+    """Names what this compiler does to graphs, so that AOTAutograd may keep results over processes and skip it where it
+    has one. None: the compiler sees every graph."""
+
+    def split(self, joint: GraphModule, min_cut: CutInTwo) -> tuple[GraphModule, GraphModule]:
+        """Cut a joint graph into the forward and the backward graph."""
+
+    def emit(self, graph: GraphModule, generate: Generate, *, inference: bool) -> BoxedCallable:
+        """Turn a forward, backward or inference graph into what runs it."""
+
+
+def drive_inductor(
+    gm: GraphModule, example_inputs: Sequence[Any], compiler: GraphCompiler, config_patches: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """Compile a dynamo graph as inductor does, except that `compiler` sees and may replace every captured graph.
+
+    Graphs arrive as AOTAutograd captured them: inductor's own joint-graph passes are held back until `min_cut` or
+    `generate` is called, which then treat the graph exactly as ``backend="inductor"`` would.
+    """
+    from torch._functorch import config as aot_config
+    from torch._inductor import compile_fx, config
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+    held_back = ("custom_partitioner_fn", "use_joint_graph_passes")
+    as_asked = {name: config_patches.get(name, getattr(config, name)) for name in held_back}
+
+    class Partitioner(CustomPartitionerFn):
+        def __call__(
+            self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+        ) -> tuple[GraphModule, GraphModule]:
+            kwargs.pop("compiler", None)
+
+            def min_cut(joint: GraphModule) -> tuple[GraphModule, GraphModule]:
+                with config.patch(as_asked):
+                    return compile_fx.partition_fn(joint, joint_inputs, **kwargs)
+
+            return min_cut(gm) if _is_nested_region(gm) else compiler.split(gm, min_cut)
+
+        def uuid(self) -> str | None:
+            return compiler.cache_key
+
+        def __reduce__(self) -> tuple[type[str], tuple[str]]:
+            # Cache keys are made by pickling the configuration, this object in it.
+            return str, (str(compiler.cache_key),)
+
+    def inner_compile(gm: GraphModule, example_inputs: Sequence[Any], **hints: Any) -> Any:
+        inference = bool(hints.get("is_inference"))
+
+        def generate(graph: GraphModule) -> BoxedCallable:
+            with config.patch(as_asked):
+                if inference:
+                    graph = _run_joint_graph_passes(graph, example_inputs)
+                compiled: BoxedCallable = compile_fx.compile_fx_inner(graph, example_inputs, **hints)
+            return compiled
+
+        return compiler.emit(gm, generate, inference=inference)
+
+    patches = {**config_patches, "custom_partitioner_fn": Partitioner(), "use_joint_graph_passes": False}
+    uncached = aot_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False)
+    with uncached if compiler.cache_key is None else contextlib.nullcontext():
+        compiled = compile_fx.compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=patches)
+    return cast(Callable[..., Any], compiled)
+
+
+def _run_joint_graph_passes(graph: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
+    """What inductor does to an inference graph first: the passes that it otherwise runs before partitioning."""
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes
+
+    visible_outputs = _output_node(graph).meta.get("user_visible_output_idxs")
+    kwargs: dict[str, Any] = {}
+    if "input_device" in inspect.signature(_recursive_joint_graph_passes).parameters:
+        values = [*example_inputs, *(node.meta.get("val") for node in graph.graph.nodes)]
+        devices = (value.device for value in values if isinstance(value, torch.Tensor) and not value.is_meta)
+        kwargs["input_device"] = next(devices, None)
+    # Some releases change the graph in place and return nothing.
+    graph = _recursive_joint_graph_passes(graph, **kwargs) or graph
+    if visible_outputs is not None:
+        _output_node(graph).meta.setdefault("user_visible_output_idxs", visible_outputs)
+    return graph
+
+
+def _is_nested_region(joint: GraphModule) -> bool:
+    """True for the body of a higher-order operator, which AOTAutograd partitions before the graph that holds it."""
+    return not any("desc" in node.meta for node in joint.graph.find_nodes(op="placeholder"))
+
+
+def _output_node(graph: GraphModule) -> Node:
+    node: Node = next(iter(reversed(graph.graph.nodes)))
+    return node
+
+
+def boxed(graph: GraphModule) -> BoxedCallable:
+    """A graph run operator by operator, as AOTAutograd calls compiled code."""
+
+    def run(arguments: list[Any]) -> Any:
+        values = list(arguments)
+        arguments.clear()
+        return graph(*values)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def input_expression(placeholder: Node) -> str | None:
+    """Where a captured graph's input comes from: ``args[3]``, ``__output_tangent(output[0])``; None if unknown."""
+    return _expression(placeholder.meta.get("desc"))
+
+
+def outputs(graph: GraphModule) -> tuple[list[Any], list[str | None]]:
+    """The outputs of a captured graph, and what each is: ``output[0]``, ``__grad(args[3])``; None if unknown."""
+    node = _output_node(graph)
+    values = list(node.args[0])  # type: ignore[arg-type]
+    return values, [_expression(descriptor) for descriptor in node.meta.get("desc") or [None] * len(values)]
+
+
+def _expression(descriptor: Any) -> str | None:
+    return None if descriptor is None else str(descriptor.expr())
+
+
+def leaves(example_input: object) -> list[Any]:
+    """The inputs that a dynamo input becomes in the captured graph: itself, or what a list of them holds."""
+    from torch.utils._pytree import tree_leaves
+
+    return tree_leaves(example_input)
+
+
+def source_of(placeholder: Node) -> str | None:
+    """Where dynamo found an input: ``L['self']._modules['head']._parameters['weight']``; None if it did not say."""
+    argument = placeholder.meta.get("grapharg")
+    if argument is None or getattr(argument, "source", None) is None:
+        return None
+    name = argument.source.name  # a method in some releases
+    return str(name() if callable(name) else name)
+
+
+def operator_name(node: Node) -> str:
+    """``aten.mm.default``, or the name of a Python function such as ``getitem``."""
+    if isinstance(node.target, torch._ops.OperatorBase):
+        return str(node.target)
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def module_path_of(node: Node) -> str | None:
+    """The innermost module that made this operator, forward or backward: ``L['self'].layers.0``; None outside any."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    return None if not stack else str(next(reversed(stack.values()))[0])
+
+
+def is_backward(node: Node) -> bool:
+    """True where AOTAutograd traced this operator while differentiating."""
+    return str(node.meta.get("partitioner_tag", "")) in ("is_backward", "must_be_in_backward")
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """Inductor's settings for a mode of torch.compile; raises for an unknown mode, naming the known ones."""
+    from torch._inductor import list_mode_options
+
+    return list_mode_options(mode)
+
+
+def inductor_option_names() -> list[str]:
+    """Every setting that inductor knows."""
+    from torch._inductor import list_options
+
+    return list_options()
+
+
+def reset_cuda_graphs() -> None:
+    """Forget the CUDA graphs that inductor recorded; nothing to do where it recorded none."""
+    if "torch._inductor.cudagraph_trees" in sys.modules:
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()

@@ -1,0 +1,88 @@
+"""What `torch.compile(..., backend="superscaler", mode=..., options=...)` accepts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch_vtensor import __version__
+from torch_vtensor.compile import _torch_compat
+from torch_vtensor.compile.plans import single_device
+from torch_vtensor.compile.primitives import PlanFunction
+
+if TYPE_CHECKING:
+    from torch_vtensor.compile.backend import Compilation
+
+CodeGenerator = Literal["inductor", "eager"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Settings of one compilation; each field is an option of that name."""
+
+    plan: PlanFunction = single_device
+    """What runs where: a function of (Graph, Mesh) that calls primitives."""
+
+    codegen: CodeGenerator = "inductor"
+    """Who generates kernels. "eager" runs the same segments operator by operator, with eager's random numbers: it needs
+    no C++ compiler and no time, and tells whether a wrong result comes from the plan or from the generated code."""
+
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    """Inductor's own settings, as `torch.compile(options=...)` takes them for its own backend."""
+
+    inspect: Callable[[Compilation], None] | None = None
+    """Called with what every phase made, once for each captured graph, before kernels are generated."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no phase could honour."""
+        if not callable(self.plan):
+            raise TypeError(
+                f"plan is {self.plan!r}; a plan is a function of (graph, mesh). Ready ones are in "
+                f"torch_vtensor.compile.plans."
+            )
+        if self.codegen not in get_args(CodeGenerator):
+            raise ValueError(f"codegen is {self.codegen!r}; choose one of {', '.join(get_args(CodeGenerator))}.")
+        if not isinstance(self.inductor, Mapping):
+            raise TypeError(f"inductor is {self.inductor!r}; give a dict of inductor's settings.")
+        if self.inductor:
+            _refuse_unknown("options['inductor']", self.inductor, _torch_compat.inductor_option_names())
+        if self.inspect is not None and not callable(self.inspect):
+            raise TypeError(f"inspect is {self.inspect!r}; give a function of one Compilation.")
+
+    @property
+    def config_patches(self) -> dict[str, Any]:
+        """What to change in inductor's settings."""
+        if self.codegen == "eager":
+            # Inductor's passes and random numbers are made for its code generator.
+            return {**self.inductor, "use_joint_graph_passes": False, "fallback_random": True}
+        return dict(self.inductor)
+
+    @property
+    def cache_key(self) -> str | None:
+        """Names what the phases do where that is the same in every process, None where they must be run to know."""
+        asks_nothing = self.plan is single_device and self.codegen == "inductor" and self.inspect is None
+        return f"torch_vtensor {__version__} single_device" if asks_nothing else None
+
+
+def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
+    """Read what the user gave torch.compile.
+
+    Raises:  ValueError or TypeError for an option that does not exist or a value that it cannot have; RuntimeError for
+             an unknown mode.
+    """
+    given = dict(options or {})
+    _refuse_unknown("options", given, [known.name for known in fields(Options)])
+    if mode is not None:
+        given["inductor"] = {**_torch_compat.mode_options(mode), **given.get("inductor", {})}
+    return Options(**given)
+
+
+def _refuse_unknown(what: str, given: Iterable[str], known: list[str]) -> None:
+    for name in given:
+        if name not in known:
+            closest = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean {closest[0]!r}?" if closest else ""
+            listed = f" Known: {', '.join(sorted(known))}." if len(known) < 20 else ""
+            raise ValueError(f"{what} has no {name!r}.{hint}{listed}")
