@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["num_storage_users"]
+__all__ = [
+    "PoolId",
+    "create_memory_pool",
+    "num_storage_users",
+    "retire_memory_pool",
+    "start_routing",
+    "stop_routing",
+]
 
 
 def num_storage_users(tensor: torch.Tensor) -> int:
@@ -28,23 +35,23 @@ def create_memory_pool(allocator: torch.cuda.CUDAPluggableAllocator, device_inde
     with torch.cuda.device(device_index):
         pool = torch.cuda.MemPool(allocator.allocator())
         pool_id: PoolId = pool.id
-        torch.cuda.memory._cuda_beginAllocateCurrentThreadToPool(device_index, pool_id)
-        torch.cuda.memory._cuda_endAllocateToPool(device_index, pool_id)
+        torch._C._cuda_beginAllocateCurrentThreadToPool(device_index, pool_id)
+        torch._C._cuda_endAllocateToPool(device_index, pool_id)
         del pool
     return pool_id
 
 
 def retire_memory_pool(pool_id: PoolId, device_index: int) -> None:
     """No one allocates there any more: ``torch.cuda.empty_cache()`` may release its segments once they are unused."""
-    torch.cuda.memory._cuda_releasePool(device_index, pool_id)
+    torch._C._cuda_releasePool(device_index, pool_id)
 
 
 def start_routing(pool_id: PoolId, device_index: int) -> None:
     """Send the calling thread's allocations on the device to the pool, until `stop_routing`."""
-    torch.cuda.memory._cuda_beginAllocateCurrentThreadToPool(device_index, pool_id)
+    torch._C._cuda_beginAllocateCurrentThreadToPool(device_index, pool_id)
 
 
 def stop_routing(pool_id: PoolId, device_index: int) -> None:
     """End what `start_routing` began; any thread may do it."""
-    torch.cuda.memory._cuda_endAllocateToPool(device_index, pool_id)
-    torch.cuda.memory._cuda_releasePool(device_index, pool_id)
+    torch._C._cuda_endAllocateToPool(device_index, pool_id)
+    torch._C._cuda_releasePool(device_index, pool_id)

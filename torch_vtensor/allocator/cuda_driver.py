@@ -17,7 +17,7 @@ from torch_vtensor.errors import DriverError, ForkedProcessError
 __all__ = ["CudaDriver"]
 
 _LARGE_PAGE_BYTES = 32 * 2**20
-_CAPTURE_NONE, _CAPTURE_ACTIVE = 0, 1
+_CAPTURE_NONE = 0
 _EVENT_DISABLE_TIMING = 2
 
 _SEM_BYTES = 64  # sizeof(sem_t) is 32 on 64-bit Linux
@@ -32,8 +32,13 @@ class _ContextFence:
 
     def __init__(self, driver: CudaDriver) -> None:
         self._driver = driver
-        self._event = driver.call("cuEventCreate", 0, _EVENT_DISABLE_TIMING)
-        driver.call("cuCtxRecordEvent", 0, driver.context, self._event)
+        # An event belongs to the context that is current, and on a thread new to CUDA none is.
+        driver.call("cuCtxPushCurrent", 0, driver.context)
+        try:
+            self._event = driver.call("cuEventCreate", 0, _EVENT_DISABLE_TIMING)
+            driver.call("cuCtxRecordEvent", 0, driver.context, self._event)
+        finally:
+            driver.call("cuCtxPopCurrent", 0)
 
     def passed(self) -> bool:
         (error,) = self._driver.cuda.cuEventQuery(self._event)
@@ -48,7 +53,8 @@ class _ContextFence:
 
     def __del__(self) -> None:
         # Allowed while the event is pending: the driver frees it once it has passed.
-        self._driver.cuda.cuEventDestroy(self._event)
+        if hasattr(self, "_event"):
+            self._driver.cuda.cuEventDestroy(self._event)
 
 
 class _GraphLease:
@@ -167,11 +173,14 @@ class CudaDriver:
         self.call("cuThreadExchangeStreamCaptureMode", 0, self.cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
 
     def retain_in_capture(self, owner: object) -> None:
+        if not torch.cuda.is_current_stream_capturing():
+            return
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        info = self.cuda.cuStreamGetCaptureInfo(stream)
-        if info[0] == self.cuda.CUresult.CUDA_SUCCESS and int(info[1]) == _CAPTURE_ACTIVE:
-            self._capture_streams = self._capture_streams | {stream}
-            self._graph_leases.append(_GraphLease(self.cuda, info[3], owner))
+        error, _, _, graph, *_ = self.cuda.cuStreamGetCaptureInfo(stream)
+        if error != self.cuda.CUresult.CUDA_SUCCESS:
+            raise DriverError("cuStreamGetCaptureInfo", error.name, self.device, 0)
+        self._capture_streams = self._capture_streams | {stream}
+        self._graph_leases.append(_GraphLease(self.cuda, graph, owner))
 
     def collect(self) -> None:
         for lease in list(self._graph_leases):

@@ -73,7 +73,7 @@ class Driver(Protocol):
         """Mark the device's work as submitted so far, on every stream."""
 
     def is_capturing(self) -> bool:
-        """True while the current stream, or one that used this memory, is being captured into a graph.
+        """True while the current stream, or one known to be captured at times, is being captured into a graph.
 
         No fence may be made or asked then.
         """
@@ -82,10 +82,7 @@ class Driver(Protocol):
         """Make the calling thread fit to call this driver."""
 
     def retain_in_capture(self, owner: object) -> None:
-        """Note that the current stream will use ``owner``'s memory: a fence made later covers that stream too.
-
-        If the stream is being captured into a graph, ``owner`` lives as long as that graph.
-        """
+        """If the current stream is being captured into a graph, keep ``owner`` alive as long as that graph."""
 
     def collect(self) -> None:
         """Let go of what ended graphs kept alive."""

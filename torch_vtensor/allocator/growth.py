@@ -203,7 +203,7 @@ class GrowthScheduler:
                 reserved_bytes=self._reserved_bytes,
                 committed_bytes=counts.committed_bytes,
                 live_bytes=sum(page.nbytes for page in pages) - parked_bytes,
-                shared_bytes=sum(page.nbytes for page in pages if page.num_refs > 1),
+                shared_bytes=sum(page.nbytes for page in pages if page.num_refs - idle_refs[page] > 1),
                 parked_bytes=parked_bytes,
                 pooled_bytes=counts.free_bytes,
                 torch_bytes=counts.torch_bytes,

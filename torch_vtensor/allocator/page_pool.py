@@ -30,8 +30,8 @@ class Page:
 class PoolStats(NamedTuple):
     """Where a device's bytes are, exactly.
 
-    ``committed_bytes = live_bytes + parked_bytes + pooled_bytes + torch_bytes``. A page that several ranges map
-    counts once in ``live_bytes`` and once in ``shared_bytes``.
+    ``committed_bytes = live_bytes + parked_bytes + pooled_bytes + torch_bytes``. A page that several tensors or views
+    map counts once in ``live_bytes`` and once in ``shared_bytes``; what is still mapped but in no use is parked.
     """
 
     reserved_bytes: int

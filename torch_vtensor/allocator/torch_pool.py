@@ -42,9 +42,9 @@ class TorchPools:
         self.device_index = pool.device.index
         self._native = native
         self._allocator = allocator
-        self._lock = threading.Lock()
+        # Reentrant: a block that was never closed ends in a finalizer, which may run on a thread that holds the lock.
+        self._lock = threading.RLock()
         self._idle: list[PoolId] = []
-        self._retired: list[PoolId] = []
         pool.reclaimers.append(self._reclaim)
 
     @contextlib.contextmanager
@@ -72,14 +72,12 @@ class TorchPools:
     def release_idle(self, wait: bool) -> int:
         """Give the segments of dead tensors back to the page pool; returns the bytes."""
         before = self.pool.ledger.torch_bytes
-        with self._lock:
-            unused = [pool_id for pool_id in self._idle if _has_unused_segment(pool_id)]
-            for pool_id in unused:
-                self._idle.remove(pool_id)
-                _torch_compat.retire_memory_pool(pool_id, self.device_index)
-            self._retired = [pool_id for pool_id in self._retired + unused if _segments(pool_id)]
-            must_release = any(map(_has_unused_segment, self._retired))
-        if must_release:
+        if self.stats().live_bytes > 0:
+            # Which segments are unused, torch does not tell (asking for a pool's snapshot crashes torch 2.11): all idle
+            # pools are retired, and whatever is unused in a retired pool, now or later, goes when the cache is emptied.
+            with self._lock:
+                while self._idle:
+                    _torch_compat.retire_memory_pool(self._idle.pop(), self.device_index)
             torch.cuda.empty_cache()
         self._native.drain(self.device_index, wait)
         return max(before - self.pool.ledger.torch_bytes, 0)
@@ -147,7 +145,7 @@ def memory_pool(device: torch.device | str | int | None = None, budget_bytes: in
 def release_idle(device: torch.device | str | int | None = None, wait: bool = True) -> int:
     """Give memory that dead tensors of `memory_pool` blocks left cached back to the page pool; returns the bytes.
 
-    Where there is such memory, torch's own cache is emptied as well: torch has no narrower call that is safe while
+    Where any such tensor was made, torch's own cache is emptied as well: torch has no narrower call that is safe while
     other threads allocate.
 
     Args:
@@ -168,7 +166,10 @@ def torch_pool_stats(device: torch.device | str | int | None = None) -> TorchPoo
 
 
 def _cuda_device(device: torch.device | str | int | None) -> torch.device:
-    found = torch.device("cuda") if device is None else torch.device(device)
+    if isinstance(device, int):
+        found = torch.device("cuda", device)
+    else:
+        found = torch.device("cuda" if device is None else device)
     if found.type != "cuda":
         raise ValueError(f"device is '{found}'; memory_pool() serves CUDA devices. Leave it out for tensors elsewhere.")
     if not torch.cuda.is_available():
@@ -198,12 +199,3 @@ def _pools_on(device: torch.device) -> TorchPools:
             _native.attach(device, pool.ledger, pool.driver.page_sizes, peers)
             _pools[device.index] = TorchPools(pool, _native, _allocator)
         return _pools[device.index]
-
-
-def _segments(pool_id: PoolId) -> list[dict[str, int]]:
-    segments: list[dict[str, int]] = torch.cuda.memory_snapshot(pool_id, include_traces=False)
-    return segments
-
-
-def _has_unused_segment(pool_id: PoolId) -> bool:
-    return any(segment["allocated_size"] == 0 for segment in _segments(pool_id))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -100,14 +101,19 @@ class VTensor:
         return self._range.head_bytes
 
     @property
+    def num_pages(self) -> int:
+        """How many mappings this tensor consists of; a page that two of its slots share counts twice."""
+        return len(self._range.pages)
+
+    @property
     def committed_bytes(self) -> int:
-        """Physical bytes behind this tensor, shared pages included."""
-        return (self._range.committed_bytes - self._range.head_bytes) * self._range.num_strips
+        """Physical bytes behind this tensor, pages shared with others included; one that its slots share counts once."""
+        return sum(page.nbytes for page in set(self._range.pages))
 
     @property
     def shared_bytes(self) -> int:
         """Those of the committed bytes that another tensor maps as well."""
-        return sum(page.nbytes for page in self._range.pages if page.num_refs > 1)
+        return sum(page.nbytes for page, num_own in Counter(self._range.pages).items() if page.num_refs > num_own)
 
     @property
     def reserved_bytes(self) -> int:
@@ -138,14 +144,11 @@ class VTensor:
         hold = self._open()
         head, end = hold.range.head_bytes, hold.range.committed_bytes
         nbytes = (hold.range.num_strips - 1) * hold.range.strip_bytes + end - head if end > head else 0
-        with torch.inference_mode(False):  # what inference mode makes cannot be written outside of it
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
             return hold.range.pool.driver.tensor(hold.range.base_ptr + head, nbytes, hold)
 
     def retain_in_capture(self) -> None:
-        """Say that the current stream will use the memory: it is not unmapped before that stream's work is done.
-
-        If the stream is being captured into a graph, the memory lives as long as that graph.
-        """
+        """Keep the memory alive as long as the graph that the current stream is being captured into, if it is."""
         hold = self._open()
         hold.range.pool.driver.retain_in_capture(hold)
 
@@ -200,7 +203,8 @@ class VTensor:
             range_ = self._range
             nbytes = num_rows * self.row_bytes
             own_bytes = range_.committed_bytes - max(range_.head_bytes, self._shared_bytes)
-            extra_bytes = int(own_bytes * range_.pool.driver.growth_fraction)
+            page_bytes = range_.pool.page_bytes
+            extra_bytes = int(own_bytes * range_.pool.driver.growth_fraction) // page_bytes * page_bytes
             if extra_bytes:
                 with suppress(OutOfPagesError):  # what is asked for may fit where memory ahead of need does not
                     range_.commit(nbytes + extra_bytes)
@@ -316,7 +320,8 @@ class VTensor:
         """Rows [start, stop) of every strip, which have memory, as a view of the cached storage."""
         if self._base is None or stop > self._base_rows:
             base_rows = self.committed  # asked first: the scheduler's thread may commit more meanwhile
-            self._base, self._base_rows = self.storage().view(self.dtype), base_rows
+            with torch.inference_mode(False):  # as in storage()
+                self._base, self._base_rows = self.storage().view(self.dtype), base_rows
         head_elements = self._range.head_bytes // self.dtype.itemsize
         offset = start * math.prod(self.row_shape) - head_elements
         return self._base.as_strided((*self.outer_shape, stop - start, *self.row_shape), self.strides(), offset)

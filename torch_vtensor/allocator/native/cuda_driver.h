@@ -1,5 +1,6 @@
 /* The part of the CUDA driver's interface that the torch allocator uses, declared here so that building needs no CUDA
- * headers, and the driver opened at run time. tests/allocator/test_native_allocator.py compares it with NVIDIA's cuda.h. */
+ * headers; the driver is opened at run time. tests/allocator/test_native_allocator.py compares it with NVIDIA's cuda.h.
+ */
 
 #ifndef VTENSOR_CUDA_DRIVER_H
 #define VTENSOR_CUDA_DRIVER_H
@@ -17,7 +18,6 @@ typedef struct cuda_event *cuda_event;
 enum {
     CUDA_OK = 0,
     CUDA_OUT_OF_MEMORY = 2,
-    CUDA_NOT_READY = 600,
     CUDA_STREAM_CAPTURE_IMPLICIT = 906,
     CUDA_CAPTURED_EVENT = 907,
 };
@@ -55,7 +55,7 @@ _Static_assert(sizeof(cuda_allocation) == 32 && offsetof(cuda_allocation, locati
 _Static_assert(offsetof(cuda_allocation, win32_metadata) == 16, "CUmemAllocationProp");
 _Static_assert(offsetof(cuda_allocation, flags) == 24, "CUmemAllocationProp");
 
-/* name, parameters; a name that cuda.h maps to a later version of the function is written out as CUDA_SYMBOL. */
+/* Name and parameters. Where cuda.h maps a name to a later version of the function, that version is named here. */
 #define CUDA_FUNCTIONS(X)                                                                                             \
     X(cuInit, (unsigned flags))                                                                                       \
     X(cuGetErrorName, (cuda_result result, const char **name))                                                        \
@@ -64,7 +64,8 @@ _Static_assert(offsetof(cuda_allocation, flags) == 24, "CUmemAllocationProp");
     X(cuCtxPushCurrent_v2, (cuda_context context))                                                                    \
     X(cuCtxPopCurrent_v2, (cuda_context * context))                                                                   \
     X(cuCtxSynchronize, (void))                                                                                       \
-    X(cuMemAddressReserve, (uint64_t *address, size_t bytes, size_t alignment, uint64_t hint, unsigned long long flags)) \
+    X(cuMemAddressReserve,                                                                                            \
+      (uint64_t *address, size_t bytes, size_t alignment, uint64_t hint, unsigned long long flags))                   \
     X(cuMemAddressFree, (uint64_t address, size_t bytes))                                                             \
     X(cuMemCreate, (uint64_t *handle, size_t bytes, const cuda_allocation *allocation, unsigned long long flags))     \
     X(cuMemRelease, (uint64_t handle))                                                                                \

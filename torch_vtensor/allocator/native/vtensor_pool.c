@@ -3,7 +3,7 @@
  * torch relies on cudaFree waiting for the device before it takes memory away. Here a freed segment is *pending* behind
  * fences instead, and is given back by a later call once they have passed:
  *
- *     alloc ──> live ──(torch frees it: fences set)──> pending ──(fences passed)──> unmapped, pages pooled
+ *     alloc -> live -(torch frees it: fences set)-> pending -(fences passed)-> unmapped, pages pooled
  */
 
 #include "vtensor_pool.h"

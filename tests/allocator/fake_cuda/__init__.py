@@ -1,0 +1,156 @@
+"""A CUDA driver without a GPU (fake_cuda.c), and torch_vtensor's native library built from source to run on it."""
+
+import ctypes
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import torch
+
+from torch_vtensor.allocator import native
+from torch_vtensor.allocator.native_allocator import NativeAllocator
+
+MIB = 2**20
+PAGE = 2 * MIB
+LARGE_PAGE = 32 * MIB
+NOT_CAPTURING, CAPTURING, CAPTURING_IMPLICITLY, CAPTURING_UNNOTICED = range(4)
+OUT_OF_MEMORY = 2
+INVALID_VALUE = 1
+
+HERE = Path(__file__).parent
+NATIVE = Path(native.__file__).parent
+COMPILER = [*shlex.split(os.environ.get("CC", "cc")), "-std=c11", "-D_GNU_SOURCE", "-g", "-Wall", "-Wextra", "-Werror"]
+
+
+def compile_c(output: Path, *arguments: str | Path) -> None:
+    """Run the C compiler; a failure shows what it said."""
+    command = [*COMPILER, *map(str, arguments), "-o", str(output), "-pthread", "-ldl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+
+
+def build(folder: Path, *flags: str) -> tuple[Path, Path]:
+    """Build the fake driver and the native library; returns both paths."""
+    driver, library = folder / "libfakecuda.so", folder / "libvtensor_pool.so"
+    compile_c(driver, *flags, "-O1", "-fPIC", "-shared", HERE / "fake_cuda.c")
+    compile_c(library, *flags, "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *sorted(NATIVE.glob("*.c")))
+    return driver, library
+
+
+class FakeCounts(ctypes.Structure):
+    """What is alive in the fake; the last two are the calling thread's."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "num_reserved", "num_mapped", "num_handles", "created_bytes", "num_events", "context_depth", "capture_mode",
+        )
+    )  # fmt: skip
+
+
+class FakeCuda:
+    """Controls the fake driver in this process."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.fake_num_calls.restype = ctypes.c_int64
+        self.library.fake_fail_in.restype = ctypes.c_int64
+        self.library.fake_violation.restype = ctypes.c_char_p
+        for name, arguments in (
+            ("fake_reset", [ctypes.c_uint64]),
+            ("fake_set_memory", [ctypes.c_uint64]),
+            ("fake_fail", [ctypes.c_int64, ctypes.c_char_p, ctypes.c_int]),
+            ("fake_launch", [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64]),
+            ("fake_finish", [ctypes.c_void_p]),
+            ("fake_set_capture", [ctypes.c_void_p, ctypes.c_int]),
+            ("cuCtxPushCurrent_v2", [ctypes.c_void_p]),
+            ("cuMemCreate", [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_ulonglong]),
+            ("cuMemRelease", [ctypes.c_uint64]),
+        ):
+            getattr(self.library, name).argtypes = arguments
+
+    def reset(self, memory_bytes: int = 4096 * MIB) -> None:
+        self.library.fake_reset(memory_bytes)
+
+    def set_memory(self, memory_bytes: int) -> None:
+        self.library.fake_set_memory(memory_bytes)
+
+    def fail(self, nth: int = 0, every: str = "", code: int = INVALID_VALUE) -> None:
+        """Fail the nth call from now on, of those that can fail, and every call named in `every`."""
+        self.library.fake_fail(nth, every.encode(), code)
+
+    def fail_nothing(self) -> bool:
+        """Let all calls succeed again; returns whether the nth call has come."""
+        has_come = bool(self.library.fake_fail_in() == 0)
+        self.fail()
+        return has_come
+
+    def launch(self, stream: int, address: int, nbytes: int) -> None:
+        """Run a kernel that touches these bytes until its stream is finished."""
+        self.library.fake_launch(stream, address, nbytes)
+
+    def finish(self, stream: int) -> None:
+        self.library.fake_finish(stream)
+
+    def set_capture(self, stream: int, capture: int) -> None:
+        self.library.fake_set_capture(stream, capture)
+
+    def num_calls(self, name: str = "") -> int:
+        return int(self.library.fake_num_calls(name.encode()))
+
+    def counts(self) -> FakeCounts:
+        counts = FakeCounts()
+        self.library.fake_read(ctypes.byref(counts))
+        return counts
+
+    @property
+    def violation(self) -> str:
+        return str(self.library.fake_violation().decode())
+
+    def check_sound(self) -> None:
+        """No rule was broken, and the calling thread is as it was before."""
+        assert self.violation == ""
+        counts = self.counts()
+        assert (counts.context_depth, counts.capture_mode) == (0, 0)
+
+
+class FakeDriver:
+    """As much of `Driver` as PagePool needs, on the fake: its pages and the native allocator's are of one kind."""
+
+    device = torch.device("cuda", 0)
+    page_sizes = (PAGE, LARGE_PAGE)
+    growth_fraction = 0.0
+
+    def __init__(self, fake: FakeCuda) -> None:
+        self._cuda = fake.library
+
+    def create(self, nbytes: int) -> int:
+        handle = ctypes.c_uint64()
+        self._in_context(self._cuda.cuMemCreate, ctypes.byref(handle), nbytes, None, 0)
+        return handle.value
+
+    def destroy(self, handle: int, nbytes: int) -> None:
+        self._in_context(self._cuda.cuMemRelease, handle)
+
+    def _in_context(self, call, *arguments) -> None:
+        assert self._cuda.cuCtxPushCurrent_v2(0xC0) == 0
+        result = call(*arguments)
+        assert self._cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())) == 0
+        assert result == 0
+
+
+class TorchCalls(NativeAllocator):
+    """The native allocator, with the two functions that torch's caching allocator calls."""
+
+    def __init__(self, library: Path, driver: Path) -> None:
+        super().__init__(str(library), str(driver))
+        self._library.vtp_torch_alloc.restype = ctypes.c_void_p
+        self._library.vtp_torch_alloc.argtypes = [ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+        self._library.vtp_torch_free.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+
+    def alloc(self, nbytes: int, stream: int = 0, device: int = 0) -> int | None:
+        return self._library.vtp_torch_alloc(nbytes, device, stream)
+
+    def free(self, address: int | None, nbytes: int, stream: int = 0, device: int = 0) -> None:
+        self._library.vtp_torch_free(address, nbytes, device, stream)

@@ -1,0 +1,140 @@
+"""Host drivers whose device, refusals and pauses a test decides, and the proof that nothing is left behind."""
+
+import gc
+import threading
+from collections.abc import Callable
+
+from torch_vtensor.allocator.growth import GrowthScheduler
+from torch_vtensor.allocator.host_driver import HostDriver
+from torch_vtensor.errors import DriverError
+
+PAGE = 4096
+
+MakeScheduler = Callable[..., GrowthScheduler]  # the fixture of that name
+
+
+def assert_all_given_back(scheduler: GrowthScheduler) -> None:
+    """Once nothing refers to a tensor any more, trim leaves neither memory nor addresses."""
+    scheduler.settle()
+    scheduler.trim()
+    if scheduler.stats().reserved_bytes:  # a traceback that the test caught is a cycle
+        gc.collect()
+        scheduler.trim()
+    scheduler.pool.check_integrity()
+    stats = scheduler.stats()
+    assert (stats.committed_bytes, stats.reserved_bytes, stats.live_bytes, stats.pooled_bytes) == (0, 0, 0, 0), stats
+    driver = scheduler.pool.driver.inner
+    if isinstance(driver, HostDriver):
+        assert driver.physical_bytes() == 0
+
+
+class ManualFence:
+    """Passed when the test says so."""
+
+    def __init__(self, driver: "ManualDriver") -> None:
+        self._driver = driver
+        self.has_passed = False
+        self.num_waits = self.num_ordered = 0
+
+    def passed(self) -> bool:
+        assert not self._driver.capturing, "asking a fence breaks a capture"
+        return self.has_passed
+
+    def wait(self) -> None:
+        self.num_waits += 1
+        self.has_passed = True
+
+    def order_after(self) -> None:
+        self.num_ordered += 1
+
+
+class ManualDriver(HostDriver):
+    """Host memory under a device whose work ends, and whose stream is captured, when the test says so."""
+
+    def __init__(self, page_bytes: int = PAGE) -> None:
+        super().__init__(page_bytes)
+        self.fences: list[ManualFence] = []
+        self.capturing = False
+        self.graph_owners: list[object] = []
+        self.ended_owners: list[object] = []
+
+    def fence(self) -> ManualFence:
+        assert not self.capturing, "a fence breaks a capture"
+        self.fences.append(ManualFence(self))
+        return self.fences[-1]
+
+    def finish_work(self) -> None:
+        for fence in self.fences:
+            fence.has_passed = True
+
+    def is_capturing(self) -> bool:
+        return self.capturing
+
+    def retain_in_capture(self, owner: object) -> None:
+        if self.capturing:
+            self.graph_owners.append(owner)
+
+    def end_graphs(self) -> None:
+        self.ended_owners, self.graph_owners = self.graph_owners, []
+
+    def collect(self) -> None:
+        self.ended_owners.clear()
+
+
+class FailingDriver(HostDriver):
+    """Refuses the calls on memory number ``fail_at`` to ``fail_at + num_failures - 1``, counted from 0."""
+
+    def __init__(self, fail_at: int | None = None, num_failures: int = 1, code: str = "EIO") -> None:
+        super().__init__(PAGE)
+        self.calls: list[str] = []
+        self.refused: list[str] = []
+        self.fail_at, self._num_failures, self._code = fail_at, num_failures, code
+
+    def _count(self, name: str, nbytes: int) -> None:
+        number = len(self.calls)
+        self.calls.append(name)
+        if self.fail_at is not None and self.fail_at <= number < self.fail_at + self._num_failures:
+            self.refused.append(name)
+            raise DriverError(name, self._code, self.device, nbytes)
+
+    def reserve(self, nbytes: int) -> int:
+        self._count("reserve", nbytes)
+        return super().reserve(nbytes)
+
+    def release(self, ptr: int, nbytes: int) -> None:
+        self._count("release", nbytes)
+        super().release(ptr, nbytes)
+
+    def create(self, nbytes: int) -> int:
+        self._count("create", nbytes)
+        return super().create(nbytes)
+
+    def destroy(self, handle: int, nbytes: int) -> None:
+        self._count("destroy", nbytes)
+        super().destroy(handle, nbytes)
+
+    def map(self, ptr: int, nbytes: int, handle: int) -> None:
+        self._count("map", nbytes)
+        super().map(ptr, nbytes, handle)
+
+    def set_access(self, ptr: int, nbytes: int) -> None:
+        self._count("set_access", nbytes)
+        super().set_access(ptr, nbytes)
+
+    def unmap(self, ptr: int, nbytes: int) -> None:
+        self._count("unmap", nbytes)
+        super().unmap(ptr, nbytes)
+
+
+class PausingDriver(HostDriver):
+    """Stops the scheduler's thread inside ``create`` until the test lets it go on."""
+
+    def __init__(self) -> None:
+        super().__init__(PAGE)
+        self.entered, self.go_on = threading.Event(), threading.Event()
+
+    def create(self, nbytes: int) -> int:
+        if threading.current_thread().name == "torch_vtensor growth":
+            self.entered.set()
+            assert self.go_on.wait(60)
+        return super().create(nbytes)

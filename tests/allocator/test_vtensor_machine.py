@@ -1,0 +1,237 @@
+"""VTensors under random operations, against torch clones: contents, views, addresses, and every byte counted."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scripted_drivers import PAGE
+from strategies import TensorSpec, budgets, row_counts, tensor_specs
+
+from torch_vtensor.allocator.growth import GrowthScheduler
+from torch_vtensor.allocator.host_driver import HostDriver
+from torch_vtensor.allocator.page_pool import PagePool
+from torch_vtensor.allocator.vtensor import VTensor
+from torch_vtensor.errors import CapacityError, OutOfPagesError
+
+_MOST_TENSORS = 6
+
+
+@dataclass
+class Modelled:
+    """A VTensor, all rows that were written to it, and where its memory was last seen."""
+
+    vtensor: VTensor
+    spec: TensorSpec
+    rows: torch.Tensor
+    first_row: int = 0  # as asked of drop_head: the tensor may keep earlier rows, down to a page's edge
+    most_rows: int = 0  # written at this address: only writing below may move the tensor
+
+    @property
+    def axis(self) -> int:
+        return len(self.spec.outer_shape)
+
+    def expected(self, first_row: int) -> torch.Tensor:
+        return self.rows.narrow(self.axis, first_row, self.rows.shape[self.axis] - first_row)
+
+
+class VTensorMachine(RuleBasedStateMachine):
+    """The model: a clone of the rows. Sharing, pages and addresses must not show in it."""
+
+    @initialize(budget_bytes=budgets(PAGE), idle_pages=st.sampled_from([0, 10, 10_000]))
+    def make_scheduler(self, budget_bytes: int | None, idle_pages: int) -> None:
+        self.driver = HostDriver(PAGE)
+        self.scheduler = GrowthScheduler(PagePool(self.driver, budget_bytes), idle_pages * PAGE)
+        self.tensors: list[Modelled] = []
+        self.views: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.seed = 0
+
+    def pick(self, data: st.DataObject) -> Modelled:
+        return self.tensors[data.draw(st.integers(0, len(self.tensors) - 1))]
+
+    def memory_really_was_short(self, error: OutOfPagesError) -> None:
+        stats = self.scheduler.stats()
+        assert stats.budget_bytes is not None
+        assert stats.live_bytes + error.asked_bytes > stats.budget_bytes
+
+    @precondition(lambda self: len(self.tensors) < _MOST_TENSORS)
+    @rule(spec=tensor_specs(), first_rows=st.integers(0, 100))
+    def make(self, spec: TensorSpec, first_rows: int) -> None:
+        vtensor = VTensor(
+            spec.row_shape,
+            capacity=spec.capacity,
+            dtype=spec.dtype,
+            outer_shape=spec.outer_shape,
+            first_rows=min(first_rows, spec.capacity),
+            scheduler=self.scheduler,
+        )
+        self.tensors.append(Modelled(vtensor, spec, spec.rows(0, 0)))
+
+    @precondition(lambda self: self.tensors)
+    @rule(data=st.data())
+    def append(self, data: st.DataObject) -> None:
+        it = self.pick(data)
+        self.seed += 1
+        room = it.vtensor.capacity - it.vtensor.length
+        new = it.spec.rows(data.draw(row_counts(room + 1)), self.seed)
+        address, start = it.vtensor.data_ptr, it.vtensor.length
+        try:
+            result = it.vtensor.append(new)
+        except CapacityError:
+            assert new.shape[it.axis] > room
+        except OutOfPagesError as error:
+            self.memory_really_was_short(error)
+        else:
+            assert new.shape[it.axis] <= room
+            it.rows = torch.cat([it.rows, new], it.axis)
+            assert torch.equal(result, it.expected(it.vtensor.first_row))
+        if it.vtensor.data_ptr == address:
+            it.most_rows = max(it.most_rows, it.vtensor.length)
+        else:
+            assert start < it.most_rows, "the address moved though no written row was written again"
+            it.most_rows = it.vtensor.length
+
+    @precondition(lambda self: self.tensors)
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        it = self.pick(data)
+        length = data.draw(st.integers(it.vtensor.first_row, it.vtensor.length))
+        it.vtensor.truncate(length)
+        it.rows = it.rows.narrow(it.axis, 0, length)
+        it.first_row = min(it.first_row, length)
+
+    @precondition(lambda self: self.tensors)
+    @rule(data=st.data())
+    def drop_head(self, data: st.DataObject) -> None:
+        it = self.pick(data)
+        first_row = data.draw(st.integers(0, it.vtensor.length))
+        it.vtensor.drop_head(first_row)
+        it.first_row = max(it.first_row, first_row)
+
+    @precondition(lambda self: 0 < len(self.tensors) < _MOST_TENSORS)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        it = self.pick(data)
+        select = None
+        if it.spec.outer_shape and data.draw(st.booleans()):
+            select = data.draw(st.lists(st.integers(0, it.spec.outer_shape[0] - 1), min_size=1, max_size=4))
+        share_rows = data.draw(st.none() | st.integers(0, it.vtensor.length))
+        capacity = data.draw(st.none() | st.integers(max(it.vtensor.length, 1), 2 * it.spec.capacity))
+        try:
+            forked = it.vtensor.fork(select, capacity=capacity, share_rows=share_rows)
+        except OutOfPagesError as error:
+            self.memory_really_was_short(error)
+            return
+        rows = it.rows.clone() if select is None else it.rows[select]
+        outer_shape = tuple(rows.shape[: it.axis])
+        spec = TensorSpec(it.spec.row_shape, outer_shape, it.spec.dtype, forked.capacity)
+        assert forked.capacity == (capacity or it.vtensor.capacity)
+        self.tensors.append(Modelled(forked, spec, rows, it.first_row, forked.length))
+
+    @precondition(lambda self: self.tensors)
+    @rule(data=st.data())
+    def relocate(self, data: st.DataObject) -> None:
+        it = self.pick(data)
+        address = it.vtensor.data_ptr
+        try:
+            it.vtensor.relocate(data.draw(st.integers(0, it.vtensor.length)))
+        except OutOfPagesError as error:
+            self.memory_really_was_short(error)
+            assert it.vtensor.data_ptr == address
+        else:
+            it.most_rows = it.vtensor.length
+
+    @precondition(lambda self: self.tensors)
+    @rule(data=st.data(), whole=st.booleans())
+    def keep_a_view(self, data: st.DataObject, whole: bool) -> None:
+        view = self.pick(data).vtensor.tensor()
+        if not whole and view.numel():
+            view = view.flatten()[1::2] if view.is_contiguous() else view[..., :1]
+        self.views.append((view, view.clone()))
+
+    @precondition(lambda self: self.views)
+    @rule(data=st.data())
+    def drop_a_view(self, data: st.DataObject) -> None:
+        del self.views[data.draw(st.integers(0, len(self.views) - 1))]
+
+    @precondition(lambda self: self.tensors)
+    @rule(data=st.data(), ahead=st.booleans())
+    def commit(self, data: st.DataObject, ahead: bool) -> None:
+        vtensor = self.pick(data).vtensor
+        rows = data.draw(st.integers(0, vtensor.capacity))
+        if ahead:
+            vtensor.commit_ahead(rows)
+            return
+        try:
+            vtensor.commit(rows)
+        except OutOfPagesError as error:
+            self.memory_really_was_short(error)
+        else:
+            assert vtensor.committed >= rows
+
+    @precondition(lambda self: self.tensors)
+    @rule(data=st.data(), explicit=st.booleans())
+    def close(self, data: st.DataObject, explicit: bool) -> None:
+        it = self.tensors.pop(data.draw(st.integers(0, len(self.tensors) - 1)))
+        if explicit:
+            it.vtensor.close()
+
+    @rule(budget_bytes=budgets(PAGE))
+    def set_budget(self, budget_bytes: int | None) -> None:
+        self.scheduler.pool.budget_bytes = budget_bytes
+
+    @rule()
+    def trim(self) -> None:
+        self.scheduler.settle()
+        self.scheduler.trim()
+        stats = self.scheduler.stats()
+        assert (stats.parked_bytes, stats.pooled_bytes) == (0, 0)
+        assert self.driver.physical_bytes() == stats.live_bytes
+
+    @invariant()
+    def every_tensor_holds_its_rows(self) -> None:
+        for it in self.tensors:
+            assert it.vtensor.length == it.rows.shape[it.axis]
+            first_row = it.vtensor.first_row
+            assert first_row <= it.first_row
+            assert first_row <= it.vtensor.length <= max(it.vtensor.committed, 0)
+            assert torch.equal(it.vtensor.tensor(), it.expected(first_row))
+
+    @invariant()
+    def no_view_ever_changes(self) -> None:
+        for view, expected in self.views:
+            assert torch.equal(view, expected)
+
+    @invariant()
+    def every_byte_is_counted_once(self) -> None:
+        self.scheduler.reap()
+        self.scheduler.settle()
+        self.scheduler.pool.check_integrity()
+        stats = self.scheduler.stats()
+        parts = (stats.live_bytes, stats.parked_bytes, stats.pooled_bytes, stats.torch_bytes)
+        assert min(parts) >= 0
+        assert sum(parts) == stats.committed_bytes == self.driver.physical_bytes()
+        uses = Counter(page for it in self.tensors for page in it.vtensor._range.pages)
+        live_bytes = sum(page.nbytes for page in uses)
+        shared_bytes = sum(page.nbytes for page, num_uses in uses.items() if num_uses > 1)
+        # Views of closed tensors, and of addresses left behind, hold more.
+        assert stats.live_bytes >= live_bytes
+        assert stats.shared_bytes >= shared_bytes
+        assert self.views or (stats.live_bytes, stats.shared_bytes) == (live_bytes, shared_bytes)
+        for it in self.tensors:
+            it.vtensor._range.check_integrity()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.tensors.clear()
+        self.views.clear()
+        self.scheduler.settle()
+        self.scheduler.trim()
+        stats = self.scheduler.stats()
+        assert (stats.committed_bytes, stats.reserved_bytes, self.driver.physical_bytes()) == (0, 0, 0)
+
+
+TestVTensorMachine = pytest.mark.slow(VTensorMachine.TestCase)
