@@ -13,7 +13,7 @@ from pathlib import Path
 
 import report
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, StaticCache
 
 import torch_vtensor
 from torch_vtensor.allocator.pools import default_scheduler
@@ -31,7 +31,13 @@ def main() -> None:
     device = torch.device(arguments.device)
     repeats = 5 if arguments.quick else 30
     with torch.inference_mode():
-        parts = [append(device, repeats), growth(device), fork(device, quick=arguments.quick), give_back(device)]
+        parts = [
+            append(device, repeats),
+            capacity(device),
+            growth(device),
+            fork(device, quick=arguments.quick),
+            give_back(device),
+        ]
     path = report.write("append", device, "\n\n".join(parts), arguments.out)
     print(path.read_text())
 
@@ -73,6 +79,28 @@ def _layer(cache: DynamicCache) -> object:
     from torch_vtensor.generation.cache import VTensorLayer
 
     return VTensorLayer() if isinstance(cache, torch_vtensor.VTensorCache) else DynamicLayer()
+
+
+def capacity(device: torch.device) -> str:
+    """What 1k tokens cost in a cache that may grow to 128k."""
+    layers, heads, dim, most = (32, 8, 128, 128 * 1024) if device.type == "cuda" else (2, 2, 64, 128 * 1024)
+    config = LlamaConfig(
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, hidden_size=heads * dim
+    )
+    tokens = torch.randn(1, heads, 1024, dim, device=device, dtype=torch.bfloat16)
+    static = StaticCache(config=config, max_cache_len=most)
+    ours = torch_vtensor.VTensorCache(config=config)
+    for layer in range(layers):
+        ours.update(tokens, tokens, layer)
+        static.layers[layer].lazy_initialization(tokens, tokens)
+    static_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in static.layers)
+    memory = ours.memory()
+    our_bytes = memory.committed_bytes + memory.ordinary_bytes
+    return (
+        f"## 1,024 tokens in a cache for {most:,}: {layers} layers, {heads} heads of {dim}, bfloat16\n\n"
+        f"StaticCache {static_bytes / 2**20:,.0f} MiB, torch_vtensor {our_bytes / 2**20:,.0f} MiB "
+        f"({our_bytes / static_bytes:.2%}), of which {memory.written_bytes / 2**20:,.0f} MiB are written."
+    )
 
 
 def growth(device: torch.device) -> str:

@@ -42,12 +42,12 @@ def tensor_specs(draw: st.DrawFn) -> TensorSpec:
     row_shape, outer_shape = draw(st.sampled_from(ROW_SHAPES)), draw(st.sampled_from(OUTER_SHAPES))
     dtype = draw(st.sampled_from(DTYPES))
     most_rows = max(_STRIP_BYTES // (math.prod(row_shape) * dtype.itemsize), 1)
-    return TensorSpec(row_shape, outer_shape, dtype, draw(st.integers(1, most_rows)))
+    return TensorSpec(row_shape, outer_shape, dtype, max(draw(row_counts(most_rows)), 1))
 
 
 def row_counts(most: int) -> st.SearchStrategy[int]:
-    """Numbers of rows up to ``most``, with none, one and all of them likely."""
-    return st.one_of(st.sampled_from(sorted({0, min(1, most), most})), st.integers(0, most))
+    """Numbers of rows up to ``most``, spread evenly: integers alone would nearly always be small."""
+    return st.sampled_from(sorted({0, min(1, most), *(most * part // 16 for part in range(1, 17)), max(most - 1, 0)}))
 
 
 def page_requests(page_sizes: Sequence[int]) -> st.SearchStrategy[list[int]]:
@@ -57,4 +57,4 @@ def page_requests(page_sizes: Sequence[int]) -> st.SearchStrategy[list[int]]:
 
 def budgets(page_bytes: int) -> st.SearchStrategy[int | None]:
     """Budgets that are whole pages, are not, are nothing at all, or are no limit."""
-    return st.one_of(st.none(), st.integers(0, 100 * page_bytes))
+    return st.sampled_from([None, None, None, 0, 10 * page_bytes, 100 * page_bytes + 1, 400 * page_bytes])

@@ -67,3 +67,9 @@ def test_wheel_serves_every_python_and_holds_what_it_needs(tmp_path: Path) -> No
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "torch_vtensor").rglob("*.py")}
     assert modules == {name for name in files if name.endswith(".py")}
     assert not [name for name in files if name.endswith((".c", ".h", "CMakeLists.txt"))]
+
+
+def test_environment_switch_enables_on_import(run_python: Callable[..., str]) -> None:
+    code = "import torch_vtensor; print(torch_vtensor.is_enabled())"
+    assert run_python(code, environ={"TORCH_VTENSOR_ENABLE": "1"}).strip() == "True"
+    assert run_python(code, environ={"TORCH_VTENSOR_ENABLE": "0"}).strip() == "False"

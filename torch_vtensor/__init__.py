@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
+
+from torch_vtensor.settings import load_settings
 
 __version__ = "0.1.0"
 
@@ -61,3 +64,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return list(__all__)
+
+
+_settings = load_settings()
+logging.getLogger(__name__).setLevel(_settings.log_level)
+if _settings.enable:  # this, and only this, makes importing the package import transformers
+    importlib.import_module(f"{__name__}.generation.enable").enable()

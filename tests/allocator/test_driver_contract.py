@@ -1,6 +1,7 @@
 """What every Driver promises, on every driver: the allocator above relies on this and on nothing else."""
 
 import gc
+import signal
 import threading
 import time
 import weakref
@@ -199,6 +200,25 @@ def test_refusals_name_call_code_device_and_bytes(driver: Driver) -> None:
         with mapped(driver, ptr, size, handle) as view:  # and the driver works as before
             assert view.fill_(1)[0].item() == 1
     assert taken_bytes(driver, before) == 0
+
+
+@pytest.mark.parametrize("driver", HOST, indirect=True)
+def test_a_signal_does_not_fail_a_call(driver: Driver) -> None:
+    size, num_signals = driver.page_sizes[-1], 0
+
+    def count(*_: object) -> None:
+        nonlocal num_signals
+        num_signals += 1
+
+    old = signal.signal(signal.SIGPROF, count)
+    signal.setitimer(signal.ITIMER_PROF, 0.02, 0.02)  # as a profiler does, of the time that the process runs
+    try:
+        while num_signals < 5:
+            with page(driver, size):
+                pass
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, old)
 
 
 def test_a_fence_passes_and_orders(driver: Driver) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from scripted_drivers import PAGE, FailingDriver, assert_all_given_back
 
+from torch_vtensor.allocator.address_range import AddressRange
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.page_pool import PagePool
 from torch_vtensor.allocator.vtensor import VTensor
@@ -196,6 +197,44 @@ def test_a_failed_fork_leaves_nothing_even_while_its_error_is_kept() -> None:
     assert source.data_ptr == address
     source.close()
     errors.clear()
+    assert_all_given_back(scheduler)
+
+
+def test_sharing_that_fails_leaves_both_ranges_as_they_were() -> None:
+    driver = FailingDriver()
+    pool = PagePool(driver)
+    source, sharer = AddressRange(pool, 1, 8 * PAGE), AddressRange(pool, 1, 8 * PAGE)
+    source.commit(PAGE)
+    head = source.detach_head(PAGE)
+    assert head is not None
+    source.commit(3 * PAGE)
+    for ahead in range(3):
+        driver.fail_at = len(driver.calls) + ahead
+        with pytest.raises(DriverError):
+            sharer.commit_shared(source, [0], 3 * PAGE)
+        assert (sharer.head_bytes, sharer.committed_bytes, source.exclusive_from()) == (0, 0, 0)
+    assert sharer.commit_shared(source, [0], 3 * PAGE) == 3 * PAGE
+    for range_ in (sharer, head, source):
+        range_.empty()
+        range_.release()
+    assert pool.trim() == 3 * PAGE
+    assert driver.physical_bytes() == 0
+
+
+def test_a_grown_range_that_lost_its_front_keeps_its_place_when_mapping_fails() -> None:
+    driver = FailingDriver()
+    scheduler = GrowthScheduler(PagePool(driver), idle_bytes=0)
+    vtensor = VTensor((PAGE,), capacity=8, dtype=torch.uint8, scheduler=scheduler)
+    view = vtensor.append(torch.ones(1, PAGE, dtype=torch.uint8))
+    vtensor.drop_head(1)  # every page: what is mapped next lies right behind them
+    driver.fail_at = len(driver.calls) + 1
+    with pytest.raises(DriverError):
+        vtensor.append(torch.full((1, PAGE), 2, dtype=torch.uint8))
+    assert driver.refused == ["map"]
+    vtensor.append(torch.full((1, PAGE), 2, dtype=torch.uint8))
+    assert (view.unique().tolist(), vtensor.tensor().unique().tolist()) == ([1], [2])
+    del view
+    vtensor.close()
     assert_all_given_back(scheduler)
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +132,16 @@ def test_idle_memory_above_the_watermark_goes_back_by_itself(make_scheduler: Mak
     assert scheduler.pool.driver.inner.physical_bytes() == stats.committed_bytes
 
 
+def test_pooled_memory_goes_back_before_ranges_that_can_be_adopted(make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler(idle_bytes=20 * PAGE)
+    scheduler.pool.drop(scheduler.pool.acquire([PAGE] * 16))
+    with pages(scheduler, 8, adopt=False):
+        scheduler.pool.drop(scheduler.pool.acquire([PAGE] * 16))
+    scheduler.settle()
+    stats = scheduler.stats()
+    assert (stats.parked_bytes, stats.pooled_bytes) == (8 * PAGE, 2 * PAGE)
+
+
 def test_a_sliding_window_keeps_no_more_than_its_window(make_scheduler: MakeScheduler) -> None:
     scheduler = make_scheduler(idle_bytes=0)
     vtensor = VTensor((PAGE,), capacity=2000, dtype=torch.uint8, scheduler=scheduler)
@@ -191,14 +202,16 @@ class TestBehindTheDevice:
                 first.drop_head(3)
                 assert (first.first_row, second.tensor().sum()) == (3, PAGE)
         scheduler.settle()
-        committed_bytes = scheduler.stats().committed_bytes
-        assert committed_bytes == (3 + 2) * PAGE
+        stats, committed_bytes = scheduler.stats(), (3 + 2) * PAGE
+        assert (stats.committed_bytes, stats.live_bytes, stats.shared_bytes) == (committed_bytes, 0, 0)
         assert sum(fence.num_waits for fence in driver.fences) == scheduler.num_device_waits == 0
         assert scheduler.trim() == committed_bytes
         assert sum(fence.num_waits for fence in driver.fences) == scheduler.num_device_waits > 0
 
     def test_death_during_a_capture_is_noticed_after_it(self, driver: ManualDriver, scheduler: GrowthScheduler) -> None:
         vtensor, other = pages(scheduler, 4), pages(scheduler, 1)
+        pages(scheduler, 3).close()  # parked behind a fence
+        scheduler.settle()
         driver.capturing = True
         vtensor.close()
         other.drop_head(1)
@@ -209,10 +222,10 @@ class TestBehindTheDevice:
             scheduler.pool.budget_bytes = None
             scheduler.trim()
         scheduler.settle()
-        assert driver.fences == []
+        assert len(driver.fences) == 1
         driver.capturing = False
         scheduler.reap()
-        assert len(driver.fences) == 1
+        assert len(driver.fences) == 2
         driver.finish_work()
         driver.end_graphs()
 
@@ -232,6 +245,24 @@ class TestBehindTheDevice:
         driver.end_graphs()
         vtensor.close()
         assert scheduler.trim() == 4 * PAGE
+
+    def test_addresses_stay_until_the_front_that_went_first_is_unmapped(
+        self, driver: ManualDriver, scheduler: GrowthScheduler, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        vtensor = pages(scheduler, 1)
+        vtensor.append(torch.ones(1, PAGE, dtype=torch.uint8))
+        vtensor.drop_head(1)
+        vtensor.close()
+        front, rest = driver.fences
+        rest.has_passed = True
+        scheduler.run_soon(scheduler._collect)
+        scheduler.settle()
+        assert scheduler.stats().reserved_bytes == 100 * PAGE
+        front.has_passed = True
+        scheduler.run_soon(scheduler._collect)
+        scheduler.settle()
+        assert scheduler.stats().reserved_bytes == 0
+        assert not caplog.records
 
     def test_one_that_dies_while_a_fence_is_made_gets_a_fence_of_its_own(
         self, driver: ManualDriver, scheduler: GrowthScheduler, monkeypatch: pytest.MonkeyPatch
@@ -270,6 +301,9 @@ def test_the_thread_outlives_a_job_that_fails(make_scheduler: MakeScheduler, cap
 
 
 def test_a_forgotten_scheduler_takes_its_thread_and_its_memory_along() -> None:
+    def num_mappings() -> int:
+        return Path("/proc/self/maps").read_text().count("torch_vtensor")
+
     def live_and_forget() -> tuple[Callable[[], object], threading.Thread]:
         scheduler = GrowthScheduler(PagePool(HostDriver(PAGE)))
         vtensor = pages(scheduler, 50)
@@ -280,11 +314,13 @@ def test_a_forgotten_scheduler_takes_its_thread_and_its_memory_along() -> None:
         return weakref.ref(scheduler.pool.driver.inner), thread
 
     gc.collect()
-    before = threading.enumerate()
+    before, mapped_before = threading.enumerate(), num_mappings()
     driver, thread = live_and_forget()
+    assert num_mappings() > mapped_before
     deadline = time.monotonic() + 30
     while (driver() is not None or thread.is_alive()) and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.01)
     assert not thread.is_alive()
-    assert driver() is None  # and with it its mappings: it unmaps what is left of them
+    assert driver() is None
+    assert num_mappings() == mapped_before

@@ -186,6 +186,15 @@ def test_a_lowered_budget_takes_back_what_is_pooled_first() -> None:
     pool.check_integrity()
 
 
+def test_after_lowering_the_budget_pages_of_other_sizes_make_room() -> None:
+    pool = PagePool(HostDriver(PAGE), 40 * PAGE)
+    pool.acquire([SIZES[1]])
+    pool.drop(pool.acquire([SIZES[1]] * 8))
+    pool.budget_bytes = 5 * PAGE  # 31 pages must go before the next one fits
+    pool.acquire([PAGE])
+    assert pool.driver.inner.physical_bytes() == 5 * PAGE
+
+
 @pytest.mark.parametrize("page_bytes", [0, -1, mmap.PAGESIZE - 1, mmap.PAGESIZE + 1, 3 * mmap.PAGESIZE])
 def test_a_page_that_the_system_cannot_map_is_refused(page_bytes: int) -> None:
     with pytest.raises(ValueError, match=f"page_bytes is {page_bytes}: it must be a power of two"):

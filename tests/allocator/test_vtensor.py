@@ -121,6 +121,35 @@ def test_writing_again_what_a_view_shows_moves_the_tensor(scheduler: GrowthSched
     assert torch.equal(view, rows(100, 300))
 
 
+def test_writing_again_what_a_view_from_before_growing_shows(scheduler: GrowthScheduler) -> None:
+    vtensor = make(scheduler, 20)
+    view = vtensor.tensor()
+    vtensor.append(rows(500, 300))  # later views are of another, longer storage
+    vtensor.truncate(10)
+    vtensor.append(rows(5, 300, start=700))
+    assert torch.equal(view, rows(20, 300))
+
+
+@pytest.mark.parametrize("writer", ["source", "fork", "relocated"])
+def test_writing_again_what_another_tensor_shares(scheduler: GrowthScheduler, writer: str) -> None:
+    source = make(scheduler, 100)
+    fork = source.fork()
+    if writer == "relocated":
+        source.relocate(90)
+    writing, other = (fork, source) if writer == "fork" else (source, fork)
+    for length in (50, 7):
+        writing.truncate(length)
+        writing.append(rows(40, 300, start=500))
+        assert torch.equal(writing.tensor()[:7], rows(7, 300))
+        assert torch.equal(other.tensor(), rows(100, 300))
+    other.close()
+    scheduler.settle()
+    address = writing.data_ptr
+    writing.truncate(3)  # nobody else sees them any more
+    writing.append(rows(40, 300))
+    assert writing.data_ptr == address
+
+
 def test_writing_again_what_nobody_sees_stays_in_place(scheduler: GrowthScheduler) -> None:
     vtensor = make(scheduler, 100)
     address, calls = vtensor.data_ptr, scheduler.stats().num_driver_calls
@@ -173,11 +202,12 @@ def test_inference_mode_makes_no_difference(scheduler: GrowthScheduler, first: b
             vtensor.append(rows(10, 10))
     vtensor.tensor().add_(1)
     with torch.inference_mode(), vtensor.fork() as fork:
-        inside = fork.tensor()
+        inside, storage = fork.tensor(), fork.storage()
     fork = vtensor.fork()
     fork.append(rows(10, 10))
     assert torch.equal(inside, vtensor.tensor())
     assert not inside.is_inference()
+    assert not storage.is_inference()
 
 
 def test_the_front_goes_back_and_views_of_it_stay(scheduler: GrowthScheduler) -> None:

@@ -49,7 +49,7 @@ class VTensorMachine(RuleBasedStateMachine):
         self.seed = 0
 
     def pick(self, data: st.DataObject) -> Modelled:
-        return self.tensors[data.draw(st.integers(0, len(self.tensors) - 1))]
+        return self.tensors[data.draw(st.sampled_from(range(len(self.tensors))))]
 
     def memory_really_was_short(self, error: OutOfPagesError) -> None:
         stats = self.scheduler.stats()
@@ -57,25 +57,30 @@ class VTensorMachine(RuleBasedStateMachine):
         assert stats.live_bytes + error.asked_bytes > stats.budget_bytes
 
     @precondition(lambda self: len(self.tensors) < _MOST_TENSORS)
-    @rule(spec=tensor_specs(), first_rows=st.integers(0, 100))
-    def make(self, spec: TensorSpec, first_rows: int) -> None:
+    @rule(data=st.data(), spec=tensor_specs())
+    def make(self, data: st.DataObject, spec: TensorSpec) -> None:
+        first_rows = data.draw(row_counts(spec.capacity))
         vtensor = VTensor(
             spec.row_shape,
             capacity=spec.capacity,
             dtype=spec.dtype,
             outer_shape=spec.outer_shape,
-            first_rows=min(first_rows, spec.capacity),
+            first_rows=first_rows,
             scheduler=self.scheduler,
         )
         self.tensors.append(Modelled(vtensor, spec, spec.rows(0, 0)))
+        self.append_to(self.tensors[-1], first_rows)
 
     @precondition(lambda self: self.tensors)
     @rule(data=st.data())
     def append(self, data: st.DataObject) -> None:
         it = self.pick(data)
+        self.append_to(it, data.draw(row_counts(it.vtensor.capacity - it.vtensor.length + 1)))
+
+    def append_to(self, it: Modelled, num_rows: int) -> None:
         self.seed += 1
         room = it.vtensor.capacity - it.vtensor.length
-        new = it.spec.rows(data.draw(row_counts(room + 1)), self.seed)
+        new = it.spec.rows(num_rows, self.seed)
         address, start = it.vtensor.data_ptr, it.vtensor.length
         try:
             result = it.vtensor.append(new)
@@ -94,31 +99,35 @@ class VTensorMachine(RuleBasedStateMachine):
             it.most_rows = it.vtensor.length
 
     @precondition(lambda self: self.tensors)
-    @rule(data=st.data())
-    def truncate(self, data: st.DataObject) -> None:
-        it = self.pick(data)
-        length = data.draw(st.integers(it.vtensor.first_row, it.vtensor.length))
+    @rule(data=st.data(), write_again=st.booleans())
+    def truncate(self, data: st.DataObject, write_again: bool) -> None:
+        self.truncate_one(self.pick(data), data, write_again)
+
+    def truncate_one(self, it: Modelled, data: st.DataObject, write_again: bool) -> None:
+        length = it.vtensor.first_row + data.draw(row_counts(it.vtensor.length - it.vtensor.first_row))
         it.vtensor.truncate(length)
         it.rows = it.rows.narrow(it.axis, 0, length)
         it.first_row = min(it.first_row, length)
+        if write_again:
+            self.append_to(it, data.draw(row_counts(it.vtensor.capacity - length)))
 
     @precondition(lambda self: self.tensors)
     @rule(data=st.data())
     def drop_head(self, data: st.DataObject) -> None:
         it = self.pick(data)
-        first_row = data.draw(st.integers(0, it.vtensor.length))
+        first_row = data.draw(row_counts(it.vtensor.length))
         it.vtensor.drop_head(first_row)
         it.first_row = max(it.first_row, first_row)
 
     @precondition(lambda self: 0 < len(self.tensors) < _MOST_TENSORS)
-    @rule(data=st.data())
-    def fork(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), write_again=st.sampled_from(["source", "fork", "none"]))
+    def fork(self, data: st.DataObject, write_again: str) -> None:
         it = self.pick(data)
         select = None
         if it.spec.outer_shape and data.draw(st.booleans()):
-            select = data.draw(st.lists(st.integers(0, it.spec.outer_shape[0] - 1), min_size=1, max_size=4))
-        share_rows = data.draw(st.none() | st.integers(0, it.vtensor.length))
-        capacity = data.draw(st.none() | st.integers(max(it.vtensor.length, 1), 2 * it.spec.capacity))
+            select = data.draw(st.lists(st.sampled_from(range(it.spec.outer_shape[0])), min_size=1, max_size=4))
+        share_rows = data.draw(st.none() | row_counts(it.vtensor.length))
+        capacity = data.draw(st.sampled_from([None, max(it.vtensor.length, 1), 2 * it.spec.capacity]))
         try:
             forked = it.vtensor.fork(select, capacity=capacity, share_rows=share_rows)
         except OutOfPagesError as error:
@@ -129,66 +138,56 @@ class VTensorMachine(RuleBasedStateMachine):
         spec = TensorSpec(it.spec.row_shape, outer_shape, it.spec.dtype, forked.capacity)
         assert forked.capacity == (capacity or it.vtensor.capacity)
         self.tensors.append(Modelled(forked, spec, rows, it.first_row, forked.length))
+        if write_again != "none":
+            self.truncate_one(it if write_again == "source" else self.tensors[-1], data, True)
 
     @precondition(lambda self: self.tensors)
-    @rule(data=st.data())
-    def relocate(self, data: st.DataObject) -> None:
-        it = self.pick(data)
-        address = it.vtensor.data_ptr
-        try:
-            it.vtensor.relocate(data.draw(st.integers(0, it.vtensor.length)))
-        except OutOfPagesError as error:
-            self.memory_really_was_short(error)
-            assert it.vtensor.data_ptr == address
-        else:
-            it.most_rows = it.vtensor.length
-
-    @precondition(lambda self: self.tensors)
-    @rule(data=st.data(), whole=st.booleans())
-    def keep_a_view(self, data: st.DataObject, whole: bool) -> None:
+    @rule(data=st.data(), what=st.sampled_from(["whole", "whole", "part", "drop"]))
+    def view(self, data: st.DataObject, what: str) -> None:
+        if what == "drop":
+            del self.views[: data.draw(st.sampled_from([1, 2, 100]))]
+            return
         view = self.pick(data).vtensor.tensor()
-        if not whole and view.numel():
+        if what == "part" and view.numel():
             view = view.flatten()[1::2] if view.is_contiguous() else view[..., :1]
         self.views.append((view, view.clone()))
-
-    @precondition(lambda self: self.views)
-    @rule(data=st.data())
-    def drop_a_view(self, data: st.DataObject) -> None:
-        del self.views[data.draw(st.integers(0, len(self.views) - 1))]
-
-    @precondition(lambda self: self.tensors)
-    @rule(data=st.data(), ahead=st.booleans())
-    def commit(self, data: st.DataObject, ahead: bool) -> None:
-        vtensor = self.pick(data).vtensor
-        rows = data.draw(st.integers(0, vtensor.capacity))
-        if ahead:
-            vtensor.commit_ahead(rows)
-            return
-        try:
-            vtensor.commit(rows)
-        except OutOfPagesError as error:
-            self.memory_really_was_short(error)
-        else:
-            assert vtensor.committed >= rows
 
     @precondition(lambda self: self.tensors)
     @rule(data=st.data(), explicit=st.booleans())
     def close(self, data: st.DataObject, explicit: bool) -> None:
-        it = self.tensors.pop(data.draw(st.integers(0, len(self.tensors) - 1)))
+        it = self.tensors.pop(data.draw(st.sampled_from(range(len(self.tensors)))))
         if explicit:
             it.vtensor.close()
 
-    @rule(budget_bytes=budgets(PAGE))
-    def set_budget(self, budget_bytes: int | None) -> None:
-        self.scheduler.pool.budget_bytes = budget_bytes
+    @rule(data=st.data(), what=st.sampled_from(["trim", "budget", "commit", "commit ahead", "relocate"]))
+    def memory(self, data: st.DataObject, what: str) -> None:
+        if what == "trim":
+            self.scheduler.settle()
+            self.scheduler.trim()
+            stats = self.scheduler.stats()
+            assert (stats.parked_bytes, stats.pooled_bytes) == (0, 0)
+            assert self.driver.physical_bytes() == stats.live_bytes
+        elif what == "budget":
+            self.scheduler.pool.budget_bytes = data.draw(budgets(PAGE))
+        elif self.tensors:
+            self.commit_or_relocate(self.pick(data), data, what)
 
-    @rule()
-    def trim(self) -> None:
-        self.scheduler.settle()
-        self.scheduler.trim()
-        stats = self.scheduler.stats()
-        assert (stats.parked_bytes, stats.pooled_bytes) == (0, 0)
-        assert self.driver.physical_bytes() == stats.live_bytes
+    def commit_or_relocate(self, it: Modelled, data: st.DataObject, what: str) -> None:
+        vtensor, address = it.vtensor, it.vtensor.data_ptr
+        try:
+            if what == "relocate":
+                vtensor.relocate(data.draw(row_counts(vtensor.length)))
+                it.most_rows = vtensor.length
+                return
+            rows = data.draw(row_counts(vtensor.capacity))
+            if what == "commit":
+                vtensor.commit(rows)
+                assert vtensor.committed >= rows
+            else:
+                vtensor.commit_ahead(rows)
+        except OutOfPagesError as error:
+            self.memory_really_was_short(error)
+        assert vtensor.data_ptr == address
 
     @invariant()
     def every_tensor_holds_its_rows(self) -> None:
@@ -196,7 +195,7 @@ class VTensorMachine(RuleBasedStateMachine):
             assert it.vtensor.length == it.rows.shape[it.axis]
             first_row = it.vtensor.first_row
             assert first_row <= it.first_row
-            assert first_row <= it.vtensor.length <= max(it.vtensor.committed, 0)
+            assert first_row <= it.vtensor.length <= it.vtensor.committed
             assert torch.equal(it.vtensor.tensor(), it.expected(first_row))
 
     @invariant()

@@ -107,7 +107,7 @@ class VTensor:
 
     @property
     def committed_bytes(self) -> int:
-        """Physical bytes behind this tensor, pages shared with others included; one that its slots share counts once."""
+        """Physical bytes behind this tensor, shared pages included; one that its slots share counts once."""
         return sum(page.nbytes for page in set(self._range.pages))
 
     @property
