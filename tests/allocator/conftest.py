@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
-from scripted_drivers import PAGE, MakeScheduler, assert_all_given_back
+from scripted_drivers import PAGE
+from vtensors import MakeScheduler, assert_all_given_back
 
 from torch_vtensor.allocator.driver import Driver
 from torch_vtensor.allocator.growth import GrowthScheduler

@@ -1,31 +1,11 @@
-"""Host drivers whose device, refusals and pauses a test decides, and the proof that nothing is left behind."""
+"""Host drivers whose device, refusals and pauses a test decides."""
 
-import gc
 import threading
-from collections.abc import Callable
 
-from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.host_driver import HostDriver
 from torch_vtensor.errors import DriverError
 
 PAGE = 4096
-
-MakeScheduler = Callable[..., GrowthScheduler]  # the fixture of that name
-
-
-def assert_all_given_back(scheduler: GrowthScheduler) -> None:
-    """Once nothing refers to a tensor any more, trim leaves neither memory nor addresses."""
-    scheduler.settle()
-    scheduler.trim()
-    if scheduler.stats().reserved_bytes:  # a traceback that the test caught is a cycle
-        gc.collect()
-        scheduler.trim()
-    scheduler.pool.check_integrity()
-    stats = scheduler.stats()
-    assert (stats.committed_bytes, stats.reserved_bytes, stats.live_bytes, stats.pooled_bytes) == (0, 0, 0, 0), stats
-    driver = scheduler.pool.driver.inner
-    if isinstance(driver, HostDriver):
-        assert driver.physical_bytes() == 0
 
 
 class ManualFence:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scripted_drivers import PAGE, FailingDriver, assert_all_given_back
+from scripted_drivers import PAGE, FailingDriver
+from vtensors import assert_all_given_back
 
 from torch_vtensor.allocator.address_range import AddressRange
 from torch_vtensor.allocator.growth import GrowthScheduler
@@ -191,6 +192,7 @@ def test_a_failed_fork_leaves_nothing_even_while_its_error_is_kept() -> None:
         stats = scheduler.stats()
         assert (stats.live_bytes, stats.shared_bytes) == (live_bytes, 0)
     assert {error.call for error in errors} == {"reserve", "map", "set_access", "create"}
+    scheduler.settle()
     source.truncate(10)  # and nothing is taken to be shared any more
     address = source.data_ptr
     source.append(torch.zeros(10, ROW, dtype=torch.uint8))

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scripted_drivers import PAGE, MakeScheduler, PausingDriver
+from scripted_drivers import PAGE, PausingDriver
+from vtensors import MakeScheduler
 
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.host_driver import HostDriver

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "growing_layers",
     "initialize",
     "recording_shows_window_only",
 ]
@@ -25,6 +27,18 @@ def initialize(layer: DynamicLayer, key: torch.Tensor, value: torch.Tensor) -> N
         layer.lazy_initialization(key, value)
     else:
         layer.lazy_initialization(key)
+
+
+def growing_layers() -> list[type[DynamicLayer]]:
+    """The layer classes that grow by the ``update`` of full or sliding-window attention, whatever else they keep."""
+    names = (
+        "DynamicLayer",
+        "DynamicSlidingWindowLayer",
+        "DynamicIndexedLayer",
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+    )
+    return [getattr(cache_utils, name) for name in names if hasattr(cache_utils, name)]
 
 
 @cache

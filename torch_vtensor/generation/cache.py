@@ -15,8 +15,9 @@ from torch_vtensor.generation._transformers_compat import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    growing_layers,
 )
-from torch_vtensor.generation.enable import METHODS, replacement
+from torch_vtensor.generation.enable import REPLACEMENTS
 
 __all__ = ["CacheMemory", "VTensorCache", "VTensorLayer", "VTensorSlidingWindowLayer", "memory"]
 
@@ -35,16 +36,26 @@ class CacheMemory(NamedTuple):
     ordinary_bytes: int
 
 
-class VTensorLayer(DynamicLayer):
-    """A full-attention layer whose keys and values grow in place."""
+def _explicit(stock: type[DynamicLayer]) -> type[DynamicLayer]:
+    """``stock`` with the methods that enable() would give it, but for those that it or a class in between overrides."""
+    methods: dict[str, Any] = {
+        "__doc__": f"``{stock.__name__}`` whose keys and values grow in place.",
+        "__module__": __name__,
+        "is_explicit": True,
+    }
+    for (owner, name), method in REPLACEMENTS.items():
+        if owner in stock.__mro__ and not any(
+            name in kind.__dict__ for kind in stock.__mro__[: stock.__mro__.index(owner)]
+        ):
+            methods[name] = method
+    return type(f"VTensor{stock.__name__.removeprefix('Dynamic')}", (stock,), methods)
 
-    is_explicit = True
 
-
-class VTensorSlidingWindowLayer(DynamicSlidingWindowLayer):
-    """A sliding-window layer whose keys and values grow in place; pages before the window go back."""
-
-    is_explicit = True
+_EXPLICIT = {stock: _explicit(stock) for stock in growing_layers()}
+# Pickle finds a class by its name.
+globals().update({explicit.__name__: explicit for explicit in _EXPLICIT.values()})
+VTensorLayer: type[DynamicLayer] = _EXPLICIT[DynamicLayer]
+VTensorSlidingWindowLayer: type[DynamicLayer] = _EXPLICIT[DynamicSlidingWindowLayer]
 
 
 class VTensorCache(DynamicCache):
@@ -64,7 +75,7 @@ class VTensorCache(DynamicCache):
         for layer in self.layers:
             layer.__class__ = _EXPLICIT.get(type(layer), type(layer))
         if self.layer_class_to_replicate is DynamicLayer:
-            self.layer_class_to_replicate = VTensorLayer
+            self.layer_class_to_replicate: type = VTensorLayer
 
     def fork(self) -> VTensorCache:
         """An independent cache with the same tokens that shares their pages until one of the two writes.
@@ -79,16 +90,7 @@ class VTensorCache(DynamicCache):
         return memory(self)
 
 
-def _explicit(kind: type[DynamicLayer], stock: type[DynamicLayer]) -> None:
-    for owner, name, ours in METHODS:
-        if issubclass(stock, owner) and (owner is stock or name not in stock.__dict__):
-            setattr(kind, name, replacement(stock, name, ours))
-
-
-_EXPLICIT = {DynamicLayer: VTensorLayer, DynamicSlidingWindowLayer: VTensorSlidingWindowLayer}
-for _stock_class, _own_class in _EXPLICIT.items():
-    _explicit(_own_class, _stock_class)
-VTensorCache.update = replacement(Cache, "update", layers.cache_update)
+VTensorCache.update = REPLACEMENTS[Cache, "update"]
 
 
 def memory(cache: Cache) -> CacheMemory:

@@ -15,13 +15,14 @@ from typing import Any
 from torch_vtensor.allocator.pools import set_default_budget
 from torch_vtensor.generation import layers
 from torch_vtensor.generation._transformers_compat import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from torch_vtensor.settings import load_settings
 
-__all__ = ["METHODS", "disable", "enable", "enabled", "is_enabled", "replacement"]
+__all__ = ["REPLACEMENTS", "disable", "enable", "enabled", "is_enabled"]
 
-METHODS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
+_METHODS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (Cache, "update", layers.cache_update),
     (DynamicLayer, "update", layers.update),
-    (DynamicSlidingWindowLayer, "update", layers.update),
+    (DynamicSlidingWindowLayer, "update", layers.update_window),
     (DynamicLayer, "reorder_cache", layers.reorder_cache),
     (DynamicLayer, "batch_select_indices", layers.batch_select_indices),
     (DynamicLayer, "batch_repeat_interleave", layers.batch_repeat_interleave),
@@ -29,15 +30,15 @@ METHODS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (DynamicLayer, "__deepcopy__", layers.deepcopy),
     (DynamicLayer, "__getstate__", layers.getstate),
 )
-"""Which method of which class is replaced by what."""
 
 _lock = threading.RLock()
 _switched_on = False
-_num_blocks = 0
+_blocks: set[object] = set()
+_has_own_budget = False
 _stock: list[tuple[type, str, Any]] = []  # what was replaced; None where the class had no method of its own
 
 
-def replacement(owner: type, name: str, ours: Callable[..., Any]) -> Callable[..., Any]:
+def _replacement(owner: type, name: str, ours: Callable[..., Any]) -> Callable[..., Any]:
     """``ours`` as a method of ``owner``, given the stock method that it stands for."""
     if name in ("__deepcopy__", "__getstate__"):
         return ours
@@ -50,7 +51,8 @@ def replacement(owner: type, name: str, ours: Callable[..., Any]) -> Callable[..
     return method
 
 
-_REPLACEMENTS = {(owner, name): replacement(owner, name, ours) for owner, name, ours in METHODS}
+REPLACEMENTS = {(owner, name): _replacement(owner, name, ours) for owner, name, ours in _METHODS}
+"""The method that stands for each one of transformers', made while transformers' own are in place."""
 
 
 def enable(*, budget_bytes: int | None = None) -> None:
@@ -60,17 +62,15 @@ def enable(*, budget_bytes: int | None = None) -> None:
     changes the budget. ``explain(model)`` says what each layer of a model will do; ``stats()`` what they did.
 
     Args:
-        budget_bytes: the most physical memory a device may hold for caches; default: TORCH_VTENSOR_BUDGET_BYTES, or
-            what the device has.
+        budget_bytes: the most physical memory a device may hold for caches, explicit ones included, until nothing is
+            enabled any more; default: TORCH_VTENSOR_BUDGET_BYTES, or what the device has.
 
     Raises: ValueError for a budget of less than one byte.
     """
     global _switched_on
-    if budget_bytes is not None:
-        set_default_budget(budget_bytes)
     with _lock:
+        _install(budget_bytes)
         _switched_on = True
-        _install()
 
 
 def disable() -> None:
@@ -78,27 +78,26 @@ def disable() -> None:
 
     Effects: the tokens of running caches are copied to ordinary memory.
     """
-    global _switched_on, _num_blocks
+    global _switched_on
     with _lock:
-        _switched_on, _num_blocks = False, 0
+        _switched_on = False
+        _blocks.clear()
         _remove()
 
 
 @contextmanager
 def enabled(*, budget_bytes: int | None = None) -> Iterator[None]:
     """``enable()`` for a block. Blocks may nest and overlap between threads; the last one out puts things back."""
-    global _num_blocks
-    if budget_bytes is not None:
-        set_default_budget(budget_bytes)
+    block = object()
     with _lock:
-        _num_blocks += 1
-        _install()
+        _install(budget_bytes)
+        _blocks.add(block)
     try:
         yield
     finally:
         with _lock:
-            _num_blocks = max(_num_blocks - 1, 0)
-            if _num_blocks == 0 and not _switched_on:
+            _blocks.discard(block)  # disable() may have ended it
+            if not _blocks and not _switched_on:
                 _remove()
 
 
@@ -107,20 +106,28 @@ def is_enabled() -> bool:
     return bool(_stock)
 
 
-def _install() -> None:
-    if _stock:
-        return
-    for owner, name in _REPLACEMENTS:
-        _stock.append((owner, name, owner.__dict__.get(name)))
-        setattr(owner, name, _REPLACEMENTS[owner, name])
+def _install(budget_bytes: int | None) -> None:
+    global _has_own_budget
+    if budget_bytes is not None:
+        set_default_budget(budget_bytes)
+        _has_own_budget = True
+    if not _stock:
+        for (owner, name), method in REPLACEMENTS.items():
+            _stock.append((owner, name, owner.__dict__.get(name)))
+            setattr(owner, name, method)
 
 
 def _remove() -> None:
+    global _has_own_budget
+    if _has_own_budget:
+        set_default_budget(load_settings().budget_bytes)
+        _has_own_budget = False
+    if not _stock:
+        return
     while _stock:
         owner, name, stock = _stock.pop()
         if stock is None:
             delattr(owner, name)
         else:
             setattr(owner, name, stock)
-        if not _stock:
-            layers.leave_all(lambda layer: not getattr(layer, "is_explicit", False))
+    layers.leave_all(lambda layer: not getattr(layer, "is_explicit", False))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -26,6 +26,7 @@ __all__ = ["KVShape", "KVStore", "is_token_major", "paging_tokens"]
 
 _CUDA_CAPACITY_TOKENS = 128 * 1024
 _CPU_CAPACITY_TOKENS = 1024
+_COPIED_WHILE_MAPPING_BYTES = {"cpu": 128 * 1024, "cuda": 64 * 2**20}  # in about the time that one page is mapped
 
 
 class KVShape(NamedTuple):
@@ -76,6 +77,13 @@ def paging_tokens(shape: KVShape, num_layers: int) -> int:
     return -(-page_bytes // (max(shape.key_dim, shape.value_dim) * shape.dtype.itemsize))
 
 
+class Viewer(Protocol):
+    """What holds the newest views of a store."""
+
+    def renew(self) -> None:
+        """Make new views of the store: the ones held may keep memory alive that nobody needs."""
+
+
 class KVStore:
     """Keys and values of ``num_layers`` layers of one shape, for ``shape.batch`` slots, over VTensors.
 
@@ -89,20 +97,13 @@ class KVStore:
     """
 
     def __init__(self, shape: KVShape, num_layers: int, tokens: int) -> None:
-        self.shape = shape
-        self.num_layers = num_layers
-        self.intervals: list[tuple[int, int] | None] = [None] * num_layers
-        self.viewers: weakref.WeakSet[object] = weakref.WeakSet()
-        self._num_writes = [0] * num_layers
-        self._derived: dict[Hashable, tuple[weakref.ref[KVStore], list[int]]] = {}
-        self._next_head_bytes = default_scheduler(shape.device).pool.page_bytes
         capacity = _capacity(tokens, shape.device)
         if is_token_major(shape.device):
             row_elements = shape.heads * (shape.key_dim + shape.value_dim) * num_layers
             rows: list[tuple[tuple[int, ...], int]] = [((shape.batch,), row_elements)]
         else:
             rows = [((shape.batch, shape.heads), dim) for dim in (shape.key_dim, shape.value_dim)]
-        self.vtensors = [
+        vtensors = [
             VTensor(
                 (row_elements,),
                 outer_shape=outer,
@@ -113,6 +114,19 @@ class KVStore:
             )
             for outer, row_elements in rows
         ]
+        self._start(shape, [None] * num_layers, vtensors)
+
+    def _start(self, shape: KVShape, intervals: list[tuple[int, int] | None], vtensors: list[VTensor]) -> None:
+        self.shape = shape
+        self.num_layers = len(intervals)
+        self.intervals = intervals
+        self.vtensors = vtensors
+        self.viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
+        self._num_writes = [0] * self.num_layers
+        self._derived: weakref.WeakValueDictionary[Hashable, KVStore] = weakref.WeakValueDictionary()
+        self._num_writes_before: list[int] = []  # of the store that this one was derived from
+        self._places: dict[int, tuple[_Place, _Place]] = {}
+        self._next_head_bytes = vtensors[0].head_bytes + vtensors[0].scheduler.pool.page_bytes
 
     @property
     def committed(self) -> int:
@@ -148,15 +162,19 @@ class KVStore:
         Position 0 of the views is token ``first(layer)``'s: the first that still has memory.
         """
         first, committed = self.first, self.committed  # before the storages: the scheduler may commit more meanwhile
-        with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside it
-            storages = [vtensor.storage().view(self.shape.dtype) for vtensor in self.vtensors]
+        storages = [vtensor.storage() for vtensor in self.vtensors]
+        if layer not in self._places:
+            self._places[layer] = self._place(layer)
         views = []
-        for place in self._places(layer):
-            storage = storages[place.vtensor]
+        for place in self._places[layer]:
+            storage = storages[place.vtensor].untyped_storage()
             head_elements = self.vtensors[place.vtensor].head_bytes // self.shape.dtype.itemsize
             offset = place.offset + first * place.strides[2] - head_elements
             batch, heads, dim = place.sizes
-            views.append(storage.as_strided((batch, heads, committed - first, dim), place.strides, offset))
+            # Not views of another tensor, which they would keep alive: users of the storage are counted.
+            with torch.inference_mode(False):
+                view = torch.empty(0, dtype=self.shape.dtype, device=self.shape.device)
+            views.append(view.set_(storage, offset, (batch, heads, committed - first, dim), place.strides))
         return views[0], views[1]
 
     @property
@@ -166,8 +184,6 @@ class KVStore:
 
     def has_older_views(self) -> bool:
         """Whether storages are alive that are not the newest of one of ``viewers``: somebody kept an older view."""
-        if self.first > 0:  # views from before the head was dropped are counted elsewhere
-            return True
         return max(vtensor.num_storages() for vtensor in self.vtensors) > len(self.viewers)
 
     def wrote(self, layer: int, first: int, stop: int) -> None:
@@ -185,6 +201,8 @@ class KVStore:
             for vtensor in self.vtensors:
                 vtensor.length = interval[1]
                 vtensor.drop_head(needed)
+            for viewer in list(self.viewers):
+                viewer.renew()
             self._next_head_bytes = self.vtensors[0].head_bytes + self.vtensors[0].scheduler.pool.page_bytes
 
     def derive(self, layer: int, request: Hashable, make: Callable[[], KVStore]) -> KVStore:
@@ -192,11 +210,10 @@ class KVStore:
 
         Layers arrive one by one; one that has written here since the store was derived gets a newer one.
         """
-        reference, num_writes = self._derived.get(request, (None, []))
-        derived = reference() if reference else None
-        if derived is None or num_writes[layer] != self._num_writes[layer]:
-            derived = make()
-            self._derived[request] = (weakref.ref(derived), list(self._num_writes))
+        derived = self._derived.get(request)
+        if derived is None or derived._num_writes_before[layer] != self._num_writes[layer]:
+            self._derived[request] = derived = make()
+            derived._num_writes_before = list(self._num_writes)
         return derived
 
     def fork(self, select: Sequence[int] | None = None, *, share: int | None = None, capacity: int = 0) -> KVStore:
@@ -204,30 +221,32 @@ class KVStore:
 
         Args:
             select: source slots, repeats allowed; default: all of them.
-            share: pages of tokens before this one are shared, later ones copied; default: as many as every layer has
-                written, so that both stores can go on appending.
+            share: pages of tokens before this one are shared, later ones copied; at most, and by default, as many as
+                every layer has written, so that both stores can go on appending.
             capacity: tokens of addresses to reserve; default: this store's.
 
         Raises: OutOfPagesError, with this store unchanged.
         """
         stops = [interval[1] for interval in self.intervals if interval]
-        forked = KVStore.__new__(KVStore)
-        forked.shape = self.shape if select is None else self.shape._replace(batch=len(select))
-        forked.num_layers = self.num_layers
-        forked.intervals, forked._num_writes = list(self.intervals), [0] * self.num_layers
-        forked.viewers, forked._derived = weakref.WeakSet(), {}
-        forked._next_head_bytes = self._next_head_bytes
-        forked.vtensors = []
+        share = min(stops) if share is None else min(share, *stops)
+        vtensors = []
         for vtensor in self.vtensors:
             vtensor.length = max(stops)
-            share_rows = min(stops) if share is None else share
-            forked.vtensors.append(vtensor.fork(select, share_rows=share_rows, capacity=max(capacity, self.capacity)))
+            vtensors.append(vtensor.fork(select, share_rows=share, capacity=max(capacity, self.capacity)))
+        forked = KVStore.__new__(KVStore)
+        forked._start(self.shape._replace(batch=vtensors[0].outer_shape[0]), list(self.intervals), vtensors)
         return forked
 
     @property
     def writable_from(self) -> int:
         """The first token whose memory is surely no other store's."""
         return max(vtensor.writable_from for vtensor in self.vtensors)
+
+    def maps_faster_than_copies(self, tokens: int) -> bool:
+        """Whether ``fork`` takes less time than copying so many tokens of one slot would take in every layer."""
+        copied_bytes = tokens * self.shape.token_bytes * self.num_layers
+        num_pages = sum(vtensor.num_pages for vtensor in self.vtensors)
+        return copied_bytes > num_pages * _COPIED_WHILE_MAPPING_BYTES[self.shape.device.type]
 
     def retain_in_capture(self) -> None:
         """Keep this store's memory alive for a graph that the current stream is being captured into."""
@@ -242,7 +261,7 @@ class KVStore:
     def _last_layer(self) -> int:
         return max(layer for layer, interval in enumerate(self.intervals) if interval)
 
-    def _places(self, layer: int) -> tuple[_Place, _Place]:
+    def _place(self, layer: int) -> tuple[_Place, _Place]:
         shape = self.shape
         places = []
         offset = layer * shape.heads * (shape.key_dim + shape.value_dim)

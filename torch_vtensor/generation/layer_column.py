@@ -9,16 +9,19 @@ key, value [B, H, T, D] of the new tokens
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 
 import torch
 
 from torch_vtensor.allocator._torch_compat import num_storage_users
+from torch_vtensor.errors import OutOfPagesError
 from torch_vtensor.generation.kv_store import KVShape, KVStore, paging_tokens
+from torch_vtensor.generation.slot_history import SlotHistory
 
 __all__ = ["LayerColumn", "LayerGroup"]
 
 _AHEAD_TOKENS = 2
+_SHARED_ANEW_PART = 8  # slots are merged anew when another eighth of their tokens is the same
 
 
 class LayerGroup:
@@ -63,6 +66,8 @@ class LayerColumn:
         self._end = 0
         self._seen = 0  # a view published earlier may show tokens below this
         self._asked_ahead = 0
+        self._history = SlotHistory.unknown(group.shape.batch)
+        self._merged = 0  # slots that have tokens before this in common have them in common pages
 
     def append(
         self, key: torch.Tensor, value: torch.Tensor, first: int, stop: int
@@ -96,26 +101,50 @@ class LayerColumn:
         if self.store is not None:
             self.store.keep_from(self.index, first)
 
-    def select(self, slots: Sequence[int]) -> LayerColumn | None:
-        """A column whose slot i holds this one's slot ``slots[i]``, sharing pages; None if it is not on pages."""
-        return self._derive(("select", tuple(slots)), slots)
+    def select(self, slots: tuple[int, ...], index: torch.Tensor, first: int, stop: int) -> None:
+        """Give slot i the tokens [``first``, ``stop``) of slot ``slots[i]``.
+
+        Only the tokens in which the two differ are copied, in place where nobody else can see it. Where that would copy
+        much, or slots have come to have much in common, their pages are shared instead.
+
+        Args:
+            slots: source slots, repeats allowed.
+            index: the same as a tensor on any device.
+            first, stop: the tokens to keep. The caller holds no views of them, or they count as somebody else's.
+
+        Raises: OutOfPagesError or DriverError, with the column unchanged.
+        """
+        history = self._history.moved(slots, stop)
+        start = max(history.differs_from, first)
+        in_place = len(slots) == self.shape.batch and self._is_mine_from(start)
+        try:
+            if not in_place or self._sharing_pays(history, start, stop):
+                self._select_anew(slots, index, history, first, stop)
+            else:
+                self._select_in_place(index, first, start, stop)
+        except OutOfPagesError:
+            if not in_place:
+                raise
+            self._select_in_place(index, first, start, stop)
+        self._history = history
 
     def fork(self, request: Hashable) -> LayerColumn | None:
         """An independent column with the same tokens, sharing pages; None if it is not on pages.
 
         Layers of one group that fork with the same ``request`` stay together.
         """
-        return self._derive(("fork", request), None)
-
-    def _derive(self, request: Hashable, slots: Sequence[int] | None) -> LayerColumn | None:
         store = self.store
         if store is None:
             return None
-        derived = LayerColumn.__new__(LayerColumn)
-        derived.group, derived.index = self.group, self.index
-        derived.store, derived._seen, derived._asked_ahead = None, self._seen, 0
-        derived._view(store.derive(self.index, request, lambda: store.fork(slots)))
-        return derived
+        forked = LayerColumn(self.group, self.index)
+        forked._seen, forked._history, forked._merged = self._seen, self._history, self._merged
+        forked._view(store.derive(self.index, ("fork", request), store.fork))
+        return forked
+
+    def renew(self) -> None:
+        """Let go of memory before the first token that the store still has."""
+        assert self.store is not None
+        self._view(self.store)
 
     def views(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of tokens [``first``, ``stop``)."""
@@ -133,22 +162,66 @@ class LayerColumn:
     def _make_writable(self, stop: int) -> None:
         """Before tokens from ``stop`` on are overwritten: move away from whatever else can see them."""
         store = self.store
-        if store is None:
-            if self._has_live_views():
+        if not self._is_mine_from(stop, published=True):
+            if store is None:
                 self._end = 0  # the next growth copies what is kept to new memory
-        elif store.writable_from > stop or self._has_live_views() or store.has_older_views():
-            self._view(store.derive(self.index, ("relocate", stop), lambda: store.fork(share=stop)))
+            else:
+                self._view(store.derive(self.index, ("relocate", stop), lambda: store.fork(share=stop)))
         self._seen = stop
+        self._history, self._merged = self._history.shortened(stop), min(self._merged, stop)
 
-    def _has_live_views(self) -> bool:
-        """Whether anyone but this column, and the two tensors the layer holds, uses its storages."""
-        assert self._keys is not None and self._values is not None
-        one_storage = self._keys.untyped_storage().data_ptr() == self._values.untyped_storage().data_ptr()
-        own = 4 if one_storage else 2
-        return max(num_storage_users(self._keys), num_storage_users(self._values)) > own
+    def _is_mine_from(self, token: int, *, published: bool = False) -> bool:
+        """Whether nobody else can see the memory of the tokens from ``token`` on.
+
+        Args:
+            published: the layer holds one view of the keys and one of the values, which do not count.
+        """
+        keys, values, store = self._keys, self._values, self.store
+        assert keys is not None and values is not None
+        own = 2 if published else 1
+        if keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr():
+            own *= 2
+        if max(num_storage_users(keys), num_storage_users(values)) > own:
+            return False
+        return store is None or (store.writable_from <= token and not store.has_older_views())
+
+    def _sharing_pays(self, history: SlotHistory, start: int, stop: int) -> bool:
+        """Whether to map pages anew rather than to copy tokens [``start``, ``stop``) of every slot in place."""
+        if self.store is None:
+            return False
+        page_tokens = self.group.paging_tokens
+        num_newly_shared = history.num_donated - self._merged if len(set(history.donors)) < len(history.donors) else 0
+        saves_memory = num_newly_shared >= max(page_tokens, stop // _SHARED_ANEW_PART)
+        return saves_memory or self.store.maps_faster_than_copies(self.shape.batch * (stop - start))
+
+    def _select_in_place(self, index: torch.Tensor, first: int, start: int, stop: int) -> None:
+        if start < stop:
+            for tensor in self.views(start, stop):
+                tensor.copy_(tensor.index_select(0, index.to(tensor.device)))
+            if self.store is not None:
+                self.store.wrote(self.index, first, stop)
+
+    def _select_anew(
+        self, slots: tuple[int, ...], index: torch.Tensor, history: SlotHistory, first: int, stop: int
+    ) -> None:
+        """Make the new slots in other memory: pages from each slot's donor, and its own tokens where it differs."""
+        store, old_keys, old_values = self.store, *self.views(first, stop)
+        if store is None:
+            self._grow_small(first, first, stop + 1)
+            start = first
+        else:
+            sources = tuple(slots[donor] for donor in history.donors)
+            share = None if sources == slots else history.num_donated
+            self._view(store.derive(self.index, ("select", sources, share), lambda: store.fork(sources, share=share)))
+            start = stop if share is None else max(first, share)
+            if len(set(sources)) < len(sources):
+                self._merged = history.num_donated
+        if start < stop:
+            for tensor, old in zip(self.views(start, stop), (old_keys, old_values), strict=True):
+                tensor.copy_(old.narrow(2, start - first, stop - start).index_select(0, index.to(old.device)))
 
     def _grow(self, first: int, stop: int, new_stop: int) -> None:
-        if self.store is None and new_stop < self.group.paging_tokens:
+        if self.store is None and new_stop - first < self.group.paging_tokens:
             self._grow_small(first, stop, new_stop)
         elif self.store is None:
             self._move_to_pages(first, stop, new_stop)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_vtensor.errors import DriverError, ForkedProcessError
+from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
 from torch_vtensor.generation._torch_compat import is_traced
 from torch_vtensor.generation._transformers_compat import (
     Cache,
@@ -45,6 +45,7 @@ __all__ = [
     "reset",
     "state_of",
     "update",
+    "update_window",
 ]
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -62,7 +63,7 @@ class _Step(NamedTuple):
 class LayerState:
     """What we keep beside a layer: its column, and the tokens [first, stop) that its published views show."""
 
-    __slots__ = ("column", "first", "keys", "step", "stop", "values")
+    __slots__ = ("before", "column", "first", "keys", "step", "stop", "values")
 
     def __init__(self, column: LayerColumn) -> None:
         self.column = column
@@ -70,9 +71,12 @@ class LayerState:
         self.stop = 0
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
+        self.before = (0, 0)  # a sliding layer's first and stop before the last append
         self.step: _Step | None = None  # what the last append looked like; one that looks the same needs no checks
 
-    def publish(self, layer: DynamicLayer, first: int, stop: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def publish(
+        self, layer: DynamicLayer, first: int, stop: int, keys: torch.Tensor | None, values: torch.Tensor | None
+    ) -> None:
         """Make ``keys`` and ``values``, which show tokens [first, stop), the layer's own."""
         self.first, self.stop, self.keys, self.values = first, stop, keys, values
         layer.keys, layer.values = keys, values
@@ -87,16 +91,26 @@ counters: Counter[str] = Counter()
 
 
 def state_of(layer: DynamicLayer) -> LayerState | None:
-    """The state of a layer whose present keys and values are our views; None if it is stock."""
+    """The layer's state if its keys and values are our views, or a part of them (``crop``), which is then adopted.
+
+    None if the layer is stock, or its keys and values came from elsewhere.
+    """
     state = _states.get(layer)
-    return state if state is not None and state.keys is layer.keys and state.values is layer.values else None
+    if state is None or (state.keys is layer.keys and state.values is layer.values):
+        return state
+    part = _part_of(layer.keys, state.keys)
+    if part is None or part != _part_of(layer.values, state.values):
+        del _states[layer]
+        return None
+    state.publish(layer, state.first + part.start, state.first + part.stop, layer.keys, layer.values)
+    return state
 
 
 def cache_update(
     stock: Callable[..., KeysValues],
     cache: Cache,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
     layer_idx: int,
     *args: Any,
     **kw: Any,
@@ -106,41 +120,73 @@ def cache_update(
     The stock method calls ``update`` below, which learns here which layers the one that appends grows together with.
     """
     if torch.compiler.is_compiling():
-        return stock(cache, key, value, layer_idx, *args, **kw)
+        return stock(cache, key_states, value_states, layer_idx, *args, **kw)
     if layer_idx < len(cache.layers):
         layer = cache.layers[layer_idx]
         state = _states.get(layer)
-        if state is not None and _is_next_step(layer, state, key, value):
+        if state is not None and _is_next_step(layer, state, key_states, value_states):
             try:
-                return _append(layer, state, key, value)
-            except (DriverError, ForkedProcessError):
-                pass  # the stock method says why
+                return _append(layer, state, key_states, value_states)
+            except (DriverError, ForkedProcessError, OutOfPagesError):
+                pass  # below it happens again, and is dealt with
     _calling.cache = cache
     try:
-        return stock(cache, key, value, layer_idx, *args, **kw)
+        return stock(cache, key_states, value_states, layer_idx, *args, **kw)
     finally:
         _calling.cache = None
 
 
 def update(
-    stock: Callable[..., KeysValues], layer: DynamicLayer, key: torch.Tensor, value: torch.Tensor, *args: Any, **kw: Any
+    stock: Callable[..., KeysValues],
+    layer: DynamicLayer,
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    *args: Any,
+    **kw: Any,
 ) -> KeysValues:
-    """``DynamicLayer.update`` and ``DynamicSlidingWindowLayer.update``: append in place, return views of everything.
+    """``DynamicLayer.update``: append in place, return views of everything.
 
-    Shapes: key, value [B, H, T, D]; returns keys, values [B, H, length + T, D], as the stock method does.
-    Raises: OutOfPagesError, with the layer as it was.
+    Shapes: key_states, value_states [B, H, T, D]; returns keys, values [B, H, length + T, D], as the stock method does.
+    Raises: OutOfPagesError, with the layer, and those of its cache that had gone one step ahead of it, as they were.
     """
+    return _update(_append, stock, layer, key_states, value_states, *args, **kw)
+
+
+def update_window(
+    stock: Callable[..., KeysValues],
+    layer: DynamicSlidingWindowLayer,
+    key_states: torch.Tensor,
+    value_states: torch.Tensor,
+    *args: Any,
+    **kw: Any,
+) -> KeysValues:
+    """``DynamicSlidingWindowLayer.update``: as ``update``, keeping the window; pages before it go back."""
+    return _update(_append_window, stock, layer, key_states, value_states, *args, **kw)
+
+
+def _update(
+    append: Callable[..., KeysValues],
+    stock: Callable[..., KeysValues],
+    layer: Any,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    **kw: Any,
+) -> KeysValues:
     if torch.compiler.is_compiling():
         return stock(layer, key, value, *args, **kw)
     reason = _why_stock(key, value)
     try:
         state = _adopt(layer, key, value) if reason is None else None
         if state is not None:
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                return _append_window(layer, state, key, value)
-            views = _append(layer, state, key, value)
-            state.step = _Step(key.shape, value.shape, key.dtype)
+            views = append(layer, state, key, value)
+            # A subclass may do more than this in an update() of its own, and then every step has to go through that.
+            if append is _append and getattr(type(layer).update, "__wrapped__", None) is stock:
+                state.step = _Step(key.shape, value.shape, key.dtype)
             return views
+    except OutOfPagesError:
+        _take_back_step(layer, key.shape[2])
+        raise
     except (DriverError, ForkedProcessError) as error:
         reason = f"memory driver: {type(error).__name__}"
     counters[f"stock: {reason or 'keys and values do not fit the tokens before them'}"] += 1
@@ -162,16 +208,16 @@ def batch_select_indices(stock: Callable[..., None], layer: DynamicLayer, indice
 
 def batch_repeat_interleave(stock: Callable[..., None], layer: DynamicLayer, repeats: Any) -> None:
     """``DynamicLayer.batch_repeat_interleave``: each slot ``repeats`` times, sharing pages."""
-    state = _current(layer)
+    state = state_of(layer)
     batch = state.column.shape.batch if state else 0
     slots = [slot for slot in range(batch) for _ in range(repeats)] if isinstance(repeats, int) else []
-    if not slots or not _select(layer, slots):
+    if not _select(layer, slots):
         stock(layer, repeats)
 
 
 def reset(stock: Callable[..., None], layer: DynamicLayer) -> None:
     """``DynamicLayer.reset``: leaves our memory first, because the stock method may write zeros into its tensors."""
-    if _current(layer) is not None:
+    if state_of(layer) is not None:
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         del _states[layer]
     stock(layer)
@@ -179,7 +225,7 @@ def reset(stock: Callable[..., None], layer: DynamicLayer) -> None:
 
 def deepcopy(layer: DynamicLayer, memo: dict[Any, Any]) -> DynamicLayer:
     """``copy.deepcopy`` of a layer: an independent layer that shares pages until one of them writes."""
-    state = _current(layer)
+    state = state_of(layer)
     # One object a deepcopy, so that the layers of one cache fork their common store once, and twice for two copies.
     column = state.column.fork(memo.setdefault(_FORK, object())) if state else None
     new: DynamicLayer = object.__new__(type(layer))
@@ -197,16 +243,17 @@ def deepcopy(layer: DynamicLayer, memo: dict[Any, Any]) -> DynamicLayer:
 def getstate(layer: DynamicLayer) -> dict[str, Any]:
     """What pickle, ``torch.save`` and ``copy.copy`` see: the tokens alone, not the address range they lie in."""
     attributes: dict[str, Any] = layer.__dict__.copy()
-    if _current(layer) is not None:
+    if state_of(layer) is not None:
         attributes["keys"], attributes["values"] = layer.keys.clone(), layer.values.clone()
     return attributes
 
 
 def leave_all(leaves: Callable[[DynamicLayer], bool]) -> None:
     """Copy the tokens of every layer for which ``leaves`` is true to ordinary memory, and forget the layer."""
-    for layer in list(_states):
-        if leaves(layer):
-            if _current(layer) is not None:
+    for reference in _states.keyrefs():  # copied at once: other threads go on generating
+        layer = reference()
+        if layer is not None and leaves(layer):
+            if state_of(layer) is not None:
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
             _states.pop(layer, None)
 
@@ -241,6 +288,7 @@ def _append_window(
 ) -> KeysValues:
     num_new, window = key.shape[2], layer.sliding_window
     recording = getattr(layer, "record_past", False)
+    before = state.first, state.stop
     if state.stop == 0 and num_new >= window > 1 and not recording:
         # A prompt longer than the window: attention sees all of it once, the cache keeps its end.
         kept = window - 1
@@ -256,10 +304,31 @@ def _append_window(
         else:
             kept_keys, kept_values = keys[:, :, -window + 1 :], values[:, :, -window + 1 :]
             state.publish(layer, stop - kept_keys.shape[2], stop, kept_keys, kept_values)
-            state.column.keep(state.first)
+        # Not to state.first: the step may have to be taken back.
+        state.column.keep(before[0])
     counters["zero-copy"] += 1
     layer.cumulative_length += num_new
+    state.before = before
     return keys, values
+
+
+def _take_back_step(layer: DynamicLayer, num_new: int) -> None:
+    """Let the layers before ``layer`` that have appended ``num_new`` tokens more than it forget them again.
+
+    The model's step fails as a whole: without this, trying it again would append to those layers twice.
+    """
+    cache, length = getattr(_calling, "cache", None), layer.get_seq_length()
+    for other in cache.layers if cache is not None else ():
+        if other is layer:
+            return
+        state = state_of(other) if isinstance(other, DynamicLayer) else None
+        if state is None or other.get_seq_length() != length + num_new:
+            continue
+        first, stop = state.first, state.stop - num_new
+        if isinstance(other, DynamicSlidingWindowLayer):
+            first, stop = state.before
+            other.cumulative_length -= num_new
+        state.publish(other, first, stop, *state.column.views(first, stop))
 
 
 def _why_stock(key: torch.Tensor, value: torch.Tensor) -> str | None:
@@ -287,7 +356,7 @@ def _adopt(layer: DynamicLayer, key: torch.Tensor, value: torch.Tensor) -> Layer
     if not layer.is_initialized:
         initialize(layer, key, value)
     shape = KVShape.of(key, value)
-    state = _current(layer)
+    state = state_of(layer)
     if state is not None:
         return state if state.column.shape == shape else None
     length = layer.keys.shape[2] if layer.keys is not None and layer.keys.numel() else 0
@@ -304,22 +373,8 @@ def _adopt(layer: DynamicLayer, key: torch.Tensor, value: torch.Tensor) -> Layer
     return state
 
 
-def _current(layer: DynamicLayer) -> LayerState | None:
-    """The layer's state if its keys and values are our views, or a part of them (``crop``), which is then adopted."""
-    state = _states.get(layer)
-    if state is None or (state.keys is layer.keys and state.values is layer.values):
-        return state
-    shift = _shift_within(layer.keys, state.keys)
-    if shift is None or shift != _shift_within(layer.values, state.values):
-        del _states[layer]
-        return None
-    first = state.first + shift
-    state.publish(layer, first, first + layer.keys.shape[2], layer.keys, layer.values)
-    return state
-
-
-def _shift_within(part: Any, whole: torch.Tensor | None) -> int | None:
-    """How many tokens into ``whole`` the view ``part`` starts; None if it is not a run of its tokens."""
+def _part_of(part: Any, whole: torch.Tensor | None) -> range | None:
+    """Which run of the tokens of ``whole`` the tensor ``part`` shows; None if it does not."""
     if not isinstance(part, torch.Tensor) or whole is None or part.dim() != 4 or part.dtype != whole.dtype:
         return None
     same_rows = part.shape[:2] == whole.shape[:2] and part.shape[3] == whole.shape[3]
@@ -330,7 +385,7 @@ def _shift_within(part: Any, whole: torch.Tensor | None) -> int | None:
     shift, remainder = divmod(int(part.storage_offset()) - int(whole.storage_offset()), whole.stride(2))
     if remainder or shift < 0 or shift + part.shape[2] > whole.shape[2]:
         return None
-    return shift
+    return range(shift, shift + part.shape[2])
 
 
 def _group_of(layer: DynamicLayer, shape: KVShape) -> tuple[LayerGroup, int]:
@@ -340,7 +395,7 @@ def _group_of(layer: DynamicLayer, shape: KVShape) -> tuple[LayerGroup, int]:
         return group, index
     cache = getattr(_calling, "cache", None) if is_token_major(shape.device) else None
     siblings = [other for other in cache.layers if _kind(other) == _kind(layer)] if cache is not None else [layer]
-    siblings = [other for other in siblings if other is layer or _states.get(other) is None]
+    siblings = [other for other in siblings if other is layer or state_of(other) is None]
     group = LayerGroup(shape, len(siblings))
     for place, sibling in enumerate(siblings):
         if sibling is layer:
@@ -355,37 +410,49 @@ def _kind(layer: Any) -> tuple[type, int | None]:
 
 
 def _select(layer: DynamicLayer, indices: torch.Tensor | Sequence[int]) -> bool:
-    """Give the layer's slots the tokens of others by sharing pages; False if only the stock method can."""
-    state = _current(layer)
-    if state is None or state.column.store is None:
+    """Give the layer's slots the tokens of others, sharing pages; False if only the stock method can."""
+    state = state_of(layer)
+    if state is None or state.first == state.stop:
         return False
-    slots = _slots(indices, state.column.shape.batch)
-    if slots is None:
+    column, first, stop, batch = state.column, state.first, state.stop, state.column.shape.batch
+    slots = _slots(indices, batch)
+    if slots is None or (len(slots) != batch and column.store is None):
         return False
-    if slots != list(range(state.column.shape.batch)):
+    if slots != tuple(range(batch)):
+        index = indices if isinstance(indices, torch.Tensor) else torch.tensor(slots)
+        state.publish(layer, first, stop, None, None)  # so that views that are still alive are somebody else's
         try:
-            column = state.column.select(slots)
+            column.select(slots, index, first, stop)
         except DriverError as error:
             counters[f"stock: memory driver: {type(error).__name__}"] += 1
             return False
-        assert column is not None
-        counters["shared"] += 1
-        _publish(layer, column, state.first, state.stop)
+        finally:
+            state.publish(layer, first, stop, *column.views(first, stop))
+        if len(slots) != batch:
+            state.step = None
+        counters["reordered"] += 1
     return True
 
 
-def _slots(indices: Any, batch: int) -> list[int] | None:
-    """Indices into the batch as a list; None if they are none. Layers come one by one with the same tensor."""
+def _slots(indices: Any, batch: int) -> tuple[int, ...] | None:
+    """Indices into the batch; None if they are not plain ones. A cache's layers come one by one with the same tensor.
+
+    Effects: reads the tensor, which waits for the device, once for all layers: which pages are shared is for the host
+        to say. The loops that reorder wait for the device at every step in any case, to see which beams have ended.
+    """
     if isinstance(indices, torch.Tensor):
+        if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
+            return None
+        version = -1 if indices.is_inference() else indices._version
         known = getattr(_calling, "slots", None)
-        if known is None or known[0] is not indices or known[1] != indices._version:
-            if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
-                return None
-            known = _calling.slots = (indices, indices._version, indices.tolist())
+        if known is None or known[0]() is not indices or known[1] != version or version < 0:
+            known = _calling.slots = (weakref.ref(indices), version, indices.tolist())
         indices = known[2]
-    if not isinstance(indices, list) or not indices or not all(-batch <= index < batch for index in indices):
+    if not isinstance(indices, (list, tuple)) or not indices:
         return None
-    return [index % batch for index in indices]
+    if not all(type(index) is int and 0 <= index < batch for index in indices):
+        return None
+    return tuple(indices)
 
 
 def _publish(layer: DynamicLayer, column: LayerColumn, first: int, stop: int) -> None:

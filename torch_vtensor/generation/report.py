@@ -8,6 +8,7 @@ import torch
 
 from torch_vtensor.allocator.page_pool import PoolStats
 from torch_vtensor.allocator.pools import all_schedulers
+from torch_vtensor.allocator.torch_pool import release_idle
 from torch_vtensor.generation import layers
 from torch_vtensor.generation._transformers_compat import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from torch_vtensor.settings import format_bytes
@@ -71,6 +72,8 @@ def trim(device: torch.device | str | None = None) -> int:
     Returns: bytes of physical memory given back.
     """
     wanted = torch.device(device) if device is not None else None
+    if wanted is None or wanted.type == "cuda":
+        release_idle(wanted)
     freed_bytes = 0
     for known, scheduler in all_schedulers().items():
         if wanted is None or known == wanted or (known.type == wanted.type and wanted.index is None):

@@ -1,0 +1,48 @@
+"""The tensors that the allocator's tests are about, and the proof that nothing of them is left behind."""
+
+import gc
+from collections.abc import Callable
+
+import torch
+from scripted_drivers import PAGE
+
+from torch_vtensor.allocator.growth import GrowthScheduler
+from torch_vtensor.allocator.host_driver import HostDriver
+from torch_vtensor.allocator.vtensor import VTensor
+
+MakeScheduler = Callable[..., GrowthScheduler]  # the fixture of that name
+
+
+def assert_all_given_back(scheduler: GrowthScheduler) -> None:
+    """Once nothing refers to a tensor any more, trim leaves neither memory nor addresses."""
+    scheduler.settle()
+    scheduler.trim()
+    if scheduler.stats().reserved_bytes:  # a traceback that the test caught is a cycle
+        gc.collect()
+        scheduler.trim()
+    scheduler.pool.check_integrity()
+    stats = scheduler.stats()
+    assert (stats.committed_bytes, stats.reserved_bytes, stats.live_bytes, stats.pooled_bytes) == (0, 0, 0, 0), stats
+    driver = scheduler.pool.driver.inner
+    if isinstance(driver, HostDriver):
+        assert driver.physical_bytes() == 0
+
+
+def pages(scheduler: GrowthScheduler, num_rows: int, capacity: int = 100, **options: int) -> VTensor:
+    """A tensor whose rows are exactly a page each, with ``num_rows`` of ones written."""
+    vtensor = VTensor((PAGE,), capacity=capacity, dtype=torch.uint8, scheduler=scheduler, **options)
+    vtensor.append(torch.ones(num_rows, PAGE, dtype=torch.uint8))
+    return vtensor
+
+
+def rows(num_rows: int, *shape: int, start: int = 0) -> torch.Tensor:
+    """Rows [num_rows, *shape] that count up from ``start``, every element of a row the same."""
+    counts = torch.arange(start, start + num_rows, dtype=torch.float32)
+    return counts.reshape(-1, *[1] * len(shape)).expand(num_rows, *shape).contiguous()
+
+
+def make(scheduler: GrowthScheduler, num_rows: int = 0, row: int = 300, **options: object) -> VTensor:
+    vtensor = VTensor((row,), scheduler=scheduler, **({"capacity": 1000} | options))
+    if num_rows:
+        vtensor.append(rows(num_rows, row))
+    return vtensor

@@ -1,0 +1,20 @@
+"""How large the demo is."""
+
+from typing import NamedTuple
+
+__all__ = ["FULL", "QUICK", "Scale"]
+
+
+class Scale(NamedTuple):
+    """Sizes of the model, of its training and of the text. ``codegen`` None: inductor, if it can."""
+
+    num_layers: int
+    hidden_size: int
+    num_steps: int
+    num_tokens: int
+    codegen: str | None
+
+
+FULL = Scale(num_layers=3, hidden_size=256, num_steps=250, num_tokens=2000, codegen=None)
+QUICK = Scale(num_layers=2, hidden_size=128, num_steps=4, num_tokens=300, codegen="eager")
+"""Hardly trained, and just long enough for pages: it shows that everything works."""
