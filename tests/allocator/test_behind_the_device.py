@@ -62,6 +62,20 @@ def test_only_trim_and_want_of_memory_wait(driver: ManualDriver, scheduler: Grow
     assert sum(fence.num_waits for fence in driver.fences) == scheduler.num_device_waits > 0
 
 
+def test_want_of_memory_waits_for_no_more_than_it_needs(driver: ManualDriver, scheduler: GrowthScheduler) -> None:
+    for _ in range(3):
+        pages(scheduler, 2).close()
+    scheduler.settle()
+    scheduler.pool.drop(scheduler.pool.acquire([4 * PAGE]))
+    scheduler.pool.budget_bytes = 10 * PAGE
+    kept = [pages(scheduler, 4, adopt=False)]  # there is a page pooled for it
+    assert scheduler.num_device_waits == 0
+    kept.append(pages(scheduler, 2, adopt=False))
+    kept.append(pages(scheduler, 1, adopt=False))
+    assert [fence.num_waits for fence in driver.fences] == [1, 1, 0]
+    driver.finish_work()
+
+
 def test_death_during_a_capture_is_noticed_after_it(driver: ManualDriver, scheduler: GrowthScheduler) -> None:
     vtensor, other = pages(scheduler, 4), pages(scheduler, 1)
     pages(scheduler, 3).close()  # parked behind a fence

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import queue
 import threading
 import weakref
@@ -255,20 +256,20 @@ class GrowthScheduler:
             if self.pool.driver.is_capturing():
                 return  # asking a fence would break the capture
             for wait in (False, True):
-                self._empty_retired(wait)
+                self._empty_retired(wait, nbytes)
                 for idle in list(self._parked):
                     if self.pool.ledger.free_bytes >= nbytes:
                         return
                     if wait or idle.fence.passed():
                         self._parked.remove(idle)
                         self._retired.append(idle)
-                        self._empty_retired(wait)
+                        self._empty_retired(wait, nbytes)
 
-    def _empty_retired(self, wait: bool) -> None:
-        """Unmap what is retired, in the order in which it died, so that heads come before the rest of their range."""
+    def _empty_retired(self, wait: bool, enough_bytes: float = math.inf) -> None:
+        """Unmap what is retired until ``enough_bytes`` are pooled; by age, so that heads come before their rest."""
         remaining: list[_Idle] = []
         try:
-            while self._retired:
+            while self._retired and self.pool.ledger.free_bytes < enough_bytes:
                 idle = self._retired[0]
                 passed = idle.fence.passed()
                 if idle.range.num_heads or not (passed or wait):
