@@ -1,12 +1,14 @@
-"""Every example runs on this machine and shows what it says that it shows."""
+"""Every example, and what the README shows, runs on this machine and prints what it says that it shows."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SHOWS = {
     "chat_fork": "four conversations hold",
     "compile_backend": "1 graph compiled",
@@ -31,3 +33,16 @@ def test_example_is_short_and_says_what_to_look_at(example: Path) -> None:
 
 def test_no_example_is_missing() -> None:
     assert [path.stem for path in EXAMPLES] == sorted(SHOWS)
+
+
+def test_readme_begins_with_lines_that_run(run_python: Callable[..., str]) -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    printed = run_python(code[1])
+    assert "torch.Size([1, 532])" in printed
+    assert re.search(r"appends zero-copy: [1-9]", printed)
+
+
+def test_readme_links_to_files_that_exist() -> None:
+    targets = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
