@@ -14,6 +14,7 @@ from torch_vtensor.allocator.pools import all_schedulers, default_scheduler
 from torch_vtensor.allocator.vtensor import VTensor
 from torch_vtensor.errors import ForkedProcessError
 
+torch.set_num_threads(1)  # GNU OpenMP hangs in a child whose parent has run on several threads
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later warn of threads at every fork
 scheduler = default_scheduler(torch.device("cpu"))
 

@@ -185,8 +185,10 @@ def check(family: str, mode: str, make_cache: MakeCache, memory: Memory) -> None
     memory.forget_appends()
     outputs = MODES[mode](family, make_cache)
     assert len(outputs) == len(expected(family, mode))
+    # Before 5.1 some attention was a product of matrices, which sums in another order where rows lie apart.
+    tolerance = 1e-4 if memory.layout == "token-major" and VERSION < (5, 1) else 0
     for ours, theirs in zip(outputs, expected(family, mode), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     appends = memory.appends
     if family in OWN_CACHE or family == "mamba":
         assert appends == {}
