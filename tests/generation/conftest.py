@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -11,6 +11,15 @@ from paged_memory import PAGE_BYTES, Memory
 import torch_vtensor
 from torch_vtensor.allocator import pools
 from torch_vtensor.generation import kv_store
+
+_failed = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[_failed] = item.stash.get(_failed, False) or report.failed
+    return report
 
 
 @pytest.fixture(autouse=True, params=["strips", "token-major"])
@@ -24,7 +33,8 @@ def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     memory.forget_appends()
     yield memory
     torch_vtensor.disable()
-    memory.check_nothing_left()
+    if not request.node.stash[_failed]:  # otherwise its traceback holds caches
+        memory.check_nothing_left()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -163,6 +163,8 @@ def cases(*modes: str, explicit: bool = False) -> list[Any]:
                 marks = [pytest.mark.skip(reason=f"{this} cannot: {family}, {mode}")] if lacks(family, mode) else []
                 if explicit and family in OWN_CACHE:
                     marks = [pytest.mark.skip(reason=f"{this} gives {family} a cache of its own")]
+                elif explicit and mode in ("lookup", "assisted") and family in SLIDING and VERSION < (5, 1):
+                    marks = [pytest.mark.skip(reason=f"{this} cannot crop a sliding window, it makes caches without")]
                 params.append(pytest.param(family, mode, marks=marks, id=f"{family}-{mode}"))
     return params
 
