@@ -27,8 +27,8 @@ help: ## show these targets
 demo: $(READY) ## train, save, load and generate, against the stock caches; under two minutes on two cores
 	$(RUN) torch_vtensor demo
 
-test: $(READY) ## run all tests that this machine can run
-	$(RUN) pytest $(PYTEST)
+test: $(READY) ## run the tests that this machine can run; PYTEST="-m slow" runs the long ones
+	$(RUN) pytest -m "not slow" $(PYTEST)
 
 test-gpu: $(READY) ## run the tests that need a CUDA GPU
 	$(RUN) pytest -m gpu $(PYTEST)
