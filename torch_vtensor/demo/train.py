@@ -19,6 +19,7 @@ _HEAD_DIM = 64
 _NUM_BLOCKS = 1
 _BLOCK_TOKENS = 512
 _LEARNING_RATE = 2e-3
+_WARMUP_STEPS = 25
 
 
 def make_model(num_layers: int, hidden_size: int) -> LlamaForCausalLM:
@@ -50,7 +51,9 @@ def train(model: nn.Module, tokens: torch.Tensor, num_steps: int, codegen: str |
     """
     tokens = tokens.to(next(model.parameters()).device)
     optimizer = torch.optim.AdamW(model.parameters(), _LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=num_steps + 1, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / _WARMUP_STEPS, 1 - step / num_steps)
+    )
     compiled = _compile(model, codegen or "inductor")
     with tqdm(range(num_steps), desc="compiling", unit="step", dynamic_ncols=True) as bar:
         for step in bar:

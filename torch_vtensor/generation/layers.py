@@ -33,6 +33,7 @@ from torch_vtensor.generation.kv_store import KVShape, is_token_major
 from torch_vtensor.generation.layer_column import LayerColumn, LayerGroup
 
 __all__ = [
+    "DEVICE_TYPES",
     "LayerState",
     "batch_repeat_interleave",
     "batch_select_indices",
@@ -47,6 +48,9 @@ __all__ = [
     "update",
     "update_window",
 ]
+
+DEVICE_TYPES = ("cpu", "cuda")
+"""Devices whose memory there is a driver for."""
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 _FORK = "torch_vtensor.fork"
@@ -342,7 +346,7 @@ def _why_stock(key: torch.Tensor, value: torch.Tensor) -> str | None:
         return "empty, or not [batch, heads, tokens, dim]"
     if key.device != value.device or key.dtype != value.dtype:
         return "keys and values differ in dtype or device"
-    if key.device.type not in ("cpu", "cuda"):
+    if key.device.type not in DEVICE_TYPES:
         return f"no memory driver for {key.device.type}"
     if is_traced():
         return "traced or transformed"

@@ -97,7 +97,7 @@ def explain(model: Any) -> Explanation:
     config = getattr(model, "config", model)
     if not hasattr(config, "get_text_config"):
         raise TypeError(f"explain takes a transformers model or config, not a {type(model).__name__}")
-    if reason := _own_cache(model):
+    if reason := _why_all_stock(model):
         return Explanation([LayerExplanation(0, type(model).__name__, False, reason)])
     entries = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
@@ -113,10 +113,16 @@ def explain(model: Any) -> Explanation:
     return Explanation(entries)
 
 
-def _own_cache(model: Any) -> str | None:
+def _why_all_stock(model: Any) -> str | None:
     supports = getattr(model, "_supports_default_dynamic_cache", None)
     if callable(supports) and not supports():
         return "the model brings a cache class of its own, which stays as it is"
+    implementation = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
+    if implementation is not None and not implementation.startswith("dynamic"):
+        return f"generation_config.cache_implementation is {implementation!r}, whose layers stay as they are"
+    device = getattr(model, "device", None)
+    if device is not None and device.type not in layers.DEVICE_TYPES:
+        return f"no memory driver for {device.type}"
     return None
 
 
