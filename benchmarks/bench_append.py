@@ -8,8 +8,11 @@ Checks that contents are equal before it times anything, and writes benchmarks/r
 from __future__ import annotations
 
 import argparse
+import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import report
 import torch
@@ -17,6 +20,7 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 
 import torch_vtensor
 from torch_vtensor.allocator.pools import default_scheduler
+from torch_vtensor.allocator.row_copy import NOT_COPIED, RowCopier
 
 GIB = 2**30
 
@@ -33,6 +37,7 @@ def main() -> None:
     with torch.inference_mode():
         parts = [
             append(device, repeats),
+            host(device, repeats),
             capacity(device),
             growth(device),
             fork(device, quick=arguments.quick),
@@ -56,7 +61,7 @@ def append(device: torch.device, repeats: int) -> str:
             cache.layers = [_layer(cache) for _ in range(layers)]
             for layer in range(layers):
                 cache.update(prompt, prompt, layer)
-
+            default_scheduler(device).settle()  # on CUDA the kernel is compiled
             times.append(report.measure(partial(step, cache, token), device, repeats))
             views.append(cache.layers[layers - 1].keys.clone())
             del cache
@@ -65,6 +70,41 @@ def append(device: torch.device, repeats: int) -> str:
         rows.append((length, f"{cat:ms}", f"{ours:ms}", f"{cat.median / ours.median:.1f}x"))
     title = f"## Append one token: {layers} layers, batch 1, {heads} heads of {dim}, bfloat16; ms a step (10th-90th)"
     return f"{title}\n\n" + report.table(("context", "DynamicCache (torch.cat)", "torch_vtensor", "ratio"), rows)
+
+
+def host(device: torch.device, repeats: int) -> str:
+    """What one layer's append occupies of the host, whatever the device then takes for it."""
+    layers, heads, dim = (32, 8, 128) if device.type == "cuda" else (8, 8, 64)
+    # As a model makes them: [B, T, H, D] in memory.
+    prompt, token = (
+        torch.randn(1, length, heads, dim, device=device).bfloat16().transpose(1, 2) for length in (1024, 1)
+    )
+    contenders: list[tuple[str, type[DynamicCache], AbstractContextManager[object]]] = [
+        ("DynamicCache (torch.cat)", DynamicCache, nullcontext()),
+        ("torch_vtensor, copied by torch", torch_vtensor.VTensorCache, mock.patch.object(RowCopier, "copy", _leave)),
+    ]
+    if device.type == "cuda":
+        contenders.append(("torch_vtensor, one launch", torch_vtensor.VTensorCache, nullcontext()))
+    rows = []
+    for name, make, patched in contenders:
+        cache = make()
+        with patched:
+            for layer in range(layers):
+                cache.update(prompt, prompt, layer)
+            default_scheduler(device).settle()
+            seconds = []
+            for _ in range(10 * repeats):
+                report.synchronize(device)
+                start = time.perf_counter()
+                step(cache, token)
+                seconds.append((time.perf_counter() - start) / layers)
+        rows.append((name, f"{report.timing(seconds[repeats:]):us}"))
+    title = f"## Host time of one append: batch 1, {heads} heads of {dim}, bfloat16, 1k tokens; us a layer (10th-90th)"
+    return f"{title}\n\n" + report.table(("cache", "us"), rows)
+
+
+def _leave(*arguments: object) -> int:
+    return NOT_COPIED
 
 
 def step(cache: DynamicCache, token: torch.Tensor) -> None:

@@ -90,8 +90,8 @@ class Result(IntEnum):
     CUDA_ERROR_NO_DEVICE = 100
 
 
-def pretend_cuda(monkeypatch: pytest.MonkeyPatch, driver: object) -> None:
-    bindings = SimpleNamespace(driver=driver)
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch, driver: object, **others: object) -> None:
+    bindings = SimpleNamespace(driver=driver, **others)
     monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace(bindings=bindings))
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
 
@@ -174,3 +174,19 @@ def test_info_says_what_is_used_on_a_gpu_and_why(
     printed = capsys.readouterr().out
     assert reason in printed
     assert ("CudaDriver with pages of 2 MiB, 32 MiB" if used else "nothing of torch_vtensor") in printed
+
+
+def test_info_says_what_nvrtc_is_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pretend_cuda(monkeypatch, pretend_driver(1), nvrtc=SimpleNamespace(nvrtcVersion=lambda: (0, 13, 2)))
+    report = read_info(capsys)
+    assert report["versions"]["NVRTC"] == "13.2"
+    assert not any("NVRTC" in text for text in report["missing"])
+
+    def not_found() -> tuple[int, int, int]:
+        raise RuntimeError("no libnvrtc.so.13 in /lib, /usr/lib")
+
+    pretend_cuda(monkeypatch, pretend_driver(1), nvrtc=SimpleNamespace(nvrtcVersion=not_found))
+    report = read_info(capsys)
+    assert report["versions"]["NVRTC"] is None
+    (text,) = (text for text in report["missing"] if "NVRTC" in text)
+    assert text.startswith("NVRTC (no libnvrtc.so.13 in /lib): without it torch copies new keys and values")

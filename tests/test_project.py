@@ -62,6 +62,7 @@ def test_wheel_serves_every_python_and_holds_what_it_needs(tmp_path: Path) -> No
     assert {
         "torch_vtensor/py.typed",
         "torch_vtensor/allocator/native/libvtensor_pool.so",
+        "torch_vtensor/allocator/native/row_copy.cu",
         f"torch_vtensor-{torch_vtensor.__version__}.dist-info/licenses/LICENSE",
     } <= files
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "torch_vtensor").rglob("*.py")}

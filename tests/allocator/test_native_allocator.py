@@ -526,6 +526,8 @@ def test_declarations_agree_with_cuda_h(tmp_path: Path) -> None:
         "cuda_context": "CUcontext",
         "cuda_stream": "CUstream",
         "cuda_event": "CUevent",
+        "cuda_module": "CUmodule",
+        "cuda_function": "CUfunction",
         "cuda_location": "CUmemLocation",
         "cuda_access": "CUmemAccessDesc",
         "cuda_allocation": "CUmemAllocationProp",

@@ -150,6 +150,8 @@ def lacks(family: str, mode: str) -> bool:
         if family == "qwen2_vl" and VERSION > (5, 0):
             return VERSION < (5, 23)
         return VERSION == (5, 0) or family in OWN_CACHE or (family in ENCODER_DECODER and VERSION < (5, 1))
+    if mode == "continued":
+        return family == "lfm2" and VERSION == (5, 0)
     return "beam" in mode and family == "lfm2" and VERSION < (5, 0)
 
 

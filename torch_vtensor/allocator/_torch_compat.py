@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 __all__ = [
@@ -11,6 +13,7 @@ __all__ = [
     "retire_memory_pool",
     "start_routing",
     "stop_routing",
+    "tensor_exchange",
 ]
 
 
@@ -55,3 +58,14 @@ def stop_routing(pool_id: PoolId, device_index: int) -> None:
     """End what `start_routing` began; any thread may do it."""
     torch._C._cuda_endAllocateToPool(device_index, pool_id)
     torch._C._cuda_releasePool(device_index, pool_id)
+
+
+def tensor_exchange() -> int:
+    """The address of torch's DLPackExchangeAPI: how C reads a tensor and finds the current stream.
+
+    DLPack itself, attribute and capsule included, is public; that torch has its version 1 is what to check.
+    """
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    address: int = get_pointer(torch.Tensor.__dlpack_c_exchange_api__, b"dlpack_exchange_api")
+    return address

@@ -12,7 +12,7 @@ from torch_vtensor.errors import ClosedError
 
 __all__ = ["Ledger", "LedgerCounts", "Take", "load_library"]
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _INT64_MAX = 2**63 - 1
 
 
@@ -41,7 +41,7 @@ class _Counts(ctypes.Structure):
 
 
 @functools.cache
-def load_library() -> ctypes.CDLL:
+def load_library() -> ctypes.PyDLL:
     """Open the compiled half of the allocator.
 
     Raises: FileNotFoundError where it was not built, ImportError where it was built from other sources; with remedy.

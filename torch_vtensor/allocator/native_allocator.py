@@ -11,7 +11,7 @@ import torch
 from torch_vtensor.allocator.ledger import Ledger
 from torch_vtensor.errors import DriverError
 
-__all__ = ["Failure", "NativeAllocator", "TorchPoolStats"]
+__all__ = ["Failure", "NativeAllocator", "TorchPoolStats", "read_failure"]
 
 
 class TorchPoolStats(NamedTuple):
@@ -32,7 +32,7 @@ class TorchPoolStats(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Why the calling thread's latest allocation failed; ``num_failures`` counts them."""
+    """Why the calling thread's latest call failed; ``num_failures`` counts the allocations that did."""
 
     num_failures: int
     asked_bytes: int
@@ -111,7 +111,12 @@ class NativeAllocator:
 
     def failure(self) -> Failure:
         """The calling thread's latest failure."""
-        failure = _Failure()
-        self._library.vtp_torch_read_failure(ctypes.byref(failure))
-        call, code = (failure.call or b"").decode(), (failure.code or b"").decode()
-        return Failure(failure.num_failures, failure.asked_bytes, failure.bytes, call, code)
+        return read_failure(self._library)
+
+
+def read_failure(library: ctypes.CDLL) -> Failure:
+    """The calling thread's latest failure in the compiled library."""
+    failure = _Failure()
+    library.vtp_torch_read_failure(ctypes.byref(failure))
+    call, code = (failure.call or b"").decode(), (failure.code or b"").decode()
+    return Failure(failure.num_failures, failure.asked_bytes, failure.bytes, call, code)

@@ -14,6 +14,7 @@ from torch_vtensor import __version__
 from torch_vtensor.allocator.cuda_driver import CudaDriver
 from torch_vtensor.allocator.host_driver import HostDriver
 from torch_vtensor.allocator.native import library_path
+from torch_vtensor.allocator.nvrtc import nvrtc_version
 from torch_vtensor.errors import DriverError
 from torch_vtensor.settings import Settings, format_bytes
 
@@ -57,6 +58,7 @@ def inspect_machine(settings: Settings) -> Machine:
         "triton": _version("triton"),
         "cuda-bindings": _version("cuda-bindings"),
         "CUDA driver": None,
+        "NVRTC": None,
     }
     missing: list[str] = []
     if versions["transformers"] is None:
@@ -74,6 +76,13 @@ def inspect_machine(settings: Settings) -> Machine:
     else:
         versions["CUDA driver"] = driver_version
         devices += cuda_devices
+        try:
+            versions["NVRTC"] = nvrtc_version()
+        except (ImportError, RuntimeError) as error:
+            missing.append(
+                f"NVRTC ({str(error).partition(', ')[0]}): without it torch copies new keys and values, in two "
+                "launches a layer instead of one; pip install nvidia-cuda-nvrtc"
+            )
     return Machine(versions, library, devices, missing, settings)
 
 

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import cache_utils
+from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "GenerationMixin",
     "growing_layers",
     "initialize",
     "recording_shows_window_only",

@@ -14,7 +14,12 @@ from typing import Any
 
 from torch_vtensor.allocator.pools import set_default_budget
 from torch_vtensor.generation import layers
-from torch_vtensor.generation._transformers_compat import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from torch_vtensor.generation._transformers_compat import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    GenerationMixin,
+)
 from torch_vtensor.settings import load_settings
 
 __all__ = ["REPLACEMENTS", "disable", "enable", "enabled", "is_enabled"]
@@ -31,9 +36,11 @@ _METHODS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (DynamicLayer, "__getstate__", layers.getstate),
 )
 
+_SWITCH = object()  # stands for enable(), as each enabled() block has an object of its own
 _lock = threading.RLock()
 _switched_on = False
 _blocks: set[object] = set()
+_compiles: set[object] = set()  # who of those asked for compiled decoding
 _has_own_budget = False
 _stock: list[tuple[type, str, Any]] = []  # what was replaced; None where the class had no method of its own
 
@@ -55,13 +62,16 @@ REPLACEMENTS = {(owner, name): _replacement(owner, name, ours) for owner, name, 
 """The method that stands for each one of transformers', made while transformers' own are in place."""
 
 
-def enable(*, budget_bytes: int | None = None) -> None:
+def enable(*, compile: bool = False, budget_bytes: int | None = None) -> None:
     """Give every HuggingFace ``generate()`` loop in this process growable KV memory, without changing its results.
 
     From now on the layers of every ``DynamicCache``, existing ones included, append in place. Calling it again only
-    changes the budget. ``explain(model)`` says what each layer of a model will do; ``stats()`` what they did.
+    changes the settings. ``explain(model)`` says what each layer of a model will do; ``stats()`` what they did.
 
     Args:
+        compile: decode by captured graphs of the compiled model wherever that is possible: greedy search and sampling
+            of decoder-only models. The first call for a model and batch size compiles, which takes about half a minute.
+            Sums are rounded in another order than by the stock kernels.
         budget_bytes: the most physical memory a device may hold for caches, explicit ones included, until nothing is
             enabled any more; default: TORCH_VTENSOR_BUDGET_BYTES, or what the device has.
 
@@ -71,6 +81,7 @@ def enable(*, budget_bytes: int | None = None) -> None:
     with _lock:
         _install(budget_bytes)
         _switched_on = True
+        _set_compile(_SWITCH, compile)
 
 
 def disable() -> None:
@@ -82,21 +93,24 @@ def disable() -> None:
     with _lock:
         _switched_on = False
         _blocks.clear()
+        _compiles.clear()
         _remove()
 
 
 @contextmanager
-def enabled(*, budget_bytes: int | None = None) -> Iterator[None]:
+def enabled(*, compile: bool = False, budget_bytes: int | None = None) -> Iterator[None]:
     """``enable()`` for a block. Blocks may nest and overlap between threads; the last one out puts things back."""
     block = object()
     with _lock:
         _install(budget_bytes)
         _blocks.add(block)
+        _set_compile(block, compile)
     try:
         yield
     finally:
         with _lock:
             _blocks.discard(block)  # disable() may have ended it
+            _compiles.discard(block)
             if not _blocks and not _switched_on:
                 _remove()
 
@@ -104,6 +118,27 @@ def enabled(*, budget_bytes: int | None = None) -> Iterator[None]:
 def is_enabled() -> bool:
     """Whether transformers' cache layers are over virtual memory right now."""
     return bool(_stock)
+
+
+def _set_compile(who: object, compile: bool) -> None:
+    if compile:
+        from torch_vtensor.generation.decode import loop  # not before: it registers operators
+
+        _compiles.add(who)
+        if (GenerationMixin, "_sample") not in ((owner, name) for owner, name, _ in _stock):
+            stock = GenerationMixin._sample
+            _stock.append((GenerationMixin, "_sample", stock))
+            GenerationMixin._sample = _replacement_of_sample(stock, loop.sample)
+    else:
+        _compiles.discard(who)
+
+
+def _replacement_of_sample(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ours(stock, self, *args, **kwargs) if _compiles else stock(self, *args, **kwargs)
+
+    return method
 
 
 def _install(budget_bytes: int | None) -> None:
@@ -124,10 +159,10 @@ def _remove() -> None:
         _has_own_budget = False
     if not _stock:
         return
-    while _stock:
-        owner, name, stock = _stock.pop()
-        if stock is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, stock)
-    layers.leave_all(lambda layer: not getattr(layer, "is_explicit", False))
+    with layers.leaving(lambda layer: not getattr(layer, "is_explicit", False)):
+        while _stock:
+            owner, name, stock = _stock.pop()
+            if stock is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, stock)

@@ -22,7 +22,7 @@ import torch
 from torch_vtensor.allocator.pools import default_scheduler
 from torch_vtensor.allocator.vtensor import VTensor
 
-__all__ = ["KVShape", "KVStore", "is_token_major", "paging_tokens"]
+__all__ = ["KVShape", "KVStore", "Place", "is_token_major", "paging_tokens"]
 
 _CUDA_CAPACITY_TOKENS = 128 * 1024
 _CPU_CAPACITY_TOKENS = 1024
@@ -51,7 +51,7 @@ class KVShape(NamedTuple):
         return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where one layer's keys or values lie: which VTensor, and their [B, H, T, D] strides and offset in elements."""
 
     vtensor: int
@@ -125,7 +125,7 @@ class KVStore:
         self._num_writes = [0] * self.num_layers
         self._derived: weakref.WeakValueDictionary[Hashable, KVStore] = weakref.WeakValueDictionary()
         self._num_writes_before: list[int] = []  # of the store that this one was derived from
-        self._places: dict[int, tuple[_Place, _Place]] = {}
+        self._places: dict[int, tuple[Place, Place]] = {}
         self._next_head_bytes = vtensors[0].head_bytes + vtensors[0].scheduler.pool.page_bytes
 
     @property
@@ -163,10 +163,8 @@ class KVStore:
         """
         first, committed = self.first, self.committed  # before the storages: the scheduler may commit more meanwhile
         storages = [vtensor.storage() for vtensor in self.vtensors]
-        if layer not in self._places:
-            self._places[layer] = self._place(layer)
         views = []
-        for place in self._places[layer]:
+        for place in self.places(layer):
             storage = storages[place.vtensor].untyped_storage()
             head_elements = self.vtensors[place.vtensor].head_bytes // self.shape.dtype.itemsize
             offset = place.offset + first * place.strides[2] - head_elements
@@ -176,6 +174,18 @@ class KVStore:
                 view = torch.empty(0, dtype=self.shape.dtype, device=self.shape.device)
             views.append(view.set_(storage, offset, (batch, heads, committed - first, dim), place.strides))
         return views[0], views[1]
+
+    def places(self, layer: int) -> tuple[Place, Place]:
+        """Where one layer's keys and values lie."""
+        if layer not in self._places:
+            self._places[layer] = self._place(layer)
+        return self._places[layer]
+
+    def slot_addresses(self, place: Place) -> list[int]:
+        """The address of every slot's token 0, without the layer's offset; tokens before ``first`` have no memory."""
+        slot_bytes = place.strides[0] * self.shape.dtype.itemsize
+        base = self.vtensors[place.vtensor].data_ptr
+        return [base + slot * slot_bytes for slot in range(self.shape.batch)]
 
     @property
     def first(self) -> int:
@@ -261,7 +271,7 @@ class KVStore:
     def _last_layer(self) -> int:
         return max(layer for layer, interval in enumerate(self.intervals) if interval)
 
-    def _place(self, layer: int) -> tuple[_Place, _Place]:
+    def _place(self, layer: int) -> tuple[Place, Place]:
         shape = self.shape
         places = []
         offset = layer * shape.heads * (shape.key_dim + shape.value_dim)
@@ -269,11 +279,11 @@ class KVStore:
             sizes = (shape.batch, shape.heads, dim)
             if is_token_major(shape.device):
                 slot, token, _ = self.vtensors[0].strides()
-                places.append(_Place(0, sizes, (slot, dim, token, 1), offset))
+                places.append(Place(0, sizes, (slot, dim, token, 1), offset))
                 offset += shape.heads * dim
             else:
                 slot, head, token, _ = self.vtensors[index].strides()
-                places.append(_Place(index, sizes, (slot, head, token, 1), 0))
+                places.append(Place(index, sizes, (slot, head, token, 1), 0))
         return places[0], places[1]
 
 

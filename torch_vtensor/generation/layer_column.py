@@ -1,7 +1,7 @@
 """LayerColumn: one layer's keys and values, which grow in place; ordinary memory while small, pages from then on.
 
 key, value [B, H, T, D] of the new tokens
-      │ narrow + copy_             (the common step: no driver call, no allocation, no copy of old tokens)
+      │ one copy                   (the common step: no allocation, no copy of old tokens; on CUDA one launch)
       ▼
 [first, stop) written │ [stop, committed) has memory │ ... addresses
 """
@@ -14,6 +14,7 @@ from collections.abc import Hashable
 import torch
 
 from torch_vtensor.allocator._torch_compat import num_storage_users
+from torch_vtensor.allocator.row_copy import COPIED, NOT_COPIED, row_copier
 from torch_vtensor.errors import OutOfPagesError
 from torch_vtensor.generation.kv_store import KVShape, KVStore, paging_tokens
 from torch_vtensor.generation.slot_history import SlotHistory
@@ -36,6 +37,7 @@ class LayerGroup:
         self.shape = shape
         self.num_layers = num_layers
         self.paging_tokens = paging_tokens(shape, num_layers)
+        self.copier = row_copier(shape.device)
         self._store: weakref.ref[KVStore] | None = None
 
     def store(self, tokens: int) -> KVStore:
@@ -59,6 +61,7 @@ class LayerColumn:
         self.group = group
         self.index = index
         self.shape = group.shape
+        self._copier = group.copier
         self.store: KVStore | None = None
         self._keys: torch.Tensor | None = None  # rows [_origin, _end) of the layer
         self._values: torch.Tensor | None = None
@@ -75,7 +78,8 @@ class LayerColumn:
         """Write new tokens at ``stop`` and return views of tokens [``first``, ``stop`` + T).
 
         Shapes:  key, value [B, H, T, D] as the column's shape says.
-        Effects: may call the driver on the host, never waits for the device.
+        Effects: may call the driver on the host, never waits for the device. A graph that the current stream is being
+            captured into keeps the memory.
         Raises:  OutOfPagesError or DriverError, with everything written before intact.
         """
         num_new = key.shape[2]
@@ -84,17 +88,47 @@ class LayerColumn:
             self._make_writable(stop)
         if new_stop > self._end:
             self._grow(first, stop, new_stop)
-        keys, values, origin = self._keys, self._values, self._origin
+        keys, values, origin, store = self._keys, self._values, self._origin, self.store
         assert keys is not None and values is not None
-        keys.narrow(2, stop - origin, num_new).copy_(key)
-        values.narrow(2, stop - origin, num_new).copy_(value)
+        # Nobody's view shows the rows written here (_make_writable), so no one misses a bump of version counters.
+        copied = self._copier.copy(keys, values, stop - origin, key, value) if self._copier else NOT_COPIED
+        if copied == NOT_COPIED:
+            keys.narrow(2, stop - origin, num_new).copy_(key)
+            values.narrow(2, stop - origin, num_new).copy_(value)
         self._seen = new_stop
-        if self.store is not None:
-            self.store.wrote(self.index, first, new_stop)
+        if store is not None:
+            store.wrote(self.index, first, new_stop)
+            if copied != COPIED:  # that answer says as well that nothing is being captured
+                store.retain_in_capture()
             if self.index == 0 and self._end - new_stop < _AHEAD_TOKENS and self._asked_ahead != self._end:
                 self._asked_ahead = self._end
-                self.store.commit_ahead()
+                store.commit_ahead()
         return keys.narrow(2, first - origin, new_stop - first), values.narrow(2, first - origin, new_stop - first)
+
+    def reach(self, first: int, stop: int, capacity: int) -> KVStore:
+        """Make the rows from ``stop`` on this column's own, with addresses up to ``capacity``, for others to write.
+
+        Effects: the column is on pages from now on. Views made before may show other memory.
+        Raises: OutOfPagesError or DriverError, with the column intact.
+        """
+        if self.store is None:
+            self._move_to_pages(first, stop, stop + 1)
+        elif stop < self._seen:
+            self._make_writable(stop)
+        store = old = self.store
+        assert store is not None and old is not None
+        if capacity > store.capacity:
+            store = store.derive(self.index, ("capacity", capacity), lambda: old.fork(capacity=2 * capacity))
+            self._view(store)
+        return store
+
+    def extended(self, first: int, stop: int) -> None:
+        """Take up tokens before ``stop`` that somebody else wrote to the rows."""
+        store = self.store
+        assert store is not None
+        self._view(store)
+        self._seen = stop
+        store.wrote(self.index, first, stop)
 
     def keep(self, first: int) -> None:
         """Say that tokens before ``first`` are not needed any more (a sliding window)."""

@@ -15,7 +15,8 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ __all__ = [
     "counters",
     "deepcopy",
     "getstate",
-    "leave_all",
+    "leaving",
     "reorder_cache",
     "reset",
     "state_of",
@@ -67,10 +68,11 @@ class _Step(NamedTuple):
 class LayerState:
     """What we keep beside a layer: its column, and the tokens [first, stop) that its published views show."""
 
-    __slots__ = ("before", "column", "first", "keys", "step", "stop", "values")
+    __slots__ = ("before", "column", "first", "keys", "lock", "step", "stop", "values")
 
     def __init__(self, column: LayerColumn) -> None:
         self.column = column
+        self.lock = threading.Lock()  # held by who changes the layer: another thread may call disable()
         self.first = 0
         self.stop = 0
         self.keys: torch.Tensor | None = None
@@ -85,11 +87,16 @@ class LayerState:
         self.first, self.stop, self.keys, self.values = first, stop, keys, values
         layer.keys, layer.values = keys, values
 
+    def is_of(self, layer: DynamicLayer) -> bool:
+        """Whether the layer's keys and values are the views published last."""
+        return self.keys is layer.keys and self.values is layer.values
+
 
 # Beside the layers and not in their __dict__: exporters flatten that.
 _states: weakref.WeakKeyDictionary[DynamicLayer, LayerState] = weakref.WeakKeyDictionary()
 _members: weakref.WeakKeyDictionary[DynamicLayer, tuple[LayerGroup, int]] = weakref.WeakKeyDictionary()
 _calling = threading.local()
+_leaves: Callable[[DynamicLayer], bool] | None = None  # while disable() runs: the layers that may not come to us
 counters: Counter[str] = Counter()
 """How often layers appended in place ("zero-copy"), by copy ("import"), and by the stock method, by reason."""
 
@@ -100,11 +107,11 @@ def state_of(layer: DynamicLayer) -> LayerState | None:
     None if the layer is stock, or its keys and values came from elsewhere.
     """
     state = _states.get(layer)
-    if state is None or (state.keys is layer.keys and state.values is layer.values):
+    if state is None or state.is_of(layer):
         return state
     part = _part_of(layer.keys, state.keys)
     if part is None or part != _part_of(layer.values, state.values):
-        del _states[layer]
+        _states.pop(layer, None)
         return None
     state.publish(layer, state.first + part.start, state.first + part.stop, layer.keys, layer.values)
     return state
@@ -128,9 +135,11 @@ def cache_update(
     if layer_idx < len(cache.layers):
         layer = cache.layers[layer_idx]
         state = _states.get(layer)
-        if state is not None and _is_next_step(layer, state, key_states, value_states):
+        if state is not None:
             try:
-                return _append(layer, state, key_states, value_states)
+                with state.lock:
+                    if _is_next_step(layer, state, key_states, value_states):
+                        return _append(layer, state, key_states, value_states)
             except (DriverError, ForkedProcessError, OutOfPagesError):
                 pass  # below it happens again, and is dealt with
     _calling.cache = cache
@@ -180,21 +189,29 @@ def _update(
     if torch.compiler.is_compiling():
         return stock(layer, key, value, *args, **kw)
     reason = _why_stock(key, value)
+    if reason is None and _leaves is not None and _leaves(layer):
+        reason = "disabled meanwhile"
     try:
         state = _adopt(layer, key, value) if reason is None else None
         if state is not None:
-            views = append(layer, state, key, value)
-            # A subclass may do more than this in an update() of its own, and then every step has to go through that.
-            if append is _append and getattr(type(layer).update, "__wrapped__", None) is stock:
-                state.step = _Step(key.shape, value.shape, key.dtype)
-            return views
+            with state.lock:
+                if state.is_of(layer):
+                    views = append(layer, state, key, value)
+                    # A subclass may do more in an update() of its own: then every step has to go through that.
+                    if append is _append and getattr(type(layer).update, "__wrapped__", None) is stock:
+                        state.step = _Step(key.shape, value.shape, key.dtype)
+                    return views
+            reason = "disabled meanwhile"
     except OutOfPagesError:
         _take_back_step(layer, key.shape[2])
         raise
     except (DriverError, ForkedProcessError) as error:
         reason = f"memory driver: {type(error).__name__}"
     counters[f"stock: {reason or 'keys and values do not fit the tokens before them'}"] += 1
-    _states.pop(layer, None)
+    state = _states.get(layer)
+    if state is not None:
+        with state.lock:  # not while disable() copies its tokens
+            _states.pop(layer, None)
     return stock(layer, key, value, *args, **kw)
 
 
@@ -221,9 +238,7 @@ def batch_repeat_interleave(stock: Callable[..., None], layer: DynamicLayer, rep
 
 def reset(stock: Callable[..., None], layer: DynamicLayer) -> None:
     """``DynamicLayer.reset``: leaves our memory first, because the stock method may write zeros into its tensors."""
-    if state_of(layer) is not None:
-        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
-        del _states[layer]
+    _leave(layer)
     stock(layer)
 
 
@@ -252,12 +267,29 @@ def getstate(layer: DynamicLayer) -> dict[str, Any]:
     return attributes
 
 
-def leave_all(leaves: Callable[[DynamicLayer], bool]) -> None:
-    """Copy the tokens of every layer for which ``leaves`` is true to ordinary memory, and forget the layer."""
-    for reference in _states.keyrefs():  # copied at once: other threads go on generating
-        layer = reference()
-        if layer is not None and leaves(layer):
-            if state_of(layer) is not None:
+@contextmanager
+def leaving(leaves: Callable[[DynamicLayer], bool]) -> Iterator[None]:
+    """Copy the tokens of every layer for which ``leaves`` is true to ordinary memory, and forget the layer.
+
+    Inside the block no such layer comes back, so that the stock methods can be installed while other threads generate.
+    """
+    global _leaves
+    _leaves = leaves
+    try:
+        for reference in _states.keyrefs():  # copied at once: other threads go on generating
+            layer = reference()
+            if layer is not None and leaves(layer):
+                _leave(layer)
+        yield
+    finally:
+        _leaves = None
+
+
+def _leave(layer: DynamicLayer) -> None:
+    state = _states.get(layer)
+    if state is not None:
+        with state.lock:
+            if state_of(layer) is state:
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
             _states.pop(layer, None)
 
@@ -267,8 +299,7 @@ def _is_next_step(layer: Any, state: LayerState, key: torch.Tensor, value: torch
     step = state.step
     return (
         step is not None
-        and state.keys is layer.keys
-        and state.values is layer.values
+        and state.is_of(layer)
         and key.shape == step.key
         and value.shape == step.value
         and key.dtype is step.dtype
@@ -328,11 +359,14 @@ def _take_back_step(layer: DynamicLayer, num_new: int) -> None:
         state = state_of(other) if isinstance(other, DynamicLayer) else None
         if state is None or other.get_seq_length() != length + num_new:
             continue
-        first, stop = state.first, state.stop - num_new
-        if isinstance(other, DynamicSlidingWindowLayer):
-            first, stop = state.before
-            other.cumulative_length -= num_new
-        state.publish(other, first, stop, *state.column.views(first, stop))
+        with state.lock:
+            if not state.is_of(other):
+                continue
+            first, stop = state.first, state.stop - num_new
+            if isinstance(other, DynamicSlidingWindowLayer):
+                first, stop = state.before
+                other.cumulative_length -= num_new
+            state.publish(other, first, stop, *state.column.views(first, stop))
 
 
 def _why_stock(key: torch.Tensor, value: torch.Tensor) -> str | None:
@@ -418,12 +452,20 @@ def _select(layer: DynamicLayer, indices: torch.Tensor | Sequence[int]) -> bool:
     state = state_of(layer)
     if state is None or state.first == state.stop:
         return False
+    with state.lock:
+        is_done = state.is_of(layer) and _select_slots(layer, state, indices)
+        if not is_done:
+            _states.pop(layer, None)  # the stock method makes other tensors
+    return is_done
+
+
+def _select_slots(layer: DynamicLayer, state: LayerState, indices: torch.Tensor | Sequence[int]) -> bool:
     column, first, stop, batch = state.column, state.first, state.stop, state.column.shape.batch
     slots = _slots(indices, batch)
     if slots is None or (len(slots) != batch and column.store is None):
         return False
     if slots != tuple(range(batch)):
-        index = indices if isinstance(indices, torch.Tensor) else torch.tensor(slots)
+        index = indices if isinstance(indices, torch.Tensor) else torch.tensor(slots, device="cpu")
         state.publish(layer, first, stop, None, None)  # so that views that are still alive are somebody else's
         try:
             column.select(slots, index, first, stop)

@@ -46,7 +46,7 @@ class SlotHistory:
     def unknown(num_slots: int) -> SlotHistory:
         """Slots of which nothing is known to be equal."""
         with torch.inference_mode(False):
-            return SlotHistory(torch.zeros(num_slots, num_slots, dtype=torch.int64), 0)
+            return SlotHistory(torch.zeros(num_slots, num_slots, dtype=torch.int64, device="cpu"), 0)
 
     def moved(self, slots: tuple[int, ...], stop: int) -> SlotHistory:
         """The history once slot i holds the tokens [0, ``stop``) that slot ``slots[i]`` holds now.
@@ -58,9 +58,9 @@ class SlotHistory:
             if known is not None:
                 return known
         with torch.inference_mode(False):
-            sources = torch.tensor(slots)
+            sources = torch.tensor(slots, device="cpu")
             num_kept = min(len(slots), len(self._common))
-            already = self._common[torch.arange(num_kept), sources[:num_kept]]
+            already = self._common[torch.arange(num_kept, device="cpu"), sources[:num_kept]]
             common = self._common[sources][:, sources].clamp_(max=stop)
             moved = SlotHistory(common, stop, min(int(already.min()), stop))
         self._last_move = (slots, stop, weakref.ref(moved))

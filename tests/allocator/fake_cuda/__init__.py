@@ -33,7 +33,7 @@ def compile_c(output: Path, *arguments: str | Path) -> None:
 def build(folder: Path, *flags: str) -> tuple[Path, Path]:
     """Build the fake driver and the native library; returns both paths."""
     driver, library = folder / "libfakecuda.so", folder / "libvtensor_pool.so"
-    compile_c(driver, *flags, "-O1", "-fPIC", "-shared", HERE / "fake_cuda.c")
+    compile_c(driver, *flags, "-O1", "-fPIC", "-shared", f"-I{NATIVE}", HERE / "fake_cuda.c")
     compile_c(library, *flags, "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *sorted(NATIVE.glob("*.c")))
     return driver, library
 
@@ -44,9 +44,21 @@ class FakeCounts(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in (
-            "num_reserved", "num_mapped", "num_handles", "created_bytes", "num_events", "context_depth", "capture_mode",
+            "num_reserved", "num_mapped", "num_handles", "created_bytes", "num_events", "num_modules", "num_contexts",
+            "context_depth", "capture_mode",
         )
     )  # fmt: skip
+
+
+class Launch(ctypes.Structure):
+    """A launch of a kernel that copies ``width`` bytes at once."""
+
+    _fields_ = (
+        ("stream", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
+        ("num_blocks", ctypes.c_int64),
+        ("num_threads", ctypes.c_int64),
+    )
 
 
 class FakeCuda:
@@ -64,6 +76,7 @@ class FakeCuda:
             ("fake_launch", [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64]),
             ("fake_finish", [ctypes.c_void_p]),
             ("fake_set_capture", [ctypes.c_void_p, ctypes.c_int]),
+            ("fake_set_context", [ctypes.c_void_p]),
             ("cuCtxPushCurrent_v2", [ctypes.c_void_p]),
             ("cuMemCreate", [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_ulonglong]),
             ("cuMemRelease", [ctypes.c_uint64]),
@@ -95,6 +108,19 @@ class FakeCuda:
 
     def set_capture(self, stream: int, capture: int) -> None:
         self.library.fake_set_capture(stream, capture)
+
+    def set_context(self, context: int | None) -> None:
+        """Make a context current on the calling thread, as torch does with its device's."""
+        self.library.fake_set_context(context)
+
+    def set_queue_full(self, full: bool) -> None:
+        """Let launches wait as long as the device has no room for them."""
+        self.library.fake_set_queue_full(full)
+
+    def last_launch(self) -> Launch:
+        launch = Launch()
+        self.library.fake_read_launch(ctypes.byref(launch))
+        return launch
 
     def num_calls(self, name: str = "") -> int:
         return int(self.library.fake_num_calls(name.encode()))

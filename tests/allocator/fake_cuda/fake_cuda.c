@@ -3,18 +3,22 @@
  *
  * A stream is a pair of counters: work submitted and work completed. A kernel is one unit of work that touches a range
  * of addresses until its stream has completed it. An event is complete once its stream has completed what was submitted
- * before the event was recorded. */
+ * before the event was recorded. Kernels of a module run on the host, on the spot. */
 
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
+
+#include "host_kernels.h"
 
 #define MAX 65536
 #define GRANULARITY ((uint64_t)2 << 20)
 
-enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_READY = 600, CAPTURE_IMPLICIT = 906, CAPTURED_EVENT = 907 };
+enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_HANDLE = 400, NOT_READY = 600 };
+enum { CAPTURE_IMPLICIT = 906, CAPTURED_EVENT = 907 };
 enum { NOT_CAPTURING, CAPTURING, CAPTURING_IMPLICITLY, CAPTURING_UNNOTICED };
 enum { RELAXED = 2 };
 
@@ -47,6 +51,21 @@ typedef struct {
 } kernel;
 
 typedef struct {
+    void *context;
+    int is_alive;
+} module;
+
+typedef struct {
+    module *module;
+    const host_kernel *kernel;
+} function;
+
+typedef struct {
+    void *stream_key;
+    int64_t width, grid_x, block_x;
+} launch;
+
+typedef struct {
     const char *name;
     int64_t count;
 } call_count;
@@ -57,15 +76,20 @@ static physical handles[MAX];
 static stream streams[64];
 static event events[MAX];
 static kernel kernels[MAX];
+static module modules[64];
+static function functions[512];
+static launch last_launch;
+static _Atomic int is_queue_full;
 static call_count calls[64];
 static int num_reserved, num_mapped, num_handles, num_streams, num_events, num_kernels, num_calls;
+static int num_modules, num_functions, num_contexts;
 static uint64_t next_address, memory_bytes, created_bytes;
 static int64_t fail_in;
 static int fail_code;
 static char fail_names[64];
 static char violation[512];
 
-static _Thread_local void *context;
+static _Thread_local void *context, *own_context; /* own: what is current while nothing is pushed */
 static _Thread_local int capture_mode, context_depth;
 
 static void violate(const char *format, ...) {
@@ -164,8 +188,19 @@ int cuDeviceGet(int *device, int ordinal) {
 }
 
 int cuDevicePrimaryCtxRetain(void **made, int device) {
-    *made = (void *)(uintptr_t)(0xC0 + device);
-    return OK;
+    CALL(0, 1, {
+        num_contexts++;
+        *made = (void *)(uintptr_t)(0xC0 + device);
+    });
+}
+
+int cuDevicePrimaryCtxRelease_v2(int device) {
+    (void)device;
+    CALL(0, 0, { num_contexts--; });
+}
+
+int cuCtxGetCurrent(void **current) {
+    CALL(0, 1, { *current = context; });
 }
 
 int cuCtxPushCurrent_v2(void *pushed) {
@@ -183,7 +218,7 @@ int cuCtxPopCurrent_v2(void **popped) {
             violate("a context was popped that was not pushed");
         }
         *popped = context;
-        context = NULL;
+        context = own_context;
     });
 }
 
@@ -416,10 +451,61 @@ int cuEventSynchronize(void *handle) {
 }
 
 int cuStreamIsCapturing(void *stream_key, int *status) {
-    CALL(1, 1, {
+    CALL(0, 1, { /* allowed in every mode */
+        if (context == NULL) {
+            violate("cuStreamIsCapturing without a current context");
+        }
         int capture = find_stream(stream_key)->capture;
         *status = capture == CAPTURING;
         result = capture == CAPTURING_IMPLICITLY ? CAPTURE_IMPLICIT : OK;
+    });
+}
+
+int cuModuleLoadData(void **made, const void *image) {
+    CALL(1, 1, {
+        if (strcmp(image, "fake image") != 0) {
+            result = INVALID_VALUE;
+        } else {
+            modules[num_modules] = (module){.context = context, .is_alive = 1};
+            *made = &modules[num_modules++];
+        }
+    });
+}
+
+int cuModuleUnload(void *unloaded) {
+    CALL(1, 0, { ((module *)unloaded)->is_alive = 0; });
+}
+
+int cuModuleGetFunction(void **found, void *in, const char *name) {
+    CALL(1, 1, {
+        functions[num_functions] = (function){.module = in, .kernel = find_kernel(name)};
+        if (functions[num_functions].kernel == NULL) {
+            result = INVALID_VALUE;
+        } else {
+            *found = &functions[num_functions++];
+        }
+    });
+}
+
+int cuLaunchKernel(void *launched, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                   unsigned block_y, unsigned block_z, unsigned shared_bytes, void *stream_key, void **parameters,
+                   void **extra) {
+    for (int i = 0; i < 1000 && is_queue_full; i++) {
+        usleep(10000);
+    }
+    CALL(0, 1, {
+        if (is_queue_full) {
+            violate("a launch waited in vain for room in the queue");
+        }
+        const function *of = launched;
+        if (of->module->context != context || !of->module->is_alive) {
+            result = INVALID_HANDLE;
+        } else if (grid_z != 1 || block_y != 1 || block_z != 1 || shared_bytes != 0 || extra != NULL) {
+            violate("the fake has no such launches");
+        } else {
+            last_launch = (launch){stream_key, of->kernel->width, grid_x, block_x};
+            run_on_host(of->kernel, (index3){grid_x, grid_y, 1}, (index3){block_x, 1, 1}, parameters);
+        }
     });
 }
 
@@ -433,6 +519,8 @@ void fake_reset(uint64_t memory) {
     next_address = (uint64_t)0x7f << 40;
     memory_bytes = memory;
     created_bytes = 0;
+    num_modules = num_functions = num_contexts = 0;
+    last_launch = (launch){.width = 0};
     fail_in = 0;
     fail_names[0] = violation[0] = '\0';
     pthread_mutex_unlock(&mutex);
@@ -490,6 +578,22 @@ void fake_finish(void *stream_key) {
     pthread_mutex_unlock(&mutex);
 }
 
+/* What is current on the calling thread while nothing is pushed. */
+void fake_set_context(void *current) {
+    context = own_context = current;
+}
+
+/* Launches wait as long as it is full. */
+void fake_set_queue_full(int full) {
+    is_queue_full = full;
+}
+
+void fake_read_launch(launch *latest) {
+    pthread_mutex_lock(&mutex);
+    *latest = last_launch;
+    pthread_mutex_unlock(&mutex);
+}
+
 /* 0 none, 1 capturing, 2 another stream's capture forbids to ask, 3 a capture that begins just after the question. */
 void fake_set_capture(void *stream_key, int capture) {
     pthread_mutex_lock(&mutex);
@@ -510,7 +614,8 @@ int64_t fake_num_calls(const char *name) {
 }
 
 typedef struct {
-    int64_t num_reserved, num_mapped, num_handles, created_bytes, num_events, context_depth, capture_mode;
+    int64_t num_reserved, num_mapped, num_handles, created_bytes, num_events, num_modules, num_contexts;
+    int64_t context_depth, capture_mode;
 } fake_counts;
 
 /* What is alive now; the last two are the calling thread's. */
@@ -519,6 +624,7 @@ void fake_read(fake_counts *counts) {
     *counts = (fake_counts){.num_reserved = num_reserved,
                             .num_mapped = num_mapped,
                             .created_bytes = (int64_t)created_bytes,
+                            .num_contexts = num_contexts,
                             .context_depth = context_depth,
                             .capture_mode = capture_mode};
     for (int i = 0; i < num_handles; i++) {
@@ -526,6 +632,9 @@ void fake_read(fake_counts *counts) {
     }
     for (int i = 0; i < num_events; i++) {
         counts->num_events += events[i].is_alive;
+    }
+    for (int i = 0; i < num_modules; i++) {
+        counts->num_modules += modules[i].is_alive;
     }
     pthread_mutex_unlock(&mutex);
 }

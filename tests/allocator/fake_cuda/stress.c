@@ -162,7 +162,7 @@ int main(int argc, char **argv) {
     vtp_torch_read(0, &torch_counts);
     vtp_ledger_counts counts;
     vtp_ledger_read(ledger, &counts);
-    int64_t fake_counts[7];
+    int64_t fake_counts[9];
     fake_read(fake_counts);
     printf("left %lld\n", (long long)num_left);
     printf("live_bytes %lld\n", (long long)(torch_counts.live_bytes + torch_counts.pending_bytes));

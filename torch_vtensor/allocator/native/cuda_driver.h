@@ -1,4 +1,4 @@
-/* The part of the CUDA driver's interface that the torch allocator uses, declared here so that building needs no CUDA
+/* The part of the CUDA driver's interface that is used from C, declared here so that building needs no CUDA
  * headers; the driver is opened at run time. tests/allocator/test_native_allocator.py compares it with NVIDIA's cuda.h.
  */
 
@@ -14,6 +14,8 @@ typedef int cuda_result;
 typedef struct cuda_context *cuda_context;
 typedef struct cuda_stream *cuda_stream;
 typedef struct cuda_event *cuda_event;
+typedef struct cuda_module *cuda_module;
+typedef struct cuda_function *cuda_function;
 
 enum {
     CUDA_OK = 0,
@@ -61,6 +63,8 @@ _Static_assert(offsetof(cuda_allocation, flags) == 24, "CUmemAllocationProp");
     X(cuGetErrorName, (cuda_result result, const char **name))                                                        \
     X(cuDeviceGet, (int *device, int ordinal))                                                                        \
     X(cuDevicePrimaryCtxRetain, (cuda_context * context, int device))                                                 \
+    X(cuDevicePrimaryCtxRelease_v2, (int device))                                                                     \
+    X(cuCtxGetCurrent, (cuda_context * context))                                                                      \
     X(cuCtxPushCurrent_v2, (cuda_context context))                                                                    \
     X(cuCtxPopCurrent_v2, (cuda_context * context))                                                                   \
     X(cuCtxSynchronize, (void))                                                                                       \
@@ -78,7 +82,14 @@ _Static_assert(offsetof(cuda_allocation, flags) == 24, "CUmemAllocationProp");
     X(cuEventSynchronize, (cuda_event event))                                                                         \
     X(cuEventDestroy_v2, (cuda_event event))                                                                          \
     X(cuStreamIsCapturing, (cuda_stream stream, int *status))                                                         \
-    X(cuThreadExchangeStreamCaptureMode, (int *mode))
+    X(cuThreadExchangeStreamCaptureMode, (int *mode))                                                                 \
+    X(cuModuleLoadData, (cuda_module * module, const void *image))                                                    \
+    X(cuModuleGetFunction, (cuda_function * function, cuda_module module, const char *name))                          \
+    X(cuModuleUnload, (cuda_module module))                                                                           \
+    X(cuLaunchKernel,                                                                                                 \
+      (cuda_function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,                   \
+       unsigned block_y, unsigned block_z, unsigned shared_bytes, cuda_stream stream, void **parameters,              \
+       void **extra))
 
 typedef struct {
 #define CUDA_DECLARE(name, parameters) cuda_result(*name) parameters;

@@ -28,7 +28,7 @@ typedef struct {
 static device_state devices[MAX_DEVICES] = {[0 ... MAX_DEVICES - 1] = {.mutex = PTHREAD_MUTEX_INITIALIZER}};
 
 int vtensor_pool_abi_version(void) {
-    return 1;
+    return 2;
 }
 
 /* Lock a device and make its context current, with a capture mode in which the calling thread may map memory and ask

@@ -1,6 +1,7 @@
 /* The C interface of libvtensor_pool.so: what Python calls through ctypes, and PyTorch through function pointers.
  *
- * Sizes are bytes. Every function may be called from any thread, with or without the GIL, and none calls Python. */
+ * Sizes are bytes. Every function may be called from any thread. None needs the GIL or calls Python, except
+ * vtp_rows_copy, which reads Python's tensors. */
 
 #ifndef VTENSOR_POOL_H
 #define VTENSOR_POOL_H
@@ -96,5 +97,34 @@ VTP_EXPORT void vtp_torch_read_failure(vtp_torch_failure *failure);
 /* CUDAPluggableAllocator's two functions. NULL makes torch raise torch.OutOfMemoryError. */
 VTP_EXPORT void *vtp_torch_alloc(size_t size, int device, void *stream);
 VTP_EXPORT void vtp_torch_free(void *address, size_t size, int device, void *stream);
+
+/* ---- Rows: new keys and values to their places behind the old ones, by one kernel launch. */
+
+typedef struct vtp_row_copier vtp_row_copier;
+
+typedef struct {
+    const char *driver; /* as above */
+    int32_t device;
+    const void *image;    /* row_copy.cu, compiled for the device */
+    const void *exchange; /* torch's DLPackExchangeAPI */
+    void *(*release_gil)(void); /* PyEval_SaveThread and PyEval_RestoreThread */
+    void (*take_gil)(void *state);
+} vtp_rows_config;
+
+enum {
+    VTP_ROWS_FAILED = -1,    /* the reason is in this thread's failure, or a Python exception is set */
+    VTP_ROWS_NOT_COPIED = 0, /* not tensors for this kernel: let torch copy them */
+    VTP_ROWS_COPIED = 1,
+    VTP_ROWS_CAPTURED = 2, /* will be copied by each replay of the graph that the stream is being captured into */
+};
+
+/* Load the kernels into the device's primary context, for the life of the process. NULL, with the reason in this
+ * thread's failure, and with nothing left behind. */
+VTP_EXPORT vtp_row_copier *vtp_rows_open(const vtp_rows_config *config);
+/* Copy the torch tensors key and value [B, H, T, D] to keys and values [B, H, >= position + T, D] from token `position`
+ * on, behind what was submitted to torch's current stream. Needs the GIL, and lets go of it for the launch. A NULL copier
+ * copies nothing. */
+VTP_EXPORT int vtp_rows_copy(const vtp_row_copier *copier, void *keys, void *values, int64_t position, void *key,
+                             void *value);
 
 #endif

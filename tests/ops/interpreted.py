@@ -1,0 +1,68 @@
+"""Run as a program under TRITON_INTERPRET=1: the Triton kernels on the CPU, over a few small cases.
+
+No bfloat16: the interpreter multiplies matrices of it as the integers that it keeps them in.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import torch
+from attention_cases import AttentionCase
+
+DECODE = [
+    AttentionCase(lengths=(33, 1, 0), dtype=torch.float32, dims=(16, 16), room=5),
+    AttentionCase(lengths=(70, 40), dims=(24, 32), heads=1, group=5, num_rows=3, window=20, first=(0, 9)),
+    AttentionCase(lengths=(50, 50), dims=(32, 32), has_sinks=True, softcap=5.0, layout="interleaved"),
+    AttentionCase(lengths=(130,), dims=(64, 64), heads=1, group=8, dtype=torch.float16, counts_dtype=torch.int32),
+]
+PREFILL = [
+    AttentionCase(lengths=(40, 33), dims=(16, 16), num_rows=33),
+    AttentionCase(
+        lengths=(70, 5, 0), dims=(32, 16), heads=1, num_rows=20, num_new=(20, 5, 0), window=9, has_sinks=True
+    ),
+    AttentionCase(lengths=(37,), dims=(24, 24), num_rows=18, softcap=5.0, first=(3,), layout="token_major"),
+    AttentionCase(lengths=(30, 12), dims=(16, 16), num_rows=12, causal=False, dtype=torch.float16),
+]
+
+
+def decode_attention() -> None:
+    from torch_vtensor.ops.decode_attention.triton import launch
+
+    for case in DECODE:
+        a = case.arguments()
+        tensors = a["query"], a["keys"], a["values"], a["lengths"], a["first"]
+        for split_tokens in (None, 32):
+            scale = case.dims[0] ** -0.5
+            case.check(launch(*tensors, scale, case.window, a["sinks"], case.softcap, split_tokens))
+
+
+def prefill_attention() -> None:
+    from torch_vtensor.ops.prefill_attention.triton import launch
+
+    for case in PREFILL:
+        a = case.arguments()
+        tensors = a["query"], a["keys"], a["values"], a["lengths"], a["num_new"], a["first"]
+        case.check(launch(*tensors, None, case.window, a["sinks"], case.softcap, case.causal))
+
+
+def kv_append() -> None:
+    from torch_vtensor.ops.kv_append.triton import launch
+
+    from torch_vtensor.ops.kv_append.reference import kv_append as reference
+
+    for num_new in (None, torch.tensor([3, 0, 1])):
+        keys, values = torch.full((3, 2, 12, 16), float("nan")), torch.full((3, 2, 12, 24), float("nan"))
+        expected = keys.clone(), values.clone()
+        new = torch.randn(3, 2, 3, 16), torch.randn(3, 2, 3, 24), torch.tensor([0, 9, 4])
+        launch(keys, values, *new, num_new)
+        reference(*expected, *new, num_new)
+        torch.testing.assert_close((keys, values), expected, rtol=0, atol=0, equal_nan=True)
+
+
+if __name__ == "__main__":
+    # A device so small that a few tokens are already shared out among its programs.
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=5, name="interpreter")
+    {"decode_attention": decode_attention, "prefill_attention": prefill_attention, "kv_append": kv_append}[
+        sys.argv[1]
+    ]()
+    print(sys.argv[1], "passed")

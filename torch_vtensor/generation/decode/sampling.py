@@ -1,0 +1,132 @@
+"""From logits to the next token on the device: transformers' own processors, where capturing them is sound."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process
+
+__all__ = ["Sampling", "sampling_of"]
+
+# They look at the scores alone, and at nothing that the host would have to know.
+_OF_SCORES = (
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "MinPLogitsWarper",
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "TopHLogitsWarper",
+    "SuppressTokensLogitsProcessor",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+)
+# They look at which tokens came before, not at where: a token may stand there twice.
+_OF_TOKENS = ("RepetitionPenaltyLogitsProcessor",)
+# They forbid the end until enough tokens are there.
+_OF_LENGTH = ("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor")
+
+
+class _EarliestEnd:
+    """``MinLength`` and ``MinNewTokens`` with the length on the device."""
+
+    def __init__(self, num_tokens: int, end_tokens: torch.Tensor) -> None:
+        self.num_tokens = num_tokens
+        self.end_tokens = end_tokens
+
+    def __call__(self, length: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        vocabulary = torch.arange(scores.shape[-1], device=scores.device)
+        is_end = torch.isin(vocabulary, self.end_tokens)
+        return torch.where(is_end & (length < self.num_tokens), -torch.inf, scores)
+
+
+class Sampling:
+    """How the next token is found.
+
+    Args:
+        steps: functions of (tokens so far, scores) or of (length, scores), in order.
+        do_sample: draw from the softmax of the scores, or take the highest.
+        end_tokens: tokens that end a sequence, or None; ``pad_token`` then follows them.
+    """
+
+    def __init__(
+        self, steps: Sequence[Any], do_sample: bool, end_tokens: torch.Tensor | None, pad_token: torch.Tensor | None
+    ) -> None:
+        self.steps = steps
+        self.do_sample = do_sample
+        self.end_tokens = end_tokens
+        self.pad_token = pad_token
+
+        self.signature = _signature(steps, do_sample, end_tokens, pad_token)
+        """Equal for two samplings that do the same; None where that cannot be told."""
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the tokens so far are looked at."""
+        return any(type(step).__name__ in _OF_TOKENS for step in self.steps)
+
+    def scores(self, logits: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] after all processors; ``tokens`` [B, any], ``length`` a scalar: what the sequences have."""
+        scores = logits
+        for step in self.steps:
+            scores = step(length if isinstance(step, _EarliestEnd) else tokens, scores)
+        return scores
+
+    def choose(self, scores: torch.Tensor, is_open: torch.Tensor) -> torch.Tensor:
+        """The next tokens [B]; the padding token for sequences that are not open [B] any more."""
+        if self.do_sample:
+            # What torch.multinomial does for one draw, without its check of the probabilities on the host.
+            probabilities = torch.softmax(scores, dim=-1)
+            tokens = (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1)
+        else:
+            tokens = scores.argmax(-1)
+        return tokens if self.pad_token is None else torch.where(is_open, tokens, self.pad_token)
+
+    def remains_open(self, tokens: torch.Tensor, is_open: torch.Tensor) -> torch.Tensor:
+        """Which sequences [B] go on after these tokens."""
+        return is_open if self.end_tokens is None else is_open & ~torch.isin(tokens, self.end_tokens)
+
+
+def _signature(steps: Sequence[Any], *others: Any) -> Any:
+    values: list[Any] = []
+    for step in steps:
+        values.append(type(step))
+        values.extend(sorted(vars(step).items()))
+    parts = [*values, *others]
+    plain = [part[1] if isinstance(part, tuple) else part for part in parts]
+    if not all(part is None or isinstance(part, (bool, int, float, str, type, torch.Tensor)) for part in plain):
+        return None
+    # Tensors hold a few tokens; reading them waits for nothing that a call has launched yet.
+    return tuple(tuple(part.flatten().tolist()) if isinstance(part, torch.Tensor) else part for part in plain)
+
+
+def sampling_of(
+    processors: LogitsProcessorList,
+    do_sample: bool,
+    end_tokens: torch.Tensor | None,
+    pad_token: torch.Tensor | None,
+) -> Sampling | str:
+    """The same choice on the device, or why it cannot be made there."""
+    steps: list[Any] = []
+    for processor in processors:
+        name = type(processor).__name__
+        if type(processor) is not getattr(logits_process, name, None):
+            return f"a logits processor of its own ({name})"
+        if name in _OF_LENGTH:
+            steps.append(_earliest_end(processor))
+        elif name in _OF_SCORES or (name in _OF_TOKENS and not getattr(processor, "prompt_ignore_length", None)):
+            steps.append(processor)
+        else:
+            return f"{name} needs the host"
+    return Sampling(steps, do_sample, end_tokens, pad_token)
+
+
+def _earliest_end(processor: Any) -> _EarliestEnd:
+    num_tokens = getattr(processor, "min_length", None)
+    if num_tokens is None:
+        num_tokens = processor.prompt_length_to_skip + processor.min_new_tokens
+    return _EarliestEnd(num_tokens, processor.eos_token_id)

@@ -1,0 +1,180 @@
+"""cached_attention: one decoding step of attention over rows that lie anywhere, new tokens written on the way.
+
+An operator for captured graphs: where keys and values lie and how many there are it reads from device memory, so one
+graph serves every cache, and caches grow under it. It changes memory that no tensor of the graph stands for. That is
+sound where its own results are the only way to see that memory, as in a decoding step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+__all__ = ["cached_attention"]
+
+_library = torch.library.Library("torch_vtensor", "FRAGMENT")
+_library.define(
+    "cached_attention(Tensor query, Tensor key, Tensor value, Tensor key_addresses, Tensor value_addresses,"
+    " Tensor lengths, Tensor firsts, Tensor? sinks, Tensor partials, Tensor arrivals, int key_offset, int value_offset,"
+    " int key_head_stride, int key_token_stride, int value_head_stride, int value_token_stride, float scale,"
+    " int? window, float? softcap, Tensor? cos=None, Tensor? sin=None) -> Tensor"
+)
+
+cached_attention = torch.ops.torch_vtensor.cached_attention
+"""Write ``key`` and ``value`` behind each sequence's tokens, and attend to all up to them.
+
+Shapes:  query [B, Hq, Q, D]; key [B, H, Q, D], value [B, H, Q, Dv]; addresses [B] int64: of each slot's first token's
+    keys and values in the tensors' dtype, 16-byte aligned, offsets and strides in elements; lengths [B] int32: tokens
+    before these; firsts [B] int32: the first real token (left padding); sinks [Hq]; partials, arrivals: the workspace;
+    cos, sin [B or 1, Q, D]: a rotary embedding for query and key, whose halves make the pairs.
+    Returns [B, Hq, Q, Dv].
+Effects: writes Q rows a head; rows from ``lengths`` + Q on are neither read nor written.
+"""
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+def _cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_addresses: Tensor,
+    value_addresses: Tensor,
+    lengths: Tensor,
+    firsts: Tensor,
+    sinks: Tensor | None,
+    partials: Tensor,
+    arrivals: Tensor,
+    key_offset: int,
+    value_offset: int,
+    key_head_stride: int,
+    key_token_stride: int,
+    value_head_stride: int,
+    value_token_stride: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
+    from torch_vtensor.ops.decode_attention import triton
+
+    rows = triton.Rows(
+        (0, key_head_stride, key_token_stride),
+        (0, value_head_stride, value_token_stride),
+        key_addresses,
+        value_addresses,
+        key_offset,
+        value_offset,
+    )
+    return triton.launch_rows(
+        query,
+        query,
+        query,
+        rows,
+        lengths,
+        key.shape[1],
+        value.shape[3],
+        capacity=0,
+        first=firsts,
+        scale=scale,
+        window=window,
+        sinks=sinks,
+        softcap=softcap,
+        new=(key, value),
+        rotation=None if cos is None or sin is None else (cos, sin),
+        workspace=triton.Workspace(partials, arrivals),
+        early=True,
+    )
+
+
+def _cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_addresses: Tensor,
+    value_addresses: Tensor,
+    lengths: Tensor,
+    firsts: Tensor,
+    sinks: Tensor | None,
+    partials: Tensor,
+    arrivals: Tensor,
+    key_offset: int,
+    value_offset: int,
+    key_head_stride: int,
+    key_token_stride: int,
+    value_head_stride: int,
+    value_token_stride: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
+    if cos is not None and sin is not None:
+        query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+    num_query = query.shape[2]
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    for slot, (length, first) in enumerate(zip(lengths.tolist(), firsts.tolist(), strict=True)):
+        stop = length + num_query
+        keys = _rows(key_addresses, slot, key_offset, key[slot], stop, key_head_stride, key_token_stride)
+        values = _rows(value_addresses, slot, value_offset, value[slot], stop, value_head_stride, value_token_stride)
+        keys[:, length:].copy_(key[slot])
+        values[:, length:].copy_(value[slot])
+        out[slot] = _attend(query[slot], keys, values, first, scale, window, sinks, softcap)
+    return out
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+
+def _rows(addresses: Tensor, slot: int, offset: int, like: Tensor, stop: int, head: int, token: int) -> Tensor:
+    """Tokens [0, stop) of one slot, [H, stop, D]."""
+    heads, _, dim = like.shape
+    num_elements = (heads - 1) * head + (stop - 1) * token + dim
+    address = int(addresses[slot]) + offset * like.dtype.itemsize
+    memory = (ctypes.c_byte * (num_elements * like.dtype.itemsize)).from_address(address)
+    flat = torch.frombuffer(memory, dtype=like.dtype)
+    return flat.as_strided((heads, stop, dim), (head, token, 1))
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first: int,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """One sequence: query [Hq, Q, D] over keys, values [H, T, D], the heads of a group as rows of one product."""
+    query_heads, num_query, dim = query.shape
+    heads, stop, _ = keys.shape
+    rows = query.reshape(heads, -1, dim)
+    scores = (rows @ keys.transpose(1, 2)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.view(query_heads, num_query, stop)
+    seen = torch.arange(stop)
+    last = torch.arange(stop - num_query, stop)[:, None]
+    visible = (seen <= last) & (seen >= first)
+    if window is not None:
+        visible &= seen > last - window
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, num_query, 1)], -1)
+    weights = scores.softmax(-1)[..., :stop].nan_to_num(0.0)
+    out = weights.to(values.dtype).reshape(heads, -1, stop) @ values
+    return out.view(query_heads, num_query, -1)
+
+
+_library.impl("cached_attention", _fake, "Meta")
+_library.impl("cached_attention", _cuda, "CUDA")
+_library.impl("cached_attention", _cpu, "CPU")

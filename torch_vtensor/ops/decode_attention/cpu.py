@@ -1,0 +1,26 @@
+"""decode_attention on the CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from torch_vtensor.ops import attention_cpu
+
+__all__ = ["decode_attention"]
+
+
+def decode_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    first: torch.Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    split_tokens: int | None = None,
+) -> torch.Tensor:
+    """See the public function. ``split_tokens`` gives each sequence calls of its own, whatever its batch."""
+    scoring = attention_cpu.scoring(query, keys, scale, window, sinks, softcap)
+    return attention_cpu.attend(query, keys, values, lengths, None, first, scoring, split_tokens is not None)

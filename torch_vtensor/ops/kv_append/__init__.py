@@ -1,0 +1,1 @@
+"""kv_append: write new tokens behind each sequence's last one, in place."""

@@ -1,0 +1,1 @@
+"""prefill_attention: many new tokens of each sequence over its prefix and themselves."""
