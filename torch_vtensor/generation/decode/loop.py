@@ -177,8 +177,9 @@ def _run(call: _Call, program: DecodeProgram, placed: _Placed, sequences: torch.
     choose = program.choice(call.sampling)
     ends = _Ends(program)
     num_steps = num_new = 0
-    is_open = not _all_ended(program)
+    ends.record(has_tokens=False)  # the first token may have been the last
     try:
+        is_open = True
         while is_open and num_steps < max_new:
             for group in placed.groups:
                 _commit(group, num_steps + 1)
@@ -199,6 +200,14 @@ def _run(call: _Call, program: DecodeProgram, placed: _Placed, sequences: torch.
     return num_new
 
 
+class _Noted(NamedTuple):
+    """A launched step: whether any sequence goes on after it, its tokens, and when they are there."""
+
+    any_open: torch.Tensor
+    tokens: torch.Tensor | None
+    event: Any
+
+
 class _Ends:
     """What the device has finished: read behind it, without making it wait."""
 
@@ -206,36 +215,33 @@ class _Ends:
         self.program = program
         self.num_new = 0
         self.has_ended = False
-        self._pending: deque[tuple[torch.Tensor, torch.Tensor, Any]] = deque()
+        self._pending: deque[_Noted] = deque()
 
-    def record(self) -> None:
+    def record(self, has_tokens: bool = True) -> None:
         """Note the step just launched."""
-        is_cuda = self.program.device.type == "cuda"
-        any_open = self.program.any_open.to("cpu", non_blocking=True, copy=True)
-        tokens = self.program.tokens[:, 0].to("cpu", non_blocking=True, copy=True)
-        event = torch.cuda.Event() if is_cuda else None
+        program = self.program
+        any_open = program.is_open.any().to("cpu", non_blocking=True)
+        tokens = program.tokens[:, 0].to("cpu", non_blocking=True, copy=True) if has_tokens else None
+        event = torch.cuda.Event() if program.device.type == "cuda" else None
         if event is not None:
             event.record()
-        self._pending.append((any_open, tokens, event))
+        self._pending.append(_Noted(any_open, tokens, event))
 
     def look(self, streamer: Any, wait_for_all: bool = False) -> tuple[int, bool]:
         """How many tokens a sequence has got, and whether any goes on."""
         while self._pending and not self.has_ended:
-            any_open, tokens, event = self._pending[0]
-            if event is not None and not event.query():
+            noted = self._pending[0]
+            if noted.event is not None and not noted.event.query():
                 if not wait_for_all and len(self._pending) <= _STEPS_AHEAD:
                     break
-                event.synchronize()
+                noted.event.synchronize()
             self._pending.popleft()
-            self.num_new += 1
-            self.has_ended = not bool(any_open)
-            if streamer is not None:
-                streamer.put(tokens)
+            self.has_ended = not bool(noted.any_open)
+            if noted.tokens is not None:
+                self.num_new += 1
+                if streamer is not None:
+                    streamer.put(noted.tokens)
         return self.num_new, not self.has_ended
-
-
-def _all_ended(program: DecodeProgram) -> bool:
-    return not bool(program.is_open.any())
 
 
 def _out_of_time(criteria: Any) -> bool:

@@ -72,7 +72,6 @@ class DecodeProgram:
         self.logits: torch.Tensor | None = None
         # Of the choice of tokens:
         self.is_open = torch.ones(batch, dtype=torch.bool, device=device)
-        self.any_open = torch.ones((), dtype=torch.bool, device=device)
         self.length = torch.zeros((), **ints)
         self.num_chosen = torch.zeros(1, **ints)
         self.chosen = torch.zeros(batch, 0, **ints)
@@ -146,7 +145,6 @@ class DecodeProgram:
         scores = sampling.scores(self.logits, self.history, self.length)
         tokens = sampling.choose(scores, self.is_open)
         self.is_open.copy_(sampling.remains_open(tokens, self.is_open))
-        self.any_open.copy_(self.is_open.any())
         self.chosen.scatter_(1, self.num_chosen.expand(self.batch, 1), tokens[:, None])
         if sampling.needs_tokens:
             self.history.scatter_(1, self.length.expand(self.batch, 1), tokens[:, None])
