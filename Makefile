@@ -28,7 +28,7 @@ demo: $(READY) ## train, save, load and generate, against the stock caches; unde
 	$(RUN) torch_vtensor demo
 
 test: $(READY) ## run the tests that this machine can run; PYTEST="-m slow" runs the long ones
-	$(RUN) pytest -m "not slow" $(PYTEST)
+	$(RUN) pytest -n auto --dist loadgroup -m "not slow" $(PYTEST)
 
 test-gpu: $(READY) ## run the tests that need a CUDA GPU
 	$(RUN) pytest -m gpu $(PYTEST)

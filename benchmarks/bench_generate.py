@@ -1,4 +1,4 @@
-"""generate() with DynamicCache, StaticCache (compiled) and torch_vtensor: speed, memory and driver calls.
+"""generate() with DynamicCache, StaticCache (compiled) and torch_vtensor, eager and compiled: speed and memory.
 
     python benchmarks/bench_generate.py [--device cuda] [--points 1x1024,8x32768] [--modes dynamic,vtensor] [--quick]
 
@@ -14,15 +14,16 @@ import contextlib
 import gc
 import threading
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import report
 import torch
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 
 import torch_vtensor
 from torch_vtensor.allocator.pools import default_scheduler
@@ -30,7 +31,16 @@ from torch_vtensor.allocator.pools import default_scheduler
 GIB = 2**30
 GPU_POINTS = "1x1024,1x8192,1x32768,8x1024,8x8192,8x32768,32x1024,32x8192"
 CPU_POINTS = "1x1024,1x4096,1x12288,4x2048"
-STATIC_POINTS = {"1x1024", "8x8192"}  # each shape costs up to a minute of compiling
+STATIC_POINTS = {"1x1024"}  # each shape costs up to a minute of compiling
+MODES = {
+    "dynamic": "DynamicCache",
+    "vtensor": "torch_vtensor",
+    "compiled": "torch_vtensor, compiled",
+    "static": "StaticCache, compiled",
+}
+WARM_UP_TOKENS = 64
+NOTED_WARM_UP_S = 5
+PROFILED_STEPS = 3
 
 
 class Run(NamedTuple):
@@ -45,30 +55,77 @@ class Run(NamedTuple):
     calls: list[tuple[int, int]]
     waits: int
     tokens: torch.Tensor
+    warm_up_s: float
+    device_s: float | None  # how long the GPU worked in a step, whatever it waited for
 
 
-class Probe(LogitsProcessor):
-    """Sees every step of generate(): its time, and the driver calls made since the step before."""
+class Probe:
+    """Notes every step of generate(): its time, and the driver calls made since the step before."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, profile_from: int | None = None) -> None:
         self.device = device
+        self.profile_from = profile_from
+        self.device_s: float | None = None
+        self._profiler = profile(activities=[ProfilerActivity.CUDA]) if profile_from is not None else None
         self.times: list[float] = []
         self.calls: list[tuple[int, int]] = []
         self.committed_bytes = 0
         self._main = threading.get_ident()
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def note(self) -> None:
+        """A step is done: for eager decoding launched, for compiled decoding finished."""
         if not self.times:
             report.synchronize(self.device)
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
+        self._profile()
+        if self.profile_from is not None and len(self.calls) >= self.profile_from:
+            self.calls.append(self.calls[-1])
+            return
         self.times.append(time.perf_counter())
         pool = default_scheduler(self.device).pool
         counts = dict(pool.driver.num_calls_by_thread)
         main = counts.pop(self._main, 0)
         self.calls.append((main, sum(counts.values())))
         self.committed_bytes = max(self.committed_bytes, pool.ledger.committed_bytes)
+
+    def _profile(self) -> None:
+        if self._profiler is None or self.profile_from is None:
+            return
+        if len(self.calls) == self.profile_from:
+            self._profiler.start()
+        elif len(self.calls) == self.profile_from + PROFILED_STEPS:
+            report.synchronize(self.device)
+            self._profiler.stop()
+            busy_us = sum(event.self_device_time_total for event in self._profiler.key_averages())
+            self.device_s = busy_us / 1e6 / PROFILED_STEPS
+
+
+class EagerProbe(LogitsProcessor):
+    """Has the probe note every step of a loop that calls logits processors on the host."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.probe.note()
         return scores
+
+
+class CompiledProbe(BaseStreamer):
+    """Has the probe note every step of a loop that does not: it hands tokens on as the device finishes them."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.has_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.has_prompt:
+            self.probe.note()
+        self.has_prompt = True
+
+    def end(self) -> None:
+        pass
 
 
 def main() -> None:
@@ -76,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--points", help="batch x context, comma separated")
-    parser.add_argument("--modes", default="dynamic,vtensor,static")
+    parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--turns", type=int, default=2, help="how often each mode is measured at each point")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
@@ -104,9 +161,11 @@ def main() -> None:
             if runs[mode]:
                 rows.append(row(point, mode, merge(runs[mode]), baseline))
                 tqdm.write(" | ".join(str(cell) for cell in rows[-1]))
-    body = f"Model: {shape}. Greedy, {arguments.new_tokens} new tokens a sequence, eager unless said.\n\n"
-    body += report.table(HEADER, rows) + "\n\n" + LEGEND
-    path = report.write("generate", device, body + "\n" + "\n".join(notes), arguments.out)
+                if runs[mode][0].warm_up_s > NOTED_WARM_UP_S:
+                    notes.append(f"- {point} {mode}: the first call took {runs[mode][0].warm_up_s:.1f} s.")
+        body = f"Model: {shape}. Greedy, {arguments.new_tokens} new tokens a sequence, eager unless said.\n\n"
+        body += report.table(HEADER, rows) + "\n\n" + LEGEND + "\n\n" + "\n".join(notes)
+        path = report.write("generate", device, body, arguments.out)  # after each point: the last may run out of time
     print(path.read_text())
 
 
@@ -116,6 +175,7 @@ HEADER = (
     "tokens/s",
     "vs dynamic",
     "ms a step (10th-90th)",
+    "GPU ms a step",
     "first token s",
     "MiB now",
     "MiB peak",
@@ -127,9 +187,11 @@ HEADER = (
     "same tokens",
 )
 LEGEND = (
-    "tokens/s is the batch over the median decoding step. MiB are physical bytes above the weights: at the end of "
-    "decoding, the most while decoding, and after the cache is gone and trim() / empty_cache() was called. Driver "
-    "calls and waits for the device are torch_vtensor's own, while decoding. Same tokens: against DynamicCache."
+    "tokens/s is the batch over the median decoding step. GPU ms is how long kernels and copies ran in an eager step: "
+    "where it is far below the step's time, the host could not launch them any faster. MiB are physical bytes above "
+    "the weights: at the end of decoding, the most while decoding, and after the cache is gone and trim() / "
+    "empty_cache() was called. Driver calls and waits for the device are torch_vtensor's own, while decoding. Same "
+    "tokens: against DynamicCache; weights are random, so the two highest logits are often a rounding apart."
 )
 
 
@@ -145,6 +207,7 @@ def merge(runs: list[Run]) -> Run:
         steps_s=[step for run in runs for step in run.steps_s],
         calls=[call for run in runs for call in run.calls],
         waits=sum(run.waits for run in runs),
+        warm_up_s=runs[0].warm_up_s,
         peak_bytes=max(run.peak_bytes for run in runs),
     )
 
@@ -152,15 +215,16 @@ def merge(runs: list[Run]) -> Run:
 def row(point: str, mode: str, result: Run, baseline: Run | None) -> tuple[object, ...]:
     """One line of the table."""
     step = report.timing(result.steps_s)
-    ours = mode == "vtensor"
+    ours = mode in ("vtensor", "compiled")
     main = [call for call, _ in result.calls]
     background = [call for _, call in result.calls]
     return (
         point,
-        {"dynamic": "DynamicCache", "static": "StaticCache, compiled", "vtensor": "torch_vtensor"}[mode],
+        MODES[mode],
         f"{result.tokens.shape[0] / step.median:.1f}",
         f"{report.timing(baseline.steps_s).median / step.median:.2f}x" if baseline else "-",
         f"{step:ms}",
+        f"{result.device_s * 1e3:.2f}" if result.device_s is not None else "-",
         f"{result.first_s:.3f}",
         f"{result.now_bytes / 2**20:.0f}",
         f"{result.peak_bytes / 2**20:.0f}",
@@ -210,30 +274,42 @@ def make_model(device: torch.device, quick: bool) -> tuple[LlamaForCausalLM, str
 def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: int, warm_up: bool) -> Run:
     """Generate, measured; before that once to warm up, if asked."""
     device = prompt.device
-    options: dict[str, Any] = {"cache_implementation": "static"} if mode == "static" else {}
 
-    def generate(num_tokens: int, probe: Probe) -> Any:
+    def generate(prompt: torch.Tensor, num_tokens: int, probe: Probe) -> Any:
+        options: dict[str, Any] = {"cache_implementation": "static"} if mode == "static" else {}
+        if mode == "compiled":
+            options["streamer"] = CompiledProbe(probe)
+        else:
+            options["logits_processor"] = LogitsProcessorList([EagerProbe(probe)])
         return model.generate(
             prompt,
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,
             do_sample=False,
-            logits_processor=LogitsProcessorList([probe]),
             return_dict_in_generate=True,
             **options,
         )
 
-    context: Callable[[], Any] = torch_vtensor.enabled if mode == "vtensor" else contextlib.nullcontext
-    with context():
-        if warm_up:  # with the same length: StaticCache compiles for it
-            generate(new_tokens if mode == "static" else 4, Probe(device))
+    context: Any = contextlib.nullcontext()
+    if mode in ("vtensor", "compiled"):
+        context = torch_vtensor.enabled(compile=mode == "compiled")
+    with context:
+        began = time.perf_counter()
+        if warm_up and mode == "static":  # it compiles for this very length
+            generate(prompt, new_tokens, Probe(device))
+        elif warm_up:
+            generate(prompt[:, :WARM_UP_TOKENS], 4, Probe(device))
+        report.synchronize(device)
+        warm_up_s = time.perf_counter() - began
         clean(device)
         scheduler = default_scheduler(device)
         before, waits = used_bytes(device), scheduler.num_device_waits
         allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        probe = Probe(device)
+        eager = mode in ("dynamic", "vtensor")
+        profiled = eager and device.type == "cuda" and new_tokens >= 4 * PROFILED_STEPS
+        probe = Probe(device, new_tokens - PROFILED_STEPS - 2 if profiled else None)
         start = time.perf_counter()
-        output = generate(new_tokens, probe)
+        output = generate(prompt, new_tokens, probe)
         report.synchronize(device)
         cache = output.past_key_values
         held = torch_vtensor.memory(cache)
@@ -256,6 +332,8 @@ def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: in
         calls=[(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(probe.calls)],
         waits=scheduler.num_device_waits - waits,
         tokens=tokens,
+        warm_up_s=warm_up_s,
+        device_s=probe.device_s,
     )
 
 

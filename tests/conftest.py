@@ -18,10 +18,18 @@ hypothesis.settings.register_profile("torch_vtensor", deadline=None, print_blob=
 hypothesis.settings.load_profile("torch_vtensor")
 
 
+USE_A_GPU_IF_THERE_IS_ONE = {"test_cli.py", "test_demo.py", "test_examples.py"}
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu`, and report why, on a machine where they cannot run."""
+    """Skip tests marked `gpu`, and report why, where they cannot run; where they can, run them one after the other."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu_items and not torch.cuda.is_available():
+    if torch.cuda.is_available():  # they look at the device's free memory
+        for item in items:
+            if item in gpu_items or item.path.name in USE_A_GPU_IF_THERE_IS_ONE:
+                item.add_marker(pytest.mark.xdist_group("gpu"))
+    elif gpu_items:
         found = "sees none" if torch.version.cuda else "is built without CUDA"
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=f"needs a CUDA GPU; torch {torch.__version__} {found}"))

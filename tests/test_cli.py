@@ -57,10 +57,9 @@ def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "inform" in capsys.readouterr().err
 
 
-def test_unreadable_setting_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("TORCH_VTENSOR_LOG", "loud")
-    assert main(["info"]) == 2
-    assert "TORCH_VTENSOR_LOG=loud" in capsys.readouterr().err
+def test_unreadable_setting_ends_every_command(run_python: Callable[..., str]) -> None:
+    with pytest.raises(AssertionError, match=r"ValueError: TORCH_VTENSOR_LOG=loud: .*DEBUG, INFO"):
+        run_python("-m", "torch_vtensor", "info", environ={"TORCH_VTENSOR_LOG": "loud"})
 
 
 def test_info_on_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

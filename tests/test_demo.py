@@ -78,11 +78,12 @@ def test_running_out_of_pages_ends_the_demo_with_the_remedy(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "mps"], "runs on cpu and cuda"),
+        (["--device", "mps"], "runs on cpu, cuda"),
+        (["--device", "gpu"], "--device is gpu; the demo runs on cpu, cuda and cuda:N"),
         (["--device", "cuda:99"], "--device cpu"),
         (["--out", __file__], "exists"),
     ],
-    ids=["no driver", "no such GPU", "not a folder"],
+    ids=["no driver", "no device", "no such GPU", "not a folder"],
 )
 def test_demo_says_why_it_cannot_start(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", *arguments]) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 __all__ = [
@@ -15,7 +17,14 @@ __all__ = [
 
 
 class VTensorError(RuntimeError):
-    """Base of every error that is about a resource and not about a caller's argument."""
+    """Base of every error that is about a resource and not about a caller's argument.
+
+    Can be pickled, as worker processes do to hand an error to the one that waits for them.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an exception is made again from its message, which is not what our __init__ functions take.
+        return _restore, (type(self), self.args, self.__dict__)
 
 
 class OutOfPagesError(VTensorError, torch.OutOfMemoryError):
@@ -76,6 +85,12 @@ class DriverError(VTensorError):
     def is_out_of_memory(self) -> bool:
         """True where the driver says that physical memory has run out."""
         return self.code in ("CUDA_ERROR_OUT_OF_MEMORY", "ENOSPC", "ENOMEM")
+
+
+def _restore(kind: type[VTensorError], args: tuple[Any, ...], fields: dict[str, Any]) -> VTensorError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 def _mib(nbytes: int) -> str:

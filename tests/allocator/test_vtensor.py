@@ -2,6 +2,7 @@
 
 import copy
 import io
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from vtensors import MakeScheduler, make, rows
 
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.vtensor import VTensor
-from torch_vtensor.errors import CapacityError, ClosedError, OutOfPagesError
+from torch_vtensor.errors import CapacityError, ClosedError, DriverError, OutOfPagesError
 
 
 @pytest.fixture
@@ -179,6 +180,17 @@ def test_rows_that_do_not_fit_are_refused(scheduler: GrowthScheduler, new: torch
     assert torch.equal(vtensor.tensor(), rows(5, 3))
 
 
+def test_rows_that_require_gradients_are_refused_where_they_would_be_recorded(scheduler: GrowthScheduler) -> None:
+    vtensor, weights = make(scheduler, 5, row=3), torch.ones(2, 3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"append rows\.detach\(\), or under torch\.no_grad\(\)"):
+        vtensor.append(2 * weights)
+    assert torch.equal(vtensor.tensor(), rows(5, 3))
+    with torch.no_grad():
+        vtensor.append(weights)
+    assert vtensor.length == 7
+    assert not vtensor.tensor().requires_grad
+
+
 def test_what_cannot_be_is_refused(scheduler: GrowthScheduler) -> None:
     for options in ({"capacity": 0}, {"outer_shape": (2, 0)}, {"row": 0}):
         with pytest.raises(ValueError, match="must all be at least 1"):
@@ -187,6 +199,9 @@ def test_what_cannot_be_is_refused(scheduler: GrowthScheduler) -> None:
     with pytest.raises(CapacityError, match="10 rows do not fit the reserved capacity of 9") as caught:
         vtensor.append(rows(5, 300))
     assert isinstance(caught.value, ValueError)
+    for too_many in (2**60, sys.maxsize):
+        with pytest.raises(DriverError, match=r"reserve.* failed with ENOMEM"):
+            make(scheduler, capacity=too_many)
     for length in (-1, 6):
         with pytest.raises(ValueError, match=f"truncate to {length} rows"):
             vtensor.truncate(length)
@@ -224,3 +239,9 @@ def test_a_closed_tensor_says_so(scheduler: GrowthScheduler) -> None:
     assert repr(vtensor) == "VTensor(closed)"
     assert torch.equal(view, rows(5, 300))
     assert scheduler.stats().reserved_bytes == 1000 * 1200 // PAGE * PAGE + PAGE  # no trace of the refused ones
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match=r"device is 'cuda', but torch .*: use device 'cpu'"):
+        VTensor((4,), capacity=4, device="cuda")

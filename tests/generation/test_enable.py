@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import sys
 import threading
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import DynamicCache
 
 import torch_vtensor
 from torch_vtensor.allocator.pools import default_pool
-from torch_vtensor.errors import OutOfPagesError
+from torch_vtensor.errors import DriverError, OutOfPagesError
 from torch_vtensor.generation.enable import REPLACEMENTS
 
 
@@ -83,6 +85,37 @@ def test_a_saved_cache_is_as_large_as_its_tokens() -> None:
         assert len(file.getvalue()) < 1.2 * sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, loaded.layers, strict=True))
+
+
+def test_a_copy_that_cannot_share_pages_has_the_tokens_in_ordinary_memory(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(ptr: int, nbytes: int, handle: int) -> None:
+        raise DriverError("mmap", "ENOMEM", torch.device("cpu"), nbytes)
+
+    with torch_vtensor.enabled():
+        cache = filled()
+        with monkeypatch.context() as patch:
+            patch.setattr(default_pool(torch.device("cpu")).driver.inner, "map", refuse)
+            copied = copy.deepcopy(cache)
+        tokens = torch.randn(2, 2, 1, 16)
+        with torch.no_grad():
+            cache.layers[1].keys.zero_()
+            expected = copied.layers[0].keys.clone()
+            grown, _ = copied.update(tokens, tokens, 0)
+        assert torch.equal(grown, torch.cat([expected, tokens], 2))
+        assert copied.layers[1].keys.count_nonzero() > 0
+        assert memory.appends["stock: memory driver: DriverError"] == 2
+
+
+def test_compiled_decoding_that_cannot_be_loaded_leaves_nothing_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_vtensor.generation.decode.loop", None)
+    with pytest.raises(ImportError):
+        torch_vtensor.enable(compile=True)
+    assert not torch_vtensor.is_enabled()
+    with pytest.raises(ImportError), torch_vtensor.enabled(compile=True):
+        pass
+    assert not torch_vtensor.is_enabled()
 
 
 def test_exhausted_budget_leaves_the_cache_usable() -> None:

@@ -83,7 +83,7 @@ def _gemma3() -> Any:
 
 def _deepseek_v3() -> Any:
     config = transformers.DeepseekV3Config(
-        **decoder(num_attention_heads=8, num_key_value_heads=8, head_dim=32),
+        **decoder(num_attention_heads=8, num_key_value_heads=8),  # its rotary embedding has head_dim
         first_k_dense_replace=4,  # which expert a token goes to is all or nothing, and no matter of rounding
         kv_lora_rank=512,  # which is all that newer versions of transformers keep of a token
         q_lora_rank=64,

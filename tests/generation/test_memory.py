@@ -253,6 +253,22 @@ def test_trim_gives_everything_back(memory: Memory) -> None:
     assert torch_vtensor.trim() == 0
 
 
+def test_trim_of_one_device_is_of_that_device(memory: Memory) -> None:
+    def ended() -> int:
+        vtensor = torch_vtensor.VTensor((PAGE_BYTES,), capacity=4, dtype=torch.uint8)
+        vtensor.append(torch.ones(3, PAGE_BYTES, dtype=torch.uint8))
+        vtensor.close()
+        return default_pool(CPU).ledger.committed_bytes
+
+    for device in ("cpu", "cpu:0", torch.device("cpu", 0)):
+        assert ended() == torch_vtensor.trim(device) > 0
+    kept_bytes = ended()
+    assert torch_vtensor.trim("cuda") == 0
+    with pytest.raises(ValueError, match="device is 'mps', which has no memory driver: give one of 'cpu' and 'cuda'"):
+        torch_vtensor.trim("mps")
+    assert torch_vtensor.trim() == kept_bytes
+
+
 def test_the_next_conversation_adopts_the_memory_of_the_last(memory: Memory) -> None:
     model, inputs = model_of("llama"), FAMILIES["llama"].inputs(2)
     with torch_vtensor.enabled():

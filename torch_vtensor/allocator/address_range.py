@@ -20,6 +20,8 @@ from torch_vtensor.errors import DriverError
 
 __all__ = ["AddressRange"]
 
+_MOST_BYTES = 2**62
+
 
 class AddressRange:
     """Reserves ``num_strips`` strips of ``strip_bytes`` addresses each, none of it backed by memory yet.
@@ -37,6 +39,10 @@ class AddressRange:
         self.num_strips = num_strips
         self.strip_bytes = round_up(strip_bytes, pool.page_bytes)
         self.reserved_bytes = self.num_strips * self.strip_bytes
+        if self.reserved_bytes > _MOST_BYTES:  # a driver would see the lowest 64 bits of it
+            raise DriverError(
+                "reserve", "ENOMEM", pool.device, self.reserved_bytes, "addresses have 64 bits; ask for less"
+            )
         self.num_heads = 0  # detached and not yet emptied: the addresses are theirs too
         self._rest: AddressRange | None = None  # of a head: the range that it was detached from
         self._bounds = [0]  # page i of every strip backs offsets [_bounds[i], _bounds[i + 1])

@@ -14,9 +14,10 @@ import torch
 
 from torch_vtensor.errors import DriverError, ForkedProcessError
 
-__all__ = ["CudaDriver"]
+__all__ = ["CudaDriver", "format_version"]
 
 _LARGE_PAGE_BYTES = 32 * 2**20
+_OLDEST_DRIVER = 12050  # cuCtxRecordEvent, by which memory is taken back behind all streams, is of CUDA 12.5
 _CAPTURE_NONE = 0
 _EVENT_DISABLE_TIMING = 2
 
@@ -92,8 +93,8 @@ class CudaDriver:
     Args:
         device: a CUDA device; the current one where it names no index.
 
-    Raises: DriverError where the device or driver has no virtual memory management; ImportError, with the remedy,
-        without cuda-python.
+    Raises: DriverError where the device or driver has no virtual memory management, or the driver is older than CUDA
+        12.5; ImportError, with the remedy, without cuda-python.
     """
 
     # A mapping call costs the same for one page as for many tokens, but bytes committed ahead are bytes that no one
@@ -118,6 +119,11 @@ class CudaDriver:
         with torch.cuda.device(index):
             torch.cuda.current_stream().query()  # the primary context exists from here on
             self.context = self.call("cuCtxGetCurrent", 0)
+        version = self.call("cuDriverGetVersion", 0)
+        if version < _OLDEST_DRIVER:
+            wanted = format_version(_OLDEST_DRIVER)
+            hint = f"the driver is of CUDA {format_version(version)}; install one of CUDA {wanted} or later"
+            raise DriverError("cuCtxRecordEvent", "CUDA_ERROR_NOT_SUPPORTED", self.device, 0, hint)
 
         self._properties = cuda.CUmemAllocationProp()
         self._properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -202,6 +208,11 @@ class CudaDriver:
     def _is_stream_capturing(self, stream: int) -> bool:
         error, status = self.cuda.cuStreamIsCapturing(stream)
         return error != self.cuda.CUresult.CUDA_SUCCESS or int(status) != _CAPTURE_NONE
+
+
+def format_version(number: int) -> str:
+    """What the driver means by a version such as 12050: 12.5."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 class _CudaArray:

@@ -96,7 +96,7 @@ class PagePool:
         if self.is_foreign:
             raise ForkedProcessError(
                 f"this memory on {self.device} was made before fork() and belongs to the parent process. Make a new "
-                "tensor or cache in the child; old views stay readable."
+                "tensor or cache in the child; old views show what the parent has there, so clone what has to stay."
             )
 
     def page_plan(self, nbytes: int) -> list[int]:

@@ -22,8 +22,12 @@ _budget_bytes: int | None = None  # set_default_budget's; before it is called, t
 def default_scheduler(device: torch.device) -> GrowthScheduler:
     """The scheduler that owns this process's memory on ``device``.
 
-    Raises: ValueError for a device type without a driver; what the driver raises where it cannot work.
+    Raises: ValueError for a device type without a driver, or for a GPU where torch has none; what the driver raises
+        where it cannot work.
     """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        reason = "sees no GPU" if torch.version.cuda else "is built without CUDA"
+        raise ValueError(f"device is '{device}', but torch {torch.__version__} {reason}: use device 'cpu'")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     elif device.type == "cpu":

@@ -176,7 +176,8 @@ class VTensor:
         Effects: length += T. Copies only ``rows``; calls the driver only if fewer than T committed rows are left.
             After ``truncate``, rows that another tensor or a live view can see are not overwritten: the kept rows
             move to fresh pages first (whole pages are shared, the last part is copied).
-        Raises:  ValueError for a shape, dtype or device that does not fit; CapacityError past the reservation;
+        Raises:  ValueError for a shape, dtype or device that does not fit, or for rows through which gradients would
+            flow; CapacityError past the reservation;
             OutOfPagesError; in each case with the tensor unchanged.
         """
         axis = len(self.outer_shape)
@@ -185,6 +186,11 @@ class VTensor:
             raise ValueError(
                 f"append got {tuple(rows.shape)} {rows.dtype} on {rows.device}; this tensor takes "
                 f"[*{self.outer_shape}, T, *{self.row_shape}] {self.dtype} on {self.device}: convert the rows first"
+            )
+        if rows.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "append got rows that require gradients; rows are overwritten in place, which autograd would have to "
+                "remember for good: append rows.detach(), or under torch.no_grad()"
             )
         start, stop = self.length, self.length + expected[axis]
         self.prepare_write(start, stop)

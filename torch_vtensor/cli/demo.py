@@ -74,9 +74,12 @@ def _fail(status: int, message: str) -> int:
 
 
 def _choose_device(name: str | None) -> torch.device:
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:  # torch's answer to a name that is no device's
+        raise ValueError(f"--device is {name}; the demo runs on cpu, cuda and cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name}; the demo runs on cpu and cuda.")
+        raise ValueError(f"--device is {name}; the demo runs on cpu, cuda and cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         num_devices = torch.cuda.device_count()
         raise ValueError(f"--device is {name}, but torch sees {num_devices} CUDA devices. Try --device cpu.")

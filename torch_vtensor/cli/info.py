@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import sys
 from collections.abc import Mapping
 
 from torch_vtensor.cli.machine import Device, Machine, inspect_machine
@@ -20,13 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report; 2 if a TORCH_VTENSOR_* variable cannot be read."""
-    try:
-        settings = load_settings()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    machine = inspect_machine(settings)
+    """Print the report."""
+    machine = inspect_machine(load_settings())
     print(json.dumps(dataclasses.asdict(machine), indent=2) if arguments.json else _describe(machine))
     return 0
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from torch_vtensor import __version__
-from torch_vtensor.allocator.cuda_driver import CudaDriver
+from torch_vtensor.allocator.cuda_driver import CudaDriver, format_version
 from torch_vtensor.allocator.host_driver import HostDriver
 from torch_vtensor.allocator.native import library_path
 from torch_vtensor.allocator.nvrtc import nvrtc_version
@@ -127,7 +127,7 @@ def _inspect_cuda() -> tuple[str, list[Device]]:
         ) from None
     version = _call(driver.cuDriverGetVersion)
     devices = [_inspect_cuda_device(driver, ordinal) for ordinal in range(_call(driver.cuDeviceGetCount))]
-    return f"{version // 1000}.{version % 1000 // 10}", devices
+    return format_version(version), devices
 
 
 def _inspect_cuda_device(driver: Any, ordinal: int) -> Device:

@@ -13,7 +13,7 @@ graph at two places, the partitioner (training) and `inner_compile` (every graph
 | `utils._pytree.tree_leaves`; `_ops.OperatorBase`; `_boxed_call` on a function | calling conventions, names |
 | node meta `desc`, `nn_module_stack`, `fwd_nn_module_stack`, `partitioner_tag`, `grapharg` | names |
 
-Run on torch 2.13.0. tests/compile/test_torch_compat.py fails by name when one of these moves.
+Run on torch 2.13.0 and 2.15.0. tests/compile/test_torch_compat.py fails by name when one of these moves.
 """
 
 from __future__ import annotations

@@ -78,10 +78,11 @@ def enable(*, compile: bool = False, budget_bytes: int | None = None) -> None:
     Raises: ValueError for a budget of less than one byte.
     """
     global _switched_on
+    sample = _load_sample() if compile else None
     with _lock:
         _install(budget_bytes)
         _switched_on = True
-        _set_compile(_SWITCH, compile)
+        _set_compile(_SWITCH, sample)
 
 
 def disable() -> None:
@@ -101,11 +102,12 @@ def disable() -> None:
 def enabled(*, compile: bool = False, budget_bytes: int | None = None) -> Iterator[None]:
     """``enable()`` for a block. Blocks may nest and overlap between threads; the last one out puts things back."""
     block = object()
-    with _lock:
-        _install(budget_bytes)
-        _blocks.add(block)
-        _set_compile(block, compile)
+    sample = _load_sample() if compile else None
     try:
+        with _lock:
+            _blocks.add(block)
+            _install(budget_bytes)
+            _set_compile(block, sample)
         yield
     finally:
         with _lock:
@@ -120,17 +122,23 @@ def is_enabled() -> bool:
     return bool(_stock)
 
 
-def _set_compile(who: object, compile: bool) -> None:
-    if compile:
-        from torch_vtensor.generation.decode import loop  # not before: it registers operators
+def _load_sample() -> Callable[..., Any]:
+    """Compiled decoding's loop. Loaded only for who asks for it, as it registers operators, and before any change."""
+    from torch_vtensor.generation.decode.loop import sample
 
-        _compiles.add(who)
-        if (GenerationMixin, "_sample") not in ((owner, name) for owner, name, _ in _stock):
-            stock = GenerationMixin._sample
-            _stock.append((GenerationMixin, "_sample", stock))
-            GenerationMixin._sample = _replacement_of_sample(stock, loop.sample)
-    else:
+    return sample
+
+
+def _set_compile(who: object, sample: Callable[..., Any] | None) -> None:
+    """Note that ``who`` wants compiled decoding, by the loop ``sample``, or, with None, does not."""
+    if sample is None:
         _compiles.discard(who)
+        return
+    _compiles.add(who)
+    if (GenerationMixin, "_sample") not in ((owner, name) for owner, name, _ in _stock):
+        stock = GenerationMixin._sample
+        _stock.append((GenerationMixin, "_sample", stock))
+        GenerationMixin._sample = _replacement_of_sample(stock, sample)
 
 
 def _replacement_of_sample(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:

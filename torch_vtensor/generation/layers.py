@@ -243,10 +243,17 @@ def reset(stock: Callable[..., None], layer: DynamicLayer) -> None:
 
 
 def deepcopy(layer: DynamicLayer, memo: dict[Any, Any]) -> DynamicLayer:
-    """``copy.deepcopy`` of a layer: an independent layer that shares pages until one of them writes."""
+    """``copy.deepcopy`` of a layer: an independent layer that shares pages until one of them writes.
+
+    Raises: OutOfPagesError, with the layer unchanged. Where the driver maps no more, the tokens are copied instead.
+    """
     state = state_of(layer)
-    # One object a deepcopy, so that the layers of one cache fork their common store once, and twice for two copies.
-    column = state.column.fork(memo.setdefault(_FORK, object())) if state else None
+    try:
+        # One object a deepcopy, so that the layers of one cache fork their common store once, and twice for two copies.
+        column = state.column.fork(memo.setdefault(_FORK, object())) if state else None
+    except DriverError as error:
+        counters[f"stock: memory driver: {type(error).__name__}"] += 1
+        column = None
     new: DynamicLayer = object.__new__(type(layer))
     memo[id(layer)] = new
     for name, attribute in layer.__dict__.items():

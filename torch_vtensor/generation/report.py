@@ -67,16 +67,22 @@ def trim(device: torch.device | str | None = None) -> int:
     """Give all memory that no live tensor uses back to the system; may wait for the device.
 
     Args:
-        device: only this one; default: all.
+        device: only this one; without an index, all of its type; default: all.
 
     Returns: bytes of physical memory given back.
+    Raises:  ValueError for a device type without a memory driver.
     """
-    wanted = torch.device(device) if device is not None else None
-    if wanted is None or wanted.type == "cuda":
-        release_idle(wanted)
+    wanted = None if device is None else torch.device(device)
+    if wanted is not None and wanted.type not in layers.DEVICE_TYPES:
+        known_types = " and ".join(map(repr, layers.DEVICE_TYPES))
+        raise ValueError(
+            f"device is '{wanted}', which has no memory driver: give one of {known_types}, or none for all."
+        )
     freed_bytes = 0
     for known, scheduler in all_schedulers().items():
-        if wanted is None or known == wanted or (known.type == wanted.type and wanted.index is None):
+        if wanted is None or (known.type == wanted.type and wanted.index in (None, known.index or 0)):
+            if known.type == "cuda":
+                release_idle(known)
             freed_bytes += scheduler.trim()
     return freed_bytes
 

@@ -53,8 +53,9 @@ class SlotHistory:
 
         The layers of a cache move one by one and alike, so they come to share the new history and its computation.
         """
-        if self._last_move is not None and self._last_move[:2] == (slots, stop):
-            known = self._last_move[2]()
+        last_move = self._last_move  # once: other threads' caches begin with the same unknown() history
+        if last_move is not None and last_move[:2] == (slots, stop):
+            known = last_move[2]()
             if known is not None:
                 return known
         with torch.inference_mode(False):

@@ -7,10 +7,19 @@ positions; loads beyond the interval that any row sees are masked, and a masked 
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
-__all__ = ["attend", "finish", "slot_pointer"]
+__all__ = ["attend", "can_begin_early", "finish", "slot_pointer"]
+
+
+@functools.cache
+def can_begin_early(device_index: int) -> bool:
+    """Whether a kernel may begin while the one before still runs: NVIDIA GPUs from Hopper on."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
 @triton.jit

@@ -27,8 +27,10 @@ __all__ = ["fuse"]
 
 
 def fuse(graph_module: GraphModule) -> None:
-    """Rewrite the graph of a step in place."""
+    """Rewrite the graph of a step in place. One that changes tensors in place stays as it is: order matters there."""
     graph = graph_module.graph
+    if any(_changes_in_place(node) for node in graph.nodes):
+        return
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in (cached_attention, cached_attention.default):
             _take_in_rotation(graph, node)
@@ -44,6 +46,15 @@ def fuse(graph_module: GraphModule) -> None:
     graph.eliminate_dead_code()
     graph.lint()
     graph_module.recompile()
+
+
+_ASSIGNMENTS = {
+    getattr(operator, name)
+    for name in (
+        "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub",
+        "itruediv", "ixor", "setitem",
+    )
+}  # fmt: skip
 
 
 class _Norm(NamedTuple):
@@ -158,6 +169,7 @@ def _norm(node: Any) -> _Norm | None:
         return None
     x = _converted(wide)
     is_plain = x is not None and _value(weight).dim() == 1 and _value(x).dtype is _value(node).dtype
+    is_plain = is_plain and _value(wide).dtype is torch.float32
     return _Norm(x, weight, float(eps)) if is_plain and isinstance(eps, float) else None
 
 
@@ -177,8 +189,18 @@ def _is_linear(node: Any) -> bool:
     """Whether the node is a linear layer of one row that `skinny_linear` takes."""
     if not _calls(node, torch._C._nn.linear):
         return False
+    if any(isinstance(of, Node) and of.op not in ("placeholder", "get_attr") for of in node.args[1:]):
+        return False  # made on the way: it may not be there yet where the product goes
     x, weight = _value(node.args[0]), _value(node.args[1])
     return bool(x.numel() == x.shape[-1] and x.dtype is weight.dtype and weight.is_contiguous())
+
+
+def _changes_in_place(node: Node) -> bool:
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    name = getattr(node.target, "__name__", "")
+    is_named_so = node.target in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__"))
+    return node.op == "call_function" and (is_named_so or "out" in node.kwargs)
 
 
 def _binary(node: Any, function: Callable[..., Any]) -> tuple[Any, Any] | None:

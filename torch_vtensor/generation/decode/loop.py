@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 
-from torch_vtensor.errors import OutOfPagesError
+from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
 from torch_vtensor.generation import layers as cache_layers
 from torch_vtensor.generation.decode.program import DecodeProgram, Placement, acquire_program
 from torch_vtensor.generation.decode.sampling import Sampling, sampling_of
 from torch_vtensor.generation.decode.step import LayerRows
-from torch_vtensor.generation.decode.support import end_tokens_of, why_stock
+from torch_vtensor.generation.decode.support import end_tokens_of, why_stock, windows_of
 from torch_vtensor.generation.kv_store import KVStore
 
 __all__ = ["sample"]
@@ -42,14 +43,14 @@ def sample(
     """``GenerationMixin._sample``: the prompt and the first token by transformers, all others by captured graphs.
 
     Calls that the captured loop cannot take go to ``stock``, counted with the reason.
-    Raises: OutOfPagesError, with the tokens so far in its ``sequences``; the cache keeps them.
+    Raises: OutOfPagesError, with the tokens so far in its ``sequences``; the cache keeps all of them but the last.
     """
     reason = why_stock(model, input_ids, stopping_criteria, generation_config, synced_gpus, model_kwargs)
     sampling: Sampling | str = ""
     if reason is None:
         end_tokens = end_tokens_of(stopping_criteria)
         pad_token = generation_config._pad_token_tensor if end_tokens is not None else None
-        sampling = sampling_of(logits_processor, generation_config.do_sample, end_tokens, pad_token)
+        sampling = sampling_of(logits_processor, generation_config.do_sample, end_tokens, pad_token, input_ids.device)
         reason = sampling if isinstance(sampling, str) else None
     firsts = _first_tokens(input_ids, model_kwargs) if reason is None else None
     if reason is None and firsts is None:
@@ -61,50 +62,58 @@ def sample(
             **model_kwargs,
         )  # fmt: skip
     assert isinstance(sampling, Sampling) and firsts is not None
-    call = _Call(model, input_ids, stopping_criteria, sampling, streamer, firsts, model_kwargs["past_key_values"])
-    first = StoppingCriteriaList([MaxLengthCriteria(max_length=input_ids.shape[1] + 1)])
-    output = stock(model, input_ids, logits_processor, first, generation_config, False, None, **model_kwargs)
+    call = _Call(model, stopping_criteria, sampling, streamer, firsts, model_kwargs)
+    one_token = StoppingCriteriaList([MaxLengthCriteria(max_length=input_ids.shape[1] + 1)])
+    try:
+        output = stock(model, input_ids, logits_processor, one_token, generation_config, False, None, **model_kwargs)
+    except OutOfPagesError as error:
+        _keep_text(error, input_ids, 0)
+        raise
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     if streamer is not None:
         streamer.put(sequences[:, -1].cpu())
-    reason = _refused.get(model)
-    try:
-        decoding = _prepare(call, sequences) if reason is None else None
-    except (OutOfPagesError, KeyboardInterrupt):
-        raise
-    except Exception as error:  # whatever torch.compile or the model's own code may raise
-        _refused[model] = reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        decoding = None
-        _log.warning(
-            "%s decodes by transformers' own loop: its step cannot be compiled: %s", type(model).__name__, reason
-        )
-    if decoding is None:
-        cache_layers.counters["stock loop: the model's step cannot be compiled"] += 1
-        more = _continued(model_kwargs)
-        return stock(model, sequences, logits_processor, stopping_criteria, generation_config, False, streamer, **more)
-    with decoding:
-        sequences = _decode(call, decoding, sequences)
-    if isinstance(output, torch.Tensor):
-        return sequences
-    output.sequences = sequences
-    return output
+    with torch.inference_mode(False), torch.no_grad(), _current(model.device):
+        decoding = _prepare(call, sequences)
+        if isinstance(decoding, _Decoding):
+            with decoding:
+                return _with_sequences(output, _decode(call, decoding, sequences))
+    cache_layers.counters[f"stock loop: {decoding}"] += 1
+    is_open = sampling.remains_open(sequences[:, -1], torch.ones_like(sequences[:, -1], dtype=torch.bool))
+    if not is_open.any() or _out_of_time(stopping_criteria):
+        if streamer is not None:
+            streamer.end()
+        return output
+    processors, criteria = [*logits_processor], [*stopping_criteria]
+    if not is_open.all():  # what has ended already, the stock loop cannot know
+        processors.append(_Padded(is_open, sampling.pad_token))
+        criteria.append(_Closed(is_open))
+    config = copy.copy(generation_config)
+    config.prefill_chunk_size = None  # there is one token to be taken up
+    return stock(
+        model, sequences, LogitsProcessorList(processors), StoppingCriteriaList(criteria), config, False, streamer,
+        **_continued(sequences, model_kwargs),
+    )  # fmt: skip
 
 
 _log = logging.getLogger(__name__)
-_refused: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-"""Models whose step could not be compiled, and why."""
+_refused: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Models whose step could not be compiled."""
+_CANNOT_COMPILE = "the model's step cannot be compiled"
 
 
 class _Call(NamedTuple):
     """One call of generate() that the captured loop has taken."""
 
     model: Any
-    input_ids: torch.Tensor
     criteria: Any
     sampling: Sampling
     streamer: Any
     firsts: list[int]
-    cache: Any
+    inputs: dict[str, Any]
+
+    @property
+    def cache(self) -> Any:
+        return self.inputs["past_key_values"]
 
 
 class _Group(NamedTuple):
@@ -128,76 +137,146 @@ class _Decoding(AbstractContextManager["_Decoding"]):
     def __init__(self, program: DecodeProgram, placed: _Placed) -> None:
         self.program = program
         self.placed = placed
+        self.choose: Callable[[], None]
 
     def __exit__(self, *exception: object) -> None:
-        self.program.lock.release()
+        self.program.release()
 
 
-def _prepare(call: _Call, sequences: torch.Tensor) -> _Decoding:
-    """Everything up to the first captured step of ``sequences`` [B, L + 1], of which the cache holds L tokens."""
+def _prepare(call: _Call, sequences: torch.Tensor) -> _Decoding | str:
+    """Everything up to the first captured step of ``sequences`` [B, L + 1], of which the cache holds L tokens.
+
+    Returns why there can be none, if so.
+    """
+    if call.model in _refused:
+        return _CANNOT_COMPILE
     max_new = call.criteria.max_length - sequences.shape[1]
-    placed = _place(call, max_new)
-    for group in placed.groups:
-        _commit(group, 1)
-    positions = [call.cache.get_seq_length() - first for first in call.firsts]
-    program = acquire_program(call.model, len(sequences), placed.layers, len(placed.groups))
-    decoding = _Decoding(program, placed)
-    with ExitStack() as undo:
-        undo.push(decoding)
-        program.place([group.placement for group in placed.groups])
-        program.start(sequences, torch.tensor(positions, device=sequences.device), max_new, call.sampling)
-        program.warm_up()
-        undo.pop_all()
-    return decoding
+    try:
+        placed = _place(call, max_new)
+        for group in placed.groups if placed is not None else ():
+            _commit(group, 1)
+    except OutOfPagesError as error:
+        _keep_text(error, sequences, 1)
+        raise
+    except (DriverError, ForkedProcessError) as error:
+        return f"memory driver: {type(error).__name__}"
+    if placed is None:
+        return "a layer of the cache is in stock memory"
+    try:
+        program = acquire_program(call.model, len(sequences), placed.layers, len(placed.groups))
+        with ExitStack() as undo:
+            decoding = undo.enter_context(_Decoding(program, placed))
+            program.place([group.placement for group in placed.groups])
+            program.start(sequences, _positions(call, sequences), max_new, call.sampling)
+            program.warm_up()
+            decoding.choose = program.choice(call.sampling)
+            undo.pop_all()
+        return decoding
+    except torch.OutOfMemoryError:
+        return "no memory to compile the model's step"
+    except Exception as error:  # whatever torch.compile or the model's own code may raise
+        _refused.add(call.model)
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        name = type(call.model).__name__
+        _log.warning("%s decodes by transformers' own loop: its step cannot be compiled: %s", name, reason)
+        return _CANNOT_COMPILE
 
 
-def _continued(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What generate() would hand to the model for the token after those that ``inputs`` were for."""
+def _positions(call: _Call, sequences: torch.Tensor) -> torch.Tensor:
+    """The positions [B] of the newest tokens."""
+    given = call.inputs.get("position_ids")
+    if given is not None:
+        next_positions: torch.Tensor = given[:, -1] + 1
+        return next_positions
+    num_cached = call.cache.get_seq_length()
+    return torch.tensor([num_cached - first for first in call.firsts], device=sequences.device)
+
+
+def _continued(sequences: torch.Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What generate() would hand to the model for the last of ``sequences``, if ``inputs`` were for those before."""
     more = {name: value for name, value in inputs.items() if name != "cache_position"}
     mask, positions = more.get("attention_mask"), more.get("position_ids")
-    if mask is not None:
+    if mask is None:
+        more["attention_mask"] = torch.ones_like(sequences)
+    else:
         more["attention_mask"] = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     if positions is not None:
         more["position_ids"] = torch.cat([positions, positions[:, -1:] + 1], dim=1)
     return more
 
 
+class _Padded(LogitsProcessor):
+    """Only the padding token for sequences that are not open."""
+
+    def __init__(self, is_open: torch.Tensor, pad_token: torch.Tensor | None) -> None:
+        assert pad_token is not None
+        self.is_open = is_open
+        self.pad_token = pad_token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        padding = torch.full_like(scores, -torch.inf)
+        padding[:, self.pad_token] = 0.0
+        return torch.where(self.is_open[:, None], scores, padding)
+
+
+class _Closed(StoppingCriteria):
+    """Sequences that are not open have ended."""
+
+    def __init__(self, is_open: torch.Tensor) -> None:
+        self.is_open = is_open
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return ~self.is_open
+
+
+def _with_sequences(output: Any, sequences: torch.Tensor) -> Any:
+    if isinstance(output, torch.Tensor):
+        return sequences
+    output.sequences = sequences
+    return output
+
+
+def _keep_text(error: OutOfPagesError, sequences: torch.Tensor, num_new: int) -> None:
+    error.sequences = sequences  # type: ignore[attr-defined]
+    error.add_note(f"{num_new} new tokens a sequence were generated before; they are in this error's `sequences`")
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels and graphs go to the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _decode(call: _Call, decoding: _Decoding, sequences: torch.Tensor) -> torch.Tensor:
     """Continue ``sequences`` until every one has ended."""
-    num_new = _run(call, decoding.program, decoding.placed, sequences)
-    chosen = decoding.program.chosen[:, :num_new].clone()
+    num_new = _run(call, decoding, sequences)
     if call.streamer is not None:
         call.streamer.end()
-    return torch.cat([sequences, chosen], dim=1)
+    return torch.cat([sequences, decoding.program.chosen[:, :num_new]], dim=1)
 
 
-def _run(call: _Call, program: DecodeProgram, placed: _Placed, sequences: torch.Tensor) -> int:
+def _run(call: _Call, decoding: _Decoding, sequences: torch.Tensor) -> int:
     """Decode until every sequence has ended; returns the number of new tokens, which the cache then accounts for."""
     max_new = call.criteria.max_length - sequences.shape[1]
-    choose = program.choice(call.sampling)
+    program, groups = decoding.program, decoding.placed.groups
     ends = _Ends(program)
-    num_steps = num_new = 0
     ends.record(has_tokens=False)  # the first token may have been the last
+    num_steps = 0
     try:
-        is_open = True
-        while is_open and num_steps < max_new:
-            for group in placed.groups:
+        while ends.look(call.streamer) and num_steps < max_new and not _out_of_time(call.criteria):
+            for group in groups:
                 _commit(group, num_steps + 1)
             program.run_step()
-            choose()
+            decoding.choose()
             num_steps += 1
             ends.record()
-            num_new, is_open = ends.look(call.streamer)
-            is_open = is_open and not _out_of_time(call.criteria)
-        num_new, _ = ends.look(call.streamer, wait_for_all=True)
+        ends.look(call.streamer, wait_for_all=True)
     except OutOfPagesError as error:
-        num_new, _ = ends.look(call.streamer, wait_for_all=True)
-        error.sequences = torch.cat([sequences, program.chosen[:, :num_new].clone()], dim=1)  # type: ignore[attr-defined]
-        error.add_note(f"{num_new + 1} new tokens were generated before; they are in this error's sequences")
+        ends.look(call.streamer, wait_for_all=True)
+        _keep_text(error, torch.cat([sequences, program.chosen[:, : ends.num_new]], dim=1), ends.num_new + 1)
         raise
     finally:
-        _account(call.cache, placed, num_new)
-    return num_new
+        _account(call.cache, decoding.placed, ends.num_new)
+    return ends.num_new
 
 
 class _Noted(NamedTuple):
@@ -214,6 +293,7 @@ class _Ends:
     def __init__(self, program: DecodeProgram) -> None:
         self.program = program
         self.num_new = 0
+        """How many tokens a sequence has got."""
         self.has_ended = False
         self._pending: deque[_Noted] = deque()
 
@@ -227,8 +307,8 @@ class _Ends:
             event.record()
         self._pending.append(_Noted(any_open, tokens, event))
 
-    def look(self, streamer: Any, wait_for_all: bool = False) -> tuple[int, bool]:
-        """How many tokens a sequence has got, and whether any goes on."""
+    def look(self, streamer: Any, wait_for_all: bool = False) -> bool:
+        """Take up what is there; whether any sequence goes on."""
         while self._pending and not self.has_ended:
             noted = self._pending[0]
             if noted.event is not None and not noted.event.query():
@@ -241,7 +321,7 @@ class _Ends:
                 self.num_new += 1
                 if streamer is not None:
                     streamer.put(noted.tokens)
-        return self.num_new, not self.has_ended
+        return not self.has_ended
 
 
 def _out_of_time(criteria: Any) -> bool:
@@ -263,25 +343,32 @@ def _first_tokens(input_ids: torch.Tensor, inputs: dict[str, Any]) -> list[int] 
     return numbers if ok else None
 
 
-def _place(call: _Call, max_new: int) -> _Placed:
-    """Bring every layer to where the device can append to it: pages, addresses for all that is to come, its own."""
+def _place(call: _Call, max_new: int) -> _Placed | None:
+    """Bring every layer to where the device can append to it: pages, addresses for all that is to come, its own.
+
+    None if a layer is not in our memory.
+    """
     cache = call.cache
     num_cached = cache.get_seq_length()
-    groups: dict[tuple[int, int], int] = {}
+    windows = windows_of(call.model)
+    assert windows is not None
+    if len(cache.layers) != len(windows):
+        return None
+    groups: dict[tuple[int, int, int], int] = {}
     made: list[_Group] = []
     rows: list[LayerRows] = []
-    for layer in cache.layers:
+    for layer, window in zip(cache.layers, windows, strict=True):
         state = cache_layers.state_of(layer)
         if state is None:
-            raise RuntimeError("a layer of the cache went back to stock memory")
+            return None
         store = state.column.reach(state.first, state.stop, state.stop + max_new)
         state.publish(layer, state.first, state.stop, *state.column.views(state.first, state.stop))
         key, value = store.places(state.column.index)
-        at = (id(store), state.stop)
+        at = (id(store), state.first, state.stop)
         if at not in groups:
             groups[at] = len(made)
             hidden = num_cached - state.stop  # tokens before the first that this layer ever kept
-            firsts = [max(0, first - hidden) for first in call.firsts]
+            firsts = [max(state.first, first - hidden) for first in call.firsts]
             placement = Placement(store.slot_addresses(key), store.slot_addresses(value), state.stop, firsts)
             made.append(_Group(store, state.stop, placement))
         rows.append(
@@ -291,9 +378,11 @@ def _place(call: _Call, max_new: int) -> _Placed:
                 value.offset,
                 (key.strides[1], key.strides[2]),
                 (value.strides[1], value.strides[2]),
-                getattr(layer, "sliding_window", None),
+                window,
                 state.column.shape.heads,
+                state.column.shape.key_dim,
                 state.column.shape.value_dim,
+                state.column.shape.dtype,
             )
         )
     return _Placed(tuple(rows), made)

@@ -9,19 +9,20 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 
 from torch_vtensor.generation.decode.fuse import fuse
 from torch_vtensor.generation.decode.sampling import Sampling
-from torch_vtensor.generation.decode.step import ATTENTION, GroupRows, LayerRows, Step, make_forward, route_attention
+from torch_vtensor.generation.decode.step import GroupRows, LayerRows, Step, make_forward, route_attention
 
 __all__ = ["DecodeProgram", "Placement", "acquire_program"]
 
 Graph = Callable[[], None]
+_MAX_CHOICES = 16
 
 
 class Placement(NamedTuple):
@@ -40,18 +41,17 @@ class DecodeProgram:
     """Captured decoding of ``batch`` sequences by ``model``.
 
     Args:
-        model: held weakly.
+        model: of which its tensors alone are kept.
         layers, num_groups: the layout of its caches.
     """
 
     def __init__(self, model: Any, batch: int, layers: tuple[LayerRows, ...], num_groups: int) -> None:
         route_attention()
         device = model.device
-        self._model = weakref.ref(model)
         self.batch = batch
         self.device = device
-        self.lock = threading.Lock()
-        """Held by the call whose sequences are being decoded."""
+        self._lock = threading.Lock()  # held by the call whose sequences are being decoded
+        self._released: torch.cuda.Event | None = None
         self.warm_up_s = 0.0
         ints = {"dtype": torch.int64, "device": device}
         self.tokens = torch.zeros(batch, 1, **ints)
@@ -77,6 +77,20 @@ class DecodeProgram:
         self.chosen = torch.zeros(batch, 0, **ints)
         self.history = torch.zeros(batch, 0, **ints)
         self._choices: dict[Any, Graph] = {}
+
+    def acquire(self) -> bool:
+        """Make the program the caller's alone, if it is nobody's, also on the device."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        if self._released is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._released)
+        return True
+
+    def release(self) -> None:
+        """Let others have the program. What was launched may still run."""
+        if self.device.type == "cuda":
+            self._released = torch.cuda.current_stream(self.device).record_event()
+        self._lock.release()
 
     def place(self, placements: Sequence[Placement]) -> None:
         """Make the next step continue the caches that lie there."""
@@ -109,13 +123,12 @@ class DecodeProgram:
         if self._graph is not None:
             return
         began = time.perf_counter()
-        with _attention_of(self._model(), ATTENTION):
-            self._graph = _capture(self._run_forward, self.device)
+        self._graph = _capture(self._run_forward, self.device)
         self.warm_up_s = time.perf_counter() - began
 
     def choice(self, sampling: Sampling) -> Graph:
         """The captured choice of the next token; one that was captured before, if it is the same."""
-        graph = self._choices.get(sampling.signature) if sampling.signature is not None else None
+        graph = self._choices.pop(sampling.signature, None)
         if graph is None:
 
             def rehearse() -> None:
@@ -123,18 +136,16 @@ class DecodeProgram:
                 sampling.choose(sampling.scores(self.logits, self.history, self.length), self.is_open)
 
             graph = _capture(lambda: self._choose(sampling), self.device, rehearse)
-            if sampling.signature is not None:
-                self._choices[sampling.signature] = graph
+        if sampling.signature is not None:
+            self._choices[sampling.signature] = graph  # the last one used comes last
+            if len(self._choices) > _MAX_CHOICES:
+                del self._choices[next(iter(self._choices))]
         return graph
 
     def run_step(self) -> None:
         """The model's step: reads ``tokens`` and leaves ``logits``."""
         assert self._graph is not None
-        if self.device.type == "cuda":
-            self._graph()
-        else:
-            with _attention_of(self._model(), ATTENTION):
-                self._graph()
+        self._graph()
 
     def _run_forward(self) -> None:
         logits = self._forward(self.tokens, self.positions, self._mask, self.step)
@@ -156,26 +167,44 @@ class DecodeProgram:
             group.lengths.add_(1)
 
 
-_programs: weakref.WeakKeyDictionary[Any, dict[Any, list[DecodeProgram]]] = weakref.WeakKeyDictionary()
+_Tensors = tuple[int, ...]
+_programs: weakref.WeakKeyDictionary[Any, tuple[_Tensors, dict[Any, list[DecodeProgram]]]] = weakref.WeakKeyDictionary()
+"""The programs of a model by batch and layout, and the addresses of the model's tensors that they read."""
 _programs_lock = threading.Lock()
 
 
 def acquire_program(model: Any, batch: int, layers: tuple[LayerRows, ...], num_groups: int) -> DecodeProgram:
-    """A program for so many sequences in caches of this layout, with its lock held: one made before, if it is free."""
-    key = (batch, layers, num_groups, model.device, model.dtype)
+    """A program for so many sequences in caches of this layout, the caller's alone until it is released.
+
+    One made before, if it is free and reads the tensors that the model has now, captured or not yet.
+    """
+    key = (batch, layers, num_groups)
+    tensors = _tensors_of(model)
     with _programs_lock:
-        programs = _programs.setdefault(model, {}).setdefault(key, [])
+        read, by_key = _programs.get(model, ((), {}))
+        if read != tensors:
+            by_key = {}
+            _programs[model] = tensors, by_key
+        programs = by_key.setdefault(key, [])
         for program in programs:
-            if program.lock.acquire(blocking=False):
+            if program.acquire():
                 return program
         program = DecodeProgram(model, batch, layers, num_groups)
-        program.lock.acquire()
+        program.acquire()
         programs.append(program)
         return program
 
 
+def _tensors_of(model: Any) -> _Tensors:
+    """What changes when the model is moved, converted or resized; captured graphs go on reading the old tensors."""
+    return tuple(
+        tensor.data_ptr() if type(tensor) in (torch.Tensor, torch.nn.Parameter) else id(tensor)
+        for tensor in chain(model.parameters(), model.buffers())
+    )
+
+
 def _on(device: torch.device, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
-    tensor = torch.tensor(numbers, dtype=dtype)
+    tensor = torch.tensor(numbers, dtype=dtype, device="cpu")
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
@@ -185,7 +214,7 @@ def _rounded(count: int) -> int:
 
 def _workspace(batch: int, layers: tuple[LayerRows, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     if device.type != "cuda":
-        return torch.zeros(0), torch.zeros(0, dtype=torch.int32)
+        return torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int32, device=device)
     from torch_vtensor.ops.decode_attention.triton import make_workspace
 
     heads, value_dim = max(layer.heads for layer in layers), max(layer.value_dim for layer in layers)
@@ -210,32 +239,25 @@ def _capture(run: Callable[[], None], device: torch.device, rehearse: Callable[[
 
     Effects: the random state is as before.
     """
+    rehearse = rehearse or run
     if device.type != "cuda":
+        random = torch.get_rng_state()
+        try:
+            rehearse()
+        finally:
+            torch.set_rng_state(random)
         return run
     random = torch.cuda.get_rng_state(device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            (rehearse or run)()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    torch.cuda.set_rng_state(random, device)
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                rehearse()
+    finally:
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.set_rng_state(random, device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
     return graph.replay
-
-
-@contextmanager
-def _attention_of(model: Any, name: str) -> Iterator[None]:
-    """Let the model's layers attend by the function of this name."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    for config, _ in before:
-        config._attn_implementation = name
-    try:
-        with nullcontext():
-            yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation

@@ -11,7 +11,8 @@ from transformers.generation import logits_process
 
 __all__ = ["Sampling", "sampling_of"]
 
-# They look at the scores alone, and at nothing that the host would have to know.
+# They look at the scores alone, and at nothing that the host would have to know. (Those that make a
+# torch.distributions.Categorical do: it checks its arguments there.)
 _OF_SCORES = (
     "TemperatureLogitsWarper",
     "TopKLogitsWarper",
@@ -19,9 +20,6 @@ _OF_SCORES = (
     "MinPLogitsWarper",
     "TypicalLogitsWarper",
     "EpsilonLogitsWarper",
-    "EtaLogitsWarper",
-    "TopHLogitsWarper",
-    "SuppressTokensLogitsProcessor",
     "InfNanRemoveLogitsProcessor",
     "LogitNormalization",
 )
@@ -29,6 +27,11 @@ _OF_SCORES = (
 _OF_TOKENS = ("RepetitionPenaltyLogitsProcessor",)
 # They forbid the end until enough tokens are there.
 _OF_LENGTH = ("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor")
+
+
+def _are_among(values: torch.Tensor, few: torch.Tensor) -> torch.Tensor:
+    """``torch.isin``, which for more than a few would sort and wait for the device."""
+    return (values[:, None] == few).any(1)
 
 
 class _EarliestEnd:
@@ -39,9 +42,19 @@ class _EarliestEnd:
         self.end_tokens = end_tokens
 
     def __call__(self, length: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        vocabulary = torch.arange(scores.shape[-1], device=scores.device)
-        is_end = torch.isin(vocabulary, self.end_tokens)
+        is_end = _are_among(torch.arange(scores.shape[-1], device=scores.device), self.end_tokens)
         return torch.where(is_end & (length < self.num_tokens), -torch.inf, scores)
+
+
+class _Suppressed:
+    """``SuppressTokens``."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens
+
+    def __call__(self, tokens_so_far: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        is_suppressed = _are_among(torch.arange(scores.shape[-1], device=scores.device), self.tokens)
+        return torch.where(is_suppressed, -torch.inf, scores)
 
 
 class Sampling:
@@ -88,20 +101,28 @@ class Sampling:
 
     def remains_open(self, tokens: torch.Tensor, is_open: torch.Tensor) -> torch.Tensor:
         """Which sequences [B] go on after these tokens."""
-        return is_open if self.end_tokens is None else is_open & ~torch.isin(tokens, self.end_tokens)
+        return is_open if self.end_tokens is None else is_open & ~_are_among(tokens, self.end_tokens)
 
 
 def _signature(steps: Sequence[Any], *others: Any) -> Any:
-    values: list[Any] = []
-    for step in steps:
-        values.append(type(step))
-        values.extend(sorted(vars(step).items()))
-    parts = [*values, *others]
-    plain = [part[1] if isinstance(part, tuple) else part for part in parts]
-    if not all(part is None or isinstance(part, (bool, int, float, str, type, torch.Tensor)) for part in plain):
+    try:
+        return tuple((type(step), _plain(vars(step))) for step in steps), _plain(others)
+    except TypeError:
         return None
-    # Tensors hold a few tokens; reading them waits for nothing that a call has launched yet.
-    return tuple(tuple(part.flatten().tolist()) if isinstance(part, torch.Tensor) else part for part in plain)
+
+
+def _plain(value: Any) -> Any:
+    """The value as something that can be compared and hashed."""
+    if isinstance(value, torch.Tensor):
+        # A few tokens; reading them waits for nothing that a call has launched yet.
+        return value.dtype, tuple(value.flatten().tolist())
+    if isinstance(value, dict):
+        return tuple((name, _plain(value[name])) for name in sorted(value))
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(part) for part in value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a {type(value).__name__} cannot be compared")
 
 
 def sampling_of(
@@ -109,6 +130,7 @@ def sampling_of(
     do_sample: bool,
     end_tokens: torch.Tensor | None,
     pad_token: torch.Tensor | None,
+    device: torch.device,
 ) -> Sampling | str:
     """The same choice on the device, or why it cannot be made there."""
     steps: list[Any] = []
@@ -117,16 +139,19 @@ def sampling_of(
         if type(processor) is not getattr(logits_process, name, None):
             return f"a logits processor of its own ({name})"
         if name in _OF_LENGTH:
-            steps.append(_earliest_end(processor))
+            steps.append(_earliest_end(processor, device))
+        elif name == "SuppressTokensLogitsProcessor":
+            steps.append(_Suppressed(processor.suppress_tokens.to(device)))
         elif name in _OF_SCORES or (name in _OF_TOKENS and not getattr(processor, "prompt_ignore_length", None)):
             steps.append(processor)
         else:
             return f"{name} needs the host"
-    return Sampling(steps, do_sample, end_tokens, pad_token)
+    on_device = [None if tokens is None else tokens.to(device) for tokens in (end_tokens, pad_token)]
+    return Sampling(steps, do_sample, *on_device)
 
 
-def _earliest_end(processor: Any) -> _EarliestEnd:
+def _earliest_end(processor: Any, device: torch.device) -> _EarliestEnd:
     num_tokens = getattr(processor, "min_length", None)
     if num_tokens is None:
         num_tokens = processor.prompt_length_to_skip + processor.min_new_tokens
-    return _EarliestEnd(num_tokens, processor.eos_token_id)
+    return _EarliestEnd(num_tokens, processor.eos_token_id.to(device))

@@ -7,7 +7,10 @@ sequence has is data (`Step`), so what was traced and captured once is right for
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +36,9 @@ class LayerRows(NamedTuple):
     value_strides: tuple[int, int]
     window: int | None
     heads: int
+    key_dim: int
     value_dim: int
+    dtype: torch.dtype
 
 
 class GroupRows(NamedTuple):
@@ -57,9 +62,16 @@ class Step(NamedTuple):
 class _NewTokens(DynamicCache):
     """A cache that hands new keys and values on as they are: the attention function appends them."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """What layers had to keep, and the attention function has not appended yet."""
+        self.num_appended = 0
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.given[layer_idx] = key_states, value_states
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -77,13 +89,23 @@ def _attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     torch_vtensor_step: Step | None = None,
+    torch_vtensor_cache: _NewTokens | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, Hq, Q, D], new key and value [B, H, Q, D]; returns [B, Q, Hq, D]."""
-    if torch_vtensor_step is None:
+    if torch_vtensor_step is None or torch_vtensor_cache is None:
         raise RuntimeError("this model does not hand keyword arguments on to its attention")
     step = torch_vtensor_step
+    given_key, given_value = torch_vtensor_cache.given.pop(module.layer_idx, (None, None))
+    if given_key is not key or given_value is not value:
+        raise RuntimeError(f"layer {module.layer_idx} attends to something else than the keys and values that it keeps")
+    torch_vtensor_cache.num_appended += 1
     layer = step.layers[module.layer_idx]
+    if kwargs.get("sliding_window", layer.window) != layer.window:
+        raise RuntimeError(f"layer {module.layer_idx} attends to another window than its cache layer keeps")
+    rows = (layer.heads, 1, layer.key_dim), (layer.heads, 1, layer.value_dim)
+    if (key.shape[1:], value.shape[1:]) != rows or not key.dtype == value.dtype == query.dtype == layer.dtype:
+        raise RuntimeError(f"layer {module.layer_idx} has keys and values that do not fit the tokens before them")
     group = step.groups[layer.group]
     out = cached_attention(
         query,
@@ -113,15 +135,30 @@ def route_attention() -> None:
         AttentionInterface.register(ATTENTION, _attention)
 
 
+def _twin_of(model: Any) -> Any:
+    """The model's modules and configurations once more, over the same tensors, attending by `ATTENTION`.
+
+    The model itself stays as it is: other threads may be using it. Nothing in the twin keeps the model alive.
+    """
+    tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    with getattr(model, "_optimize_model_for_decode", nullcontext)():
+        twin = copy.deepcopy(model, tensors)
+    for module in twin.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = ATTENTION
+    return twin
+
+
 def make_forward(model: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Step], torch.Tensor]:
     """A function of tokens [B, 1], positions [B, 1], a mask [B, 1, 1, 1] that is not looked at, and a step: the logits.
 
     The mask has four dims, which transformers takes for prepared and hands on.
     """
+    twin = _twin_of(model)
 
     def forward(tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, step: Step) -> torch.Tensor:
         cache = _NewTokens()
-        out = model(
+        out = twin(
             input_ids=tokens,
             position_ids=positions,
             attention_mask=mask,
@@ -129,7 +166,10 @@ def make_forward(model: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tens
             use_cache=True,
             return_dict=True,
             torch_vtensor_step=step,
+            torch_vtensor_cache=cache,
         )
+        if cache.given or cache.num_appended != len(step.layers):
+            raise RuntimeError(f"{cache.num_appended} of {len(step.layers)} layers attended by the function asked for")
         logits: torch.Tensor = out.logits
         return logits[:, -1].float()
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers.generation import stopping_criteria as stopping
 
-from torch_vtensor.generation._transformers_compat import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from torch_vtensor.generation._transformers_compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from torch_vtensor.generation.layers import DEVICE_TYPES
 
-__all__ = ["end_tokens_of", "why_stock"]
+__all__ = ["end_tokens_of", "why_stock", "windows_of"]
 
 _KNOWN_INPUTS = {
     "past_key_values",
@@ -42,6 +43,12 @@ def why_stock(
         return "the model's attention is not exchangeable"
     if getattr(model, "hf_device_map", None) or model.device.type not in DEVICE_TYPES:
         return "the model is on several devices, or on one without a memory driver"
+    if any(module.training for module in model.modules()):
+        return "the model is in training mode (call model.eval())"
+    if hasattr(model, "peft_config"):
+        return "the model has adapters (merge them)"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast"
     if synced_gpus or getattr(config, "is_assistant", False):
         return "steps are synchronised with another process or model"
     wanted = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -50,11 +57,25 @@ def why_stock(
     unknown = sorted(name for name, value in inputs.items() if name not in _KNOWN_INPUTS and value is not None)
     if unknown:
         return f"the model takes more than tokens ({', '.join(unknown)})"
+    if any(_is_foreign(hook) for module in model.modules() for hook in _hooks_of(module)):
+        return "the model has forward hooks"
     position_ids = inputs.get("position_ids")
     if position_ids is not None and position_ids.dim() != 2:
         return "positions of several dimensions"
-    if not cache.layers or not all(_is_plain(layer) for layer in cache.layers):
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape[1:] != input_ids.shape[1:]:
+        return "the tokens before the new ones are not given"
+    kinds: list[Any] = [type(layer) for layer in cache.layers] or [getattr(cache, "layer_class_to_replicate", None)]
+    if not all(_is_plain(kind) for kind in kinds):
         return "layers that keep something else than keys and values"
+    windows = windows_of(model)
+    if windows is None:
+        return "attention that is neither full nor to a sliding window"
+    kept = [getattr(layer, "sliding_window", None) for layer in cache.layers] or windows
+    if len(kept) != len(windows) or any(keeps not in (None, sees) for keeps, sees in zip(kept, windows, strict=True)):
+        return "a cache for another model"
+    if [type(one) for one in criteria].count(stopping.MaxLengthCriteria) != 1:
+        return "no limit of tokens, or several"
     if any(type(one) not in _CRITERIA for one in criteria):
         return "a stopping criterion that needs the host"
     if input_ids.shape[1] + 1 >= criteria.max_length:
@@ -65,11 +86,31 @@ def why_stock(
 _CRITERIA = (stopping.MaxLengthCriteria, stopping.EosTokenCriteria, stopping.MaxTimeCriteria)
 
 
-def _is_plain(layer: Any) -> bool:
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
-    return type(layer) in kinds or (getattr(layer, "is_explicit", False) and type(layer).__mro__[1] in kinds)
+def windows_of(model: Any) -> list[int | None] | None:
+    """How many tokens each layer attends to (None: all), whatever the cache; None if some do it in another way."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds <= {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
+        return None
+    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
+
+
+def _hooks_of(module: torch.nn.Module) -> Iterator[Any]:
+    yield from module._forward_hooks.values()
+    yield from module._forward_pre_hooks.values()
+
+
+def _is_foreign(hook: Any) -> bool:
+    """Whether a hook is not transformers' own, which only collect outputs that are asked for."""
+    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
+def _is_plain(kind: Any) -> bool:
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return kind in plain or (getattr(kind, "is_explicit", False) and kind.__mro__[1] in plain)
 
 
 def end_tokens_of(criteria: Any) -> torch.Tensor | None:
     """The tokens that end a sequence."""
-    return next((one.eos_token_id for one in criteria if isinstance(one, stopping.EosTokenCriteria)), None)
+    tokens = [one.eos_token_id.flatten() for one in criteria if isinstance(one, stopping.EosTokenCriteria)]
+    return torch.cat(tokens) if tokens else None

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from torch_vtensor.ops.attention_triton import attend, finish, slot_pointer
+from torch_vtensor.ops.attention_triton import attend, can_begin_early, finish, slot_pointer
 
 __all__ = ["Rows", "Workspace", "launch", "launch_rows", "make_workspace"]
 
@@ -434,7 +434,7 @@ def _num_sms(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-def _config(dtype: torch.dtype, block_d: int, block_m: int, parts_per_slot_head: float) -> _Config:
+def _config(dtype: torch.dtype, block_d: int, block_m: int, batch: int) -> _Config:
     """Measured on an H200 (benchmarks/results): what keeps most bytes in flight without spilling."""
     row_bytes = block_d * dtype.itemsize
     if dtype is torch.float32:
@@ -442,9 +442,9 @@ def _config(dtype: torch.dtype, block_d: int, block_m: int, parts_per_slot_head:
     if block_m > 32:
         return _Config(64, 8 if block_m > 64 else 4, 2, 1)
     if row_bytes > 256:
-        return _Config(32, 4, 3, 1) if row_bytes > 512 else _Config(64, 4, 2, 1)
-    # Alone on the device, a light program lets the kernels around it begin early; many sequences fill it anyway.
-    return _Config(64, 4, 2, 1) if parts_per_slot_head > 1 else _Config(64, 4, 3, 2)
+        return _Config(32, 4, 2, 1) if row_bytes > 512 else _Config(64, 4, 2, 1)
+    # Alone, a light program lets the kernels around it begin early; many sequences fill the device anyway.
+    return _Config(64, 4, 2, 2) if batch == 1 else _Config(64, 4, 3, 2)
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, int, int]:
@@ -505,8 +505,8 @@ def launch_rows(
             ``lengths`` are then those before them.
         rotation: cos and sin [B or 1, Q, D] of a rotary embedding that query and new keys still need.
         workspace: to use instead of new memory; from ``make_workspace``.
-        early: start while the kernel before is still running. ``lengths``, ``first`` and the addresses are then read
-            before that kernel is done and must not be written by it.
+        early: start while the kernel before is still running, where the device can. ``lengths``, ``first`` and the
+            addresses are then read before that kernel is done and must not be written by it.
     """
     batch, query_heads, num_query, dim = query.shape
     group = query_heads // num_heads
@@ -516,7 +516,7 @@ def launch_rows(
     partial_m = min(block_m, triton.next_power_of_2(num_rows))
     block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
     num_sms = _num_sms(query.device.index or 0)
-    config = config or _config(query.dtype, max(block_d, block_dv), block_m, num_sms / (batch * num_heads * row_blocks))
+    config = config or _config(query.dtype, max(block_d, block_dv), block_m, batch)
     num_programs = max(1, num_sms * config.programs_per_sm // row_blocks)
     if out is None:
         out = query.new_empty(batch, query_heads, num_query, value_dim)
@@ -536,6 +536,7 @@ def launch_rows(
     scale = dim**-0.5 if scale is None else scale
     key_slot, key_head, key_token = rows.key_strides
     value_slot, value_head, value_token = rows.value_strides
+    early = early and can_begin_early(query.device.index or 0)
     placeholder = lengths
     new_keys, new_values = (query, query) if new is None else new
     cos, sin = (query, query) if rotation is None else rotation

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from torch_vtensor.ops.attention_triton import can_begin_early
 from torch_vtensor.ops.skinny_linear import MAX_WEIGHTS
 
 __all__ = ["Config", "Norm", "launch", "launch_gated"]
@@ -212,7 +213,7 @@ def launch(
 
     Args:
         residual: a row as long as the only weight has rows.
-        early: begin while the kernel before still runs; it must not be writing weights or biases.
+        early: begin while the kernel before still runs, where the device can; it must not be writing the weights.
     """
     k = _check(x, weights)
     config = config or _config(k, norm is not None)
@@ -238,7 +239,7 @@ def launch(
         HAS_BIAS_0=biases[0] is not None,
         HAS_BIAS_1=len(biases) > 1 and biases[1] is not None,
         HAS_BIAS_2=len(biases) > 2 and biases[2] is not None,
-        **_options(config, early),
+        **_options(config, early and can_begin_early(x.device.index or 0)),
     )
     return outs
 
@@ -265,7 +266,7 @@ def launch_gated(
         num_rows,
         K=k,
         HAS_NORM=norm is not None,
-        **_options(config, early),
+        **_options(config, early and can_begin_early(x.device.index or 0)),
     )
     return out
 
