@@ -146,7 +146,7 @@ def main() -> None:
     for point in tqdm(points, desc="points"):
         batch, context = (int(number) for number in point.split("x"))
         prompt = torch.randint(0, model.config.vocab_size, (batch, context), device=device)
-        modes = [mode for mode in arguments.modes.split(",") if mode != "static" or is_cheap(point, device)]
+        modes = [mode for mode in arguments.modes.split(",") if mode != "static" or point in STATIC_POINTS]
         runs: dict[str, list[Run]] = {mode: [] for mode in modes}
         # Modes take turns, so that a slow phase of the machine meets all of them.
         for turn in range(arguments.turns):
@@ -193,11 +193,6 @@ LEGEND = (
     "empty_cache() was called. Driver calls and waits for the device are torch_vtensor's own, while decoding. Same "
     "tokens: against DynamicCache; weights are random, so the two highest logits are often a rounding apart."
 )
-
-
-def is_cheap(point: str, device: torch.device) -> bool:
-    """Whether compiling a StaticCache at this point is worth its minute."""
-    return device.type != "cuda" or point in STATIC_POINTS
 
 
 def merge(runs: list[Run]) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import sys
 import threading
@@ -16,6 +17,7 @@ from transformers import DynamicCache
 import torch_vtensor
 from torch_vtensor.allocator.pools import default_pool
 from torch_vtensor.errors import DriverError, OutOfPagesError
+from torch_vtensor.generation import layers
 from torch_vtensor.generation.enable import REPLACEMENTS
 
 
@@ -164,3 +166,26 @@ def test_a_budget_below_one_byte_is_refused() -> None:
     with pytest.raises(ValueError, match="give at least one byte"):
         torch_vtensor.enable(budget_bytes=0)
     assert not torch_vtensor.is_enabled()
+
+
+def test_a_blocks_budget_ends_with_it() -> None:
+    pool = default_pool(torch.device("cpu"))
+    before = pool.budget_bytes
+    torch_vtensor.enable(budget_bytes=8 << 20)
+    with torch_vtensor.enabled(budget_bytes=2 << 20):
+        assert pool.budget_bytes == 2 << 20
+        with torch_vtensor.enabled():
+            assert pool.budget_bytes == 2 << 20
+    assert pool.budget_bytes == 8 << 20
+    torch_vtensor.disable()
+    assert pool.budget_bytes == before
+
+
+def test_without_cuda_python_caches_on_a_gpu_stay_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    layers.why_no_driver.cache_clear()
+    try:
+        assert "pip install 'torch_vtensor[cuda]'" in str(layers.why_no_driver("cuda"))
+        assert layers.why_no_driver("cpu") is None
+    finally:
+        layers.why_no_driver.cache_clear()

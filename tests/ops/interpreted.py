@@ -46,9 +46,8 @@ def prefill_attention() -> None:
 
 
 def kv_append() -> None:
-    from torch_vtensor.ops.kv_append.triton import launch
-
     from torch_vtensor.ops.kv_append.reference import kv_append as reference
+    from torch_vtensor.ops.kv_append.triton import launch
 
     for num_new in (None, torch.tensor([3, 0, 1])):
         keys, values = torch.full((3, 2, 12, 16), float("nan")), torch.full((3, 2, 12, 24), float("nan"))
@@ -59,10 +58,50 @@ def kv_append() -> None:
         torch.testing.assert_close((keys, values), expected, rtol=0, atol=0, equal_nan=True)
 
 
+def cached_attention() -> None:
+    from cached_cases import CASES, CachedCall
+
+    from torch_vtensor.ops.decode_attention.triton import Rows, launch_rows
+
+    for case in CASES:
+        for has_rotation in (False, True):
+            call = CachedCall(case, "cpu", has_rotation)
+            query, key, value, key_addresses, value_addresses, lengths, firsts, sinks, *_ = call.arguments()
+            keys, values = call.given["keys"], call.given["values"]
+            rows = Rows(
+                (0, *keys.stride()[1:3]), (0, *values.stride()[1:3]), key_addresses, value_addresses
+            )  # fmt: skip
+            out = launch_rows(
+                query, query, query, rows, lengths, case.heads, case.dims[1], 0, firsts, case.scale, case.window,
+                sinks, case.softcap, new=(key, value), rotation=call.rotation,
+            )  # fmt: skip
+            if has_rotation:
+                plain = CachedCall(case, "cpu")
+                call.check_rotated(out, torch.ops.torch_vtensor.cached_attention(*plain.arguments()))
+            else:
+                call.check(out)
+
+
+def skinny_linear() -> None:
+    from skinny_cases import CASES as SKINNY
+    from skinny_cases import GATED
+
+    from torch_vtensor.ops.skinny_linear import triton
+
+    for case in SKINNY:
+        a = case.arguments()
+        norm = None if a.norm is None else triton.Norm(a.norm, 0.0, a.eps)
+        case.check(triton.launch(a.x, a.weights, a.biases, norm, a.residual, early=False))
+    for case in GATED:
+        a = case.arguments()
+        norm = None if a.norm is None else triton.Norm(a.norm, 0.0, a.eps)
+        case.check_gated(triton.launch_gated(a.x, *a.weights, norm, early=False))
+
+
 if __name__ == "__main__":
     # A device so small that a few tokens are already shared out among its programs.
     torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=5, name="interpreter")
-    {"decode_attention": decode_attention, "prefill_attention": prefill_attention, "kv_append": kv_append}[
-        sys.argv[1]
-    ]()
+    import torch_vtensor.ops.cached_attention  # noqa: F401  registers the operator that results are compared with
+
+    globals()[sys.argv[1]]()
     print(sys.argv[1], "passed")

@@ -41,7 +41,7 @@ _lock = threading.RLock()
 _switched_on = False
 _blocks: set[object] = set()
 _compiles: set[object] = set()  # who of those asked for compiled decoding
-_has_own_budget = False
+_budgets: dict[object, int] = {}  # the budgets that they asked for, the latest last
 _stock: list[tuple[type, str, Any]] = []  # what was replaced; None where the class had no method of its own
 
 
@@ -72,15 +72,16 @@ def enable(*, compile: bool = False, budget_bytes: int | None = None) -> None:
         compile: decode by captured graphs of the compiled model wherever that is possible: greedy search and sampling
             of decoder-only models. The first call for a model and batch size compiles, which takes about half a minute.
             Sums are rounded in another order than by the stock kernels.
-        budget_bytes: the most physical memory a device may hold for caches, explicit ones included, until nothing is
-            enabled any more; default: TORCH_VTENSOR_BUDGET_BYTES, or what the device has.
+        budget_bytes: the most physical memory a device may hold for caches, explicit ones included; of several budgets
+            asked for the latest holds. Default: as before, at first TORCH_VTENSOR_BUDGET_BYTES or what the device has.
 
     Raises: ValueError for a budget of less than one byte.
     """
     global _switched_on
     sample = _load_sample() if compile else None
     with _lock:
-        _install(budget_bytes)
+        _set_budget(_SWITCH, budget_bytes)
+        _install()
         _switched_on = True
         _set_compile(_SWITCH, sample)
 
@@ -95,6 +96,8 @@ def disable() -> None:
         _switched_on = False
         _blocks.clear()
         _compiles.clear()
+        for who in list(_budgets):
+            _drop_budget(who)
         _remove()
 
 
@@ -105,14 +108,16 @@ def enabled(*, compile: bool = False, budget_bytes: int | None = None) -> Iterat
     sample = _load_sample() if compile else None
     try:
         with _lock:
+            _set_budget(block, budget_bytes)
             _blocks.add(block)
-            _install(budget_bytes)
+            _install()
             _set_compile(block, sample)
         yield
     finally:
         with _lock:
             _blocks.discard(block)  # disable() may have ended it
             _compiles.discard(block)
+            _drop_budget(block)
             if not _blocks and not _switched_on:
                 _remove()
 
@@ -149,11 +154,19 @@ def _replacement_of_sample(stock: Callable[..., Any], ours: Callable[..., Any]) 
     return method
 
 
-def _install(budget_bytes: int | None) -> None:
-    global _has_own_budget
+def _set_budget(who: object, budget_bytes: int | None) -> None:
     if budget_bytes is not None:
         set_default_budget(budget_bytes)
-        _has_own_budget = True
+        _budgets.pop(who, None)
+        _budgets[who] = budget_bytes
+
+
+def _drop_budget(who: object) -> None:
+    if _budgets.pop(who, None) is not None:
+        set_default_budget(next(reversed(_budgets.values()), load_settings().budget_bytes))
+
+
+def _install() -> None:
     if not _stock:
         for (owner, name), method in REPLACEMENTS.items():
             _stock.append((owner, name, owner.__dict__.get(name)))
@@ -161,10 +174,6 @@ def _install(budget_bytes: int | None) -> None:
 
 
 def _remove() -> None:
-    global _has_own_budget
-    if _has_own_budget:
-        set_default_budget(load_settings().budget_bytes)
-        _has_own_budget = False
     if not _stock:
         return
     with layers.leaving(lambda layer: not getattr(layer, "is_explicit", False)):

@@ -11,6 +11,8 @@ the same objects: append behind them; a part of our own views (``crop``): append
 from __future__ import annotations
 
 import copy
+import functools
+import importlib.util
 import os
 import threading
 import weakref
@@ -48,10 +50,27 @@ __all__ = [
     "state_of",
     "update",
     "update_window",
+    "why_no_driver",
 ]
 
 DEVICE_TYPES = ("cpu", "cuda")
 """Devices whose memory there is a driver for."""
+
+
+@functools.cache
+def why_no_driver(device_type: str) -> str | None:
+    """Why caches on these devices stay in ordinary memory, or None."""
+    if device_type not in DEVICE_TYPES:
+        return f"no memory driver for {device_type}"
+    if device_type == "cuda":
+        try:
+            found = importlib.util.find_spec("cuda.bindings")
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            return "no memory driver for cuda: it needs cuda-python (pip install 'torch_vtensor[cuda]')"
+    return None
+
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 _FORK = "torch_vtensor.fork"
@@ -387,8 +406,8 @@ def _why_stock(key: torch.Tensor, value: torch.Tensor) -> str | None:
         return "empty, or not [batch, heads, tokens, dim]"
     if key.device != value.device or key.dtype != value.dtype:
         return "keys and values differ in dtype or device"
-    if key.device.type not in DEVICE_TYPES:
-        return f"no memory driver for {key.device.type}"
+    if (reason := why_no_driver(key.device.type)) is not None:
+        return reason
     if is_traced():
         return "traced or transformed"
     if cache is not None and getattr(cache, "offloading", False):

@@ -127,9 +127,7 @@ def _why_all_stock(model: Any) -> str | None:
     if implementation is not None and not implementation.startswith("dynamic"):
         return f"generation_config.cache_implementation is {implementation!r}, whose layers stay as they are"
     device = getattr(model, "device", None)
-    if device is not None and device.type not in layers.DEVICE_TYPES:
-        return f"no memory driver for {device.type}"
-    return None
+    return layers.why_no_driver(device.type) if device is not None else None
 
 
 def _owner_of_update(kind: type) -> type:

@@ -115,6 +115,8 @@ def _cpu(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> Tensor:
+    from torch_vtensor.ops.decode_attention.cpu import decode_attention
+
     if cos is not None and sin is not None:
         query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
     num_query = query.shape[2]
@@ -125,7 +127,9 @@ def _cpu(
         values = _rows(value_addresses, slot, value_offset, value[slot], stop, value_head_stride, value_token_stride)
         keys[:, length:].copy_(key[slot])
         values[:, length:].copy_(value[slot])
-        out[slot] = _attend(query[slot], keys, values, first, scale, window, sinks, softcap)
+        stops, starts = torch.tensor([[stop], [first]], device="cpu")
+        one = slice(slot, slot + 1)
+        out[one] = decode_attention(query[one], keys[None], values[None], stops, starts, scale, window, sinks, softcap)
     return out
 
 
@@ -142,37 +146,6 @@ def _rows(addresses: Tensor, slot: int, offset: int, like: Tensor, stop: int, he
     memory = (ctypes.c_byte * (num_elements * like.dtype.itemsize)).from_address(address)
     flat = torch.frombuffer(memory, dtype=like.dtype)
     return flat.as_strided((heads, stop, dim), (head, token, 1))
-
-
-def _attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    first: int,
-    scale: float,
-    window: int | None,
-    sinks: Tensor | None,
-    softcap: float | None,
-) -> Tensor:
-    """One sequence: query [Hq, Q, D] over keys, values [H, T, D], the heads of a group as rows of one product."""
-    query_heads, num_query, dim = query.shape
-    heads, stop, _ = keys.shape
-    rows = query.reshape(heads, -1, dim)
-    scores = (rows @ keys.transpose(1, 2)).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(query_heads, num_query, stop)
-    seen = torch.arange(stop)
-    last = torch.arange(stop - num_query, stop)[:, None]
-    visible = (seen <= last) & (seen >= first)
-    if window is not None:
-        visible &= seen > last - window
-    scores = scores.masked_fill(~visible, -torch.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, num_query, 1)], -1)
-    weights = scores.softmax(-1)[..., :stop].nan_to_num(0.0)
-    out = weights.to(values.dtype).reshape(heads, -1, stop) @ values
-    return out.view(query_heads, num_query, -1)
 
 
 _library.impl("cached_attention", _fake, "Meta")

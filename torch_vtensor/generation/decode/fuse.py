@@ -139,7 +139,8 @@ def _rotation(node: Any) -> tuple[Node, Node, Node] | None:
         x,
         (Ellipsis, slice(half, None, None)),
     )
-    return (x, cos, sin) if is_half and _value(cos).shape[-1] == 2 * half else None
+    fits = _value(cos).shape[-1] == 2 * half and _value(x).dtype is _value(cos).dtype is _value(sin).dtype
+    return (x, cos, sin) if is_half and fits else None
 
 
 def _unsqueezed(node: Any) -> Node | None:
@@ -200,7 +201,7 @@ def _changes_in_place(node: Node) -> bool:
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     name = getattr(node.target, "__name__", "")
     is_named_so = node.target in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__"))
-    return node.op == "call_function" and (is_named_so or "out" in node.kwargs)
+    return node.op == "call_function" and (is_named_so or "out" in node.kwargs or node.kwargs.get("inplace") is True)
 
 
 def _binary(node: Any, function: Callable[..., Any]) -> tuple[Any, Any] | None:

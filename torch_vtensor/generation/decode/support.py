@@ -9,7 +9,7 @@ import torch
 from transformers.generation import stopping_criteria as stopping
 
 from torch_vtensor.generation._transformers_compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from torch_vtensor.generation.layers import DEVICE_TYPES
+from torch_vtensor.generation.layers import why_no_driver
 
 __all__ = ["end_tokens_of", "why_stock", "windows_of"]
 
@@ -41,7 +41,7 @@ def why_stock(
         return "an encoder-decoder"
     if not getattr(model, "_supports_attention_backend", False):
         return "the model's attention is not exchangeable"
-    if getattr(model, "hf_device_map", None) or model.device.type not in DEVICE_TYPES:
+    if getattr(model, "hf_device_map", None) or why_no_driver(model.device.type):
         return "the model is on several devices, or on one without a memory driver"
     if any(module.training for module in model.modules()):
         return "the model is in training mode (call model.eval())"

@@ -1,0 +1,86 @@
+"""Cases of cached_attention: attention's, with the rows' last tokens still to be written, and a rotation perhaps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from attention_cases import AttentionCase
+
+CASES = [
+    AttentionCase(lengths=(33, 1, 70), dtype=torch.float32, room=5),
+    AttentionCase(lengths=(70, 40), dims=(16, 32), heads=1, group=5, num_rows=3, window=20, first=(0, 9), room=2),
+    AttentionCase(lengths=(50, 51), dims=(32, 32), has_sinks=True, softcap=5.0, layout="token_major", room=1),
+    AttentionCase(lengths=(130,), heads=1, group=8, dtype=torch.float16, layout="interleaved"),
+    AttentionCase(lengths=(40, 300, 7), window=16, first=(0, 250, 0), scale=0.3, room=9),
+]
+
+
+def addressed(tensor: torch.Tensor) -> torch.Tensor:
+    """Each slot's address, for rows [B, H, C, D]."""
+    slot_bytes = tensor.stride(0) * tensor.itemsize
+    slots = [tensor.data_ptr() + slot * slot_bytes for slot in range(tensor.shape[0])]
+    return torch.tensor(slots, device=tensor.device)
+
+
+class CachedCall:
+    """A call of cached_attention: the last rows of every sequence are arguments, and NaN in memory until written."""
+
+    def __init__(self, case: AttentionCase, device: str, has_rotation: bool = False) -> None:
+        self.case = case
+        self.given = case.arguments(device)
+        keys, values, query = self.given["keys"], self.given["values"], self.given["query"]
+        stops = [(slot, slice(length - case.num_rows, length)) for slot, length in enumerate(case.lengths)]
+        self.new = tuple(torch.stack([rows[slot, :, new] for slot, new in stops]) for rows in (keys, values))
+        self.expected = keys.clone(), values.clone()
+        for slot, new in stops:
+            keys[slot, :, new] = float("nan")
+            values[slot, :, new] = float("nan")
+        self.query, self.key, self.rotation = query, self.new[0], None
+        if has_rotation:
+            angles = torch.linspace(0.0, 3.0, case.num_rows * case.dims[0] // 2, device=device)
+            angles = angles.view(1, case.num_rows, -1).repeat(1, 1, 2)
+            # Turning back what is then turned gives the case's own query and keys, up to one rounding.
+            self.query = turned(query, angles.cos(), -angles.sin())
+            self.key = turned(self.new[0], angles.cos(), -angles.sin())
+            self.rotation = angles.cos().to(case.dtype), angles.sin().to(case.dtype)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """In the operator's order. The addresses among them are good for as long as this object lives."""
+        given, keys, values = self.given, self.given["keys"], self.given["values"]
+        lengths = given["lengths"].int() - self.case.num_rows
+        firsts = torch.zeros_like(lengths) if given["first"] is None else given["first"].int()
+        scale = self.case.dims[0] ** -0.5 if self.case.scale is None else self.case.scale
+        return (
+            self.query, self.key, self.new[1], addressed(keys), addressed(values), lengths, firsts, given["sinks"],
+            *self.workspace(), 0, 0, *keys.stride()[1:3], *values.stride()[1:3], scale, self.case.window,
+            self.case.softcap, *(self.rotation or ()),
+        )  # fmt: skip
+
+    def workspace(self) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.query.device
+        if device.type != "cuda":
+            return torch.zeros(0), torch.zeros(0, dtype=torch.int32)
+        from torch_vtensor.ops.decode_attention.triton import make_workspace
+
+        return make_workspace(len(self.case.lengths), self.case.heads, self.case.dims[1], device)
+
+    def check(self, out: torch.Tensor) -> None:
+        """The result is attention's; the new rows are written as they are, and nothing else changed."""
+        self.case.check(out)
+        for rows, expected in zip((self.given["keys"], self.given["values"]), self.expected, strict=True):
+            assert torch.equal(rows.isnan(), expected.isnan())
+            assert torch.equal(rows.nan_to_num(), expected.nan_to_num())
+
+    def check_rotated(self, out: torch.Tensor, unrotated: torch.Tensor) -> None:
+        """As without a rotation, up to the rounding of what was turned there and back."""
+        rounding = 16 * torch.finfo(self.case.dtype).eps
+        torch.testing.assert_close(out, unrotated, rtol=rounding, atol=rounding)
+        torch.testing.assert_close(self.given["keys"], self.expected[0], rtol=rounding, atol=rounding, equal_nan=True)
+        assert torch.equal(self.given["values"].nan_to_num(), self.expected[1].nan_to_num())
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of halves."""
+    first, second = x.float().chunk(2, -1)
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
