@@ -16,9 +16,11 @@ __all__ = [
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "GenerationMixin",
+    "continues_given_positions",
     "growing_layers",
     "initialize",
     "recording_shows_window_only",
+    "with_cache",
 ]
 
 
@@ -28,6 +30,15 @@ def initialize(layer: DynamicLayer, key: torch.Tensor, value: torch.Tensor) -> N
         layer.lazy_initialization(key, value)
     else:
         layer.lazy_initialization(key)
+
+
+def with_cache(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What generate() hands to the model, with the cache that 5.0 leaves to the model's first step to make."""
+    is_left_to_model = inputs.get("past_key_values") is None and bool(inputs.get("use_cache"))
+    takes_one = "past_key_values" in inspect.signature(model.forward).parameters
+    if not is_left_to_model or not takes_one or model.config.is_encoder_decoder:
+        return inputs
+    return inputs | {"past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True))}
 
 
 def growing_layers() -> list[type[DynamicLayer]]:
@@ -45,6 +56,12 @@ def growing_layers() -> list[type[DynamicLayer]]:
 @cache
 def _initialization_takes_value() -> bool:
     return len(inspect.signature(DynamicLayer.lazy_initialization).parameters) > 2
+
+
+@cache
+def continues_given_positions() -> bool:
+    """Whether generate() counts on from the caller's ``position_ids``, rather than to hand on the last one for ever."""
+    return "position_ids" in inspect.getsource(GenerationMixin._update_model_kwargs_for_generation)
 
 
 @cache

@@ -17,6 +17,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTime
 
 from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
 from torch_vtensor.generation import layers as cache_layers
+from torch_vtensor.generation._transformers_compat import with_cache
 from torch_vtensor.generation.decode.program import DecodeProgram, Placement, acquire_program
 from torch_vtensor.generation.decode.sampling import Sampling, sampling_of
 from torch_vtensor.generation.decode.step import LayerRows
@@ -45,6 +46,7 @@ def sample(
     Calls that the captured loop cannot take go to ``stock``, counted with the reason.
     Raises: OutOfPagesError, with the tokens so far in its ``sequences``; the cache keeps all of them but the last.
     """
+    given, model_kwargs = model_kwargs, with_cache(model, model_kwargs)
     reason = why_stock(model, input_ids, stopping_criteria, generation_config, synced_gpus, model_kwargs)
     sampling: Sampling | str = ""
     if reason is None:
@@ -59,7 +61,7 @@ def sample(
         cache_layers.counters[f"stock loop: {reason}"] += 1
         return stock(
             model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
-            **model_kwargs,
+            **given,
         )  # fmt: skip
     assert isinstance(sampling, Sampling) and firsts is not None
     call = _Call(model, stopping_criteria, sampling, streamer, firsts, model_kwargs)

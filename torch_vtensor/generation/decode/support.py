@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from transformers.generation import stopping_criteria as stopping
 
-from torch_vtensor.generation._transformers_compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from torch_vtensor.generation._transformers_compat import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    continues_given_positions,
+)
 from torch_vtensor.generation.layers import why_no_driver
 
 __all__ = ["end_tokens_of", "why_stock", "windows_of"]
@@ -35,7 +41,7 @@ def why_stock(
         inputs: what generate() hands to the model besides the tokens.
     """
     cache = inputs.get("past_key_values")
-    if not isinstance(cache, Cache) or not inputs.get("use_cache"):
+    if not isinstance(cache, Cache) or inputs.get("use_cache") is False:
         return "no cache"
     if getattr(model.config, "is_encoder_decoder", False):
         return "an encoder-decoder"
@@ -62,6 +68,8 @@ def why_stock(
     position_ids = inputs.get("position_ids")
     if position_ids is not None and position_ids.dim() != 2:
         return "positions of several dimensions"
+    if position_ids is not None and not continues_given_positions():
+        return "positions of the caller's own"
     mask = inputs.get("attention_mask")
     if mask is not None and mask.shape[1:] != input_ids.shape[1:]:
         return "the tokens before the new ones are not given"
