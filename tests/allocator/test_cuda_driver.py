@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda.bindings import driver as bindings
 
 from torch_vtensor.allocator.cuda_driver import CudaDriver
 from torch_vtensor.errors import DriverError
+
+bindings = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings, which is not installed here")
 
 
 def test_a_driver_too_old_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
