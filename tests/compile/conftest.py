@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_vtensor.compile import Compilation
+from torch_vtensor.compile import Compilation, Uncut
 
 
 @pytest.fixture(autouse=True)
@@ -20,13 +20,13 @@ def nothing_compiled() -> Iterator[None]:
 
 
 @pytest.fixture
-def compilations() -> list[Compilation]:
+def compilations() -> list[Compilation | Uncut]:
     """What `compiled` compiled so far, one for each captured graph."""
     return []
 
 
 @pytest.fixture
-def compiled(compilations: list[Compilation]) -> Callable[..., Any]:
+def compiled(compilations: list[Compilation | Uncut]) -> Callable[..., Any]:
     """`torch.compile` with our backend; operator by operator unless told otherwise, in one second, not twenty."""
 
     def compile_(function: Any, *, codegen: str = "eager", dynamic: bool | None = None, **options: Any) -> Any:

@@ -1,13 +1,14 @@
-"""A captured graph is described in the names that the user gave."""
+"""A captured program is described in the names that the user gave."""
 
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from torch_vtensor.compile import Compilation
-from torch_vtensor.compile.capture import TaskGraph
+from tests.compile.virtual import capture_call
+from torch_vtensor.compile.task_graph import OperatorGraph
 
 
 class Model(nn.Module):
@@ -24,90 +25,113 @@ class Model(nn.Module):
 
 
 @pytest.fixture
-def graph(compiled: Any, compilations: list[Compilation]) -> TaskGraph:
-    compiled(Model())(torch.randn(3, 4), {"b": torch.randn(3, 4)})
-    return compilations[0].graph
+def graph() -> OperatorGraph:
+    return capture_call(Model(), torch.randn(3, 4), {"b": torch.randn(3, 4)}).captured.graph
 
 
-def named(graph: TaskGraph, kind: str) -> set[str]:
-    return {value.name for value in (*graph.inputs, *graph.outputs) if value.kind == kind}
+def named(graph: OperatorGraph, kind: str) -> set[str]:
+    return {tensor.name for tensor in graph.inputs if tensor.kind == kind}
 
 
-def test_inputs_are_named_like_the_state_dict(graph: TaskGraph) -> None:
+def names_of_targets(graph: OperatorGraph) -> list[str]:
+    return [str(operator.target) for operator in graph.operators]
+
+
+def test_inputs_are_named_like_the_state_dict(graph: OperatorGraph) -> None:
     model = Model()
     assert named(graph, "parameter") == {name for name, _ in model.named_parameters()}
     assert named(graph, "buffer") == {name for name, _ in model.named_buffers()}
     assert named(graph, "input") == {"x", "shift.b"}
 
 
-def test_gradients_are_named_after_what_they_belong_to(graph: TaskGraph) -> None:
-    assert named(graph, "gradient") == {name for name, _ in Model().named_parameters()}
-    assert named(graph, "tangent") == named(graph, "output") == {"output[0]"}
+def test_operators_know_their_module(graph: OperatorGraph) -> None:
+    linears = [operator.module for operator in graph.operators if str(operator.target) == "aten.linear.default"]
+    assert linears == ["layers.0", "layers.1"]
+    assert {"layers.0", "layers.1", "norm", ""} == {operator.module for operator in graph.operators}
 
 
-def test_tasks_know_their_module_forward_and_backward(graph: TaskGraph) -> None:
-    for direction in ("forward", "backward"):
-        multiplications = [t.module for t in graph.tasks if t.direction == direction and "mm" in t.op]
-        assert set(multiplications) == {"layers.0", "layers.1"}
-    assert {"layers.0", "layers.1", "norm", ""} == {task.module for task in graph.tasks}
+def test_operators_read_what_was_made_before_them(graph: OperatorGraph) -> None:
+    known = set(graph.inputs)
+    for operator in graph.operators:
+        assert known.issuperset(operator.inputs)
+        known.update(tensor for tensor in operator.outputs if tensor is not None)
+    assert known.issuperset(graph.outputs)
 
 
-def test_tasks_read_what_was_computed_before_them(graph: TaskGraph) -> None:
-    known = {value.task for value in graph.inputs}
-    for task in graph.tasks:
-        assert known.issuperset(task.reads)
-        known.add(task.name)
-    assert known.issuperset(value.task for value in graph.outputs)
+def test_buffers_that_forward_overwrites_are_mutations(graph: OperatorGraph) -> None:
+    names = {tensor.name for tensor in graph.mutations}
+    assert names == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 
 
-def test_what_depends_on_a_tangent_is_backward(graph: TaskGraph) -> None:
-    backward = {value.task for value in graph.inputs if value.kind == "tangent"}
-    for task in graph.tasks:
-        if not backward.isdisjoint(task.reads):
-            assert task.direction == "backward"
-            backward.add(task.name)
+def test_gradients_flow_through_what_depends_on_parameters(graph: OperatorGraph) -> None:
+    assert all(tensor.differentiable for tensor in graph.outputs)
+    assert {tensor.name for tensor in graph.inputs if tensor.differentiable} == named(graph, "parameter")
 
 
-def test_two_models_keep_their_variable_names(compiled: Any, compilations: list[Compilation]) -> None:
+def test_no_gradient_flows_through_what_is_computed_without() -> None:
+    linear = nn.Linear(4, 4)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scale = linear(x).sum()
+        return (linear(x) * scale).detach() + linear(x) * scale
+
+    graph = capture_call(function, torch.randn(3, 4)).captured.graph
+    by_name = {tensor.name: tensor for operator in graph.operators for tensor in operator.outputs if tensor}
+    assert not by_name["sum_1"].differentiable
+    assert not by_name["detach"].differentiable
+    assert graph.outputs[0].differentiable
+
+
+def test_tied_weights_are_one_parameter() -> None:
+    embedding, head = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
+    head.weight = embedding.weight
+    graph = capture_call(lambda tokens: head(embedding(tokens)), torch.zeros(2, 3, dtype=torch.long)).captured.graph
+    assert len(named(graph, "parameter")) == 1
+
+
+def test_two_models_keep_their_variable_names() -> None:
     generator, judge = nn.Linear(2, 2), nn.Linear(2, 2)
-    compiled(lambda x: judge(generator(x)))(torch.randn(1, 2))
-    assert named(compilations[0].graph, "parameter") == {
-        "generator.weight", "generator.bias", "judge.weight", "judge.bias",
-    }  # fmt: skip
+    graph = capture_call(lambda x: judge(generator(x)), torch.randn(1, 2)).captured.graph
+    assert named(graph, "parameter") == {"generator.weight", "generator.bias", "judge.weight", "judge.bias"}
 
 
-def test_dynamic_sizes_are_inputs(compiled: Any, compilations: list[Compilation]) -> None:
-    compiled(lambda x: x * x.shape[0], dynamic=True)(torch.randn(3, 4))
-    numbers = named(compilations[0].graph, "number")
-    assert "x.size(0)" in numbers
+def test_a_mean_over_rows_becomes_a_sum_and_a_count() -> None:
+    logits = torch.randn(4, 5, requires_grad=True)
+    graph = capture_call(lambda y: F.cross_entropy(logits, y), torch.tensor([1, 2, -100, 0])).captured.graph
+    (loss,) = (operator for operator in graph.operators if "cross_entropy" in str(operator.target))
+    assert loss.args[3:4] == (2,)  # reduction="sum"
+    assert names_of_targets(graph)[-1] == "aten.div.Tensor"
 
 
-def test_values_changed_in_place_are_outputs(compiled: Any, compilations: list[Compilation]) -> None:
-    def function(x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        total.add_(x)
-        return total * 2
-
-    x = torch.ones(2, requires_grad=True)
-    compiled(function)(x, x * 2)
-    assert named(compilations[0].graph, "mutation") == {"total"}
-    assert named(compilations[0].graph, "tangent") == {"total", "output[0]"}
+def test_what_nothing_depends_on_is_left_out() -> None:
+    graph = capture_call(lambda x: (x.exp(), x + 1)[1], torch.ones(2)).captured.graph
+    assert names_of_targets(graph) == ["aten.add.Tensor"]
 
 
-def test_a_graph_prints_a_line_for_everything(graph: TaskGraph) -> None:
+def test_sizes_are_fixed_and_constants_come_along() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = x * x.shape[0]
+        y[:, 0] = 2.0
+        return y
+
+    captured = capture_call(function, torch.ones(3, 4)).captured
+    assert [tensor.shape for tensor in captured.graph.outputs] == [(3, 4)]
+    assert [value.item() for value in captured.constants.values()] == [2.0]
+
+
+def test_a_program_prints_a_line_for_everything(graph: OperatorGraph) -> None:
     first, *lines = str(graph).splitlines()
-    num_backward = sum(task.direction == "backward" for task in graph.tasks)
-    assert first.startswith(f"TaskGraph of {len(graph.tasks) - num_backward} forward and {num_backward} backward tasks")
-    assert len(lines) == len(graph.inputs) + len(graph.tasks) + len(graph.outputs)
+    assert first == f"{len(graph.operators)} operators, {len(graph.inputs)} inputs, {len(graph.outputs)} outputs"
+    assert len(lines) == len(graph.inputs) + len(graph.operators) + len(graph.outputs) + len(graph.mutations)
     assert any("float32[4, 4]" in line and "layers.0.weight" in line for line in lines)
 
 
-def test_every_phase_prints(compiled: Any, compilations: list[Compilation]) -> None:
-    compiled(Model())(torch.randn(3, 4), {"b": torch.randn(3, 4)})
-    (compilation,) = compilations
-    printed = str(compilation)
-    for value in (compilation.graph, compilation.plan, compilation.schedule, compilation.program, compilation.segments):
-        assert str(value) in printed
-    forward, backward = compilation.schedule.actions[0]
-    assert f"rank 0 | F({len(forward.tasks)}) B({len(backward.tasks)})" in printed
-    assert "no communication" in printed
-    assert f"rank 0: {len(compilation.graph.tasks)} tasks" in printed
+def test_nested_regions_are_refused_with_a_remedy() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = nn.Linear(4, 4)
+    with pytest.raises(Exception, match=r"nested region.*recompute=True") as caught:
+        capture_call(lambda x: checkpoint(model, x, use_reentrant=False), torch.randn(3, 4))
+    inner: Any = caught.value
+    assert isinstance(inner.inner_exception, NotImplementedError)

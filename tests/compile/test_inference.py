@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_vtensor.compile import Compilation
+from torch_vtensor.compile import Uncut
 
 
 def make_model() -> nn.Module:
@@ -17,18 +17,15 @@ def make_model() -> nn.Module:
 
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
-def test_without_gradients(mode: Any, codegen: str, compiled: Any, compilations: list[Compilation]) -> None:
+def test_without_gradients(mode: Any, codegen: str, compiled: Any, compilations: list[Uncut]) -> None:
     model, x = make_model(), torch.randn(3, 4)
     with mode():
         torch.testing.assert_close(compiled(model, codegen=codegen)(x), model(x))
     (compilation,) = compilations
-    assert not compilation.graph.is_joint
-    assert compilation.segments.backward is None
+    assert not compilation.is_joint
 
 
-def test_a_compiled_model_changes_between_training_and_inference(
-    compiled: Any, compilations: list[Compilation]
-) -> None:
+def test_a_compiled_model_changes_between_training_and_inference(compiled: Any, compilations: list[Uncut]) -> None:
     model, x = make_model(), torch.randn(3, 4)
     function = compiled(model)
     with torch.no_grad():
@@ -39,7 +36,7 @@ def test_a_compiled_model_changes_between_training_and_inference(
     function(x).sum().backward()
     with torch.no_grad():
         torch.testing.assert_close(function(x), model(x))
-    assert [compilation.graph.is_joint for compilation in compilations] == [False, True, True, False]
+    assert [compilation.is_joint for compilation in compilations] == [False, True, True, False]
 
 
 def test_outputs_keep_their_structure_and_what_is_no_tensor(compiled: Any) -> None:
@@ -84,7 +81,7 @@ def test_inputs_changed_in_place_are_changed(compiled: Any) -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
-def test_graph_breaks_make_several_graphs(compiled: Any, compilations: list[Compilation]) -> None:
+def test_graph_breaks_make_several_graphs(compiled: Any, compilations: list[Uncut]) -> None:
     first, second = make_model(), make_model()
 
     def function(x: torch.Tensor) -> torch.Tensor:
@@ -99,14 +96,12 @@ def test_graph_breaks_make_several_graphs(compiled: Any, compilations: list[Comp
     assert len(compilations) == 2
 
 
-def test_a_graph_that_computes_nothing(compiled: Any, compilations: list[Compilation]) -> None:
+def test_a_graph_that_computes_nothing(compiled: Any, compilations: list[Uncut]) -> None:
     assert compiled(lambda x: (x, torch.ones(2)))(torch.zeros(1))[1].tolist() == [1, 1]
     assert len(compilations) == 1
 
 
-def test_nested_compiled_regions_belong_to_the_graph_around_them(
-    compiled: Any, compilations: list[Compilation]
-) -> None:
+def test_nested_compiled_regions_belong_to_the_graph_around_them(compiled: Any, compilations: list[Uncut]) -> None:
     model = make_model()
     region = torch.compiler.nested_compile_region(lambda x: model(x))
     x = torch.randn(3, 4, requires_grad=True)
@@ -142,7 +137,7 @@ def test_compiled_autograd(compiled: Any) -> None:
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected)
 
 
-def test_generate_gives_the_same_tokens(compiled: Any, compilations: list[Compilation]) -> None:
+def test_generate_gives_the_same_tokens(compiled: Any, compilations: list[Uncut]) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=31,

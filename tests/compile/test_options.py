@@ -12,7 +12,10 @@ from torch_vtensor.compile.options import parse_options
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"plann": print}, r"options has no 'plann'\. Did you mean 'plan'\? Known: codegen, inductor, inspect, plan\."),
+        (
+            {"plann": print},
+            r"options has no 'plann'\. Did you mean 'plan'\? Known: codegen, inductor, inspect, mesh, plan\.",
+        ),
         ({"max_autotune": True}, r"options has no 'max_autotune'\. Known: codegen"),
         ({"plan": "tp"}, r"plan is 'tp'; a plan is a function of \(graph, mesh\)"),
         ({"codegen": "c"}, r"codegen is 'c'; choose one of inductor, eager"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from torch_vtensor.compile import Compilation
+from torch_vtensor.compile import Uncut
 
 
 def make_model() -> nn.Module:
@@ -48,7 +48,7 @@ def test_every_graph_is_found_in_the_cache_that_inductor_filled(
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-def test_what_inductor_is_asked_for_reaches_it(compiled: Any, compilations: list[Compilation]) -> None:
+def test_what_inductor_is_asked_for_reaches_it(compiled: Any, compilations: list[Uncut]) -> None:
     seen = []
 
     def keep_everything(graph: torch.fx.Graph) -> None:

@@ -7,11 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from torch_vtensor.compile import Compilation
+from tests.compile.virtual import capture_call
+from torch_vtensor.compile import Uncut
 
 REMEDY = f"moved in torch {torch.__version__}: adapt torch_vtensor/compile/_torch_compat.py"
 
 CALLABLES = [
+    (
+        "torch._functorch.aot_autograd",
+        "aot_export_module",
+        ["mod", "args", "decompositions", "trace_joint", "pre_dispatch"],
+    ),
     ("torch._inductor.compile_fx", "compile_fx", ["inner_compile", "config_patches"]),
     ("torch._inductor.compile_fx", "compile_fx_inner", ["gm", "example_inputs"]),
     ("torch._inductor.compile_fx", "partition_fn", ["gm", "joint_inputs"]),
@@ -46,22 +52,15 @@ def test_settings_exist(module: str, name: str) -> None:
     assert name in config.get_config_copy(), f"{module}.{name} {REMEDY}"
 
 
-def test_nodes_carry_what_names_are_made_of(compiled: Any, compilations: list[Compilation]) -> None:
-    compiled(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()))(torch.ones(1, 2, requires_grad=True))
-    assert compilations, f"torch._inductor.config.custom_partitioner_fn is not called any more; {REMEDY}"
-    nodes = list(compilations[0].graph.module.graph.nodes)
-    inputs = [node for node in nodes if node.op == "placeholder"]
-    operators = [node for node in nodes if node.op == "call_function"]
-    assert all("desc" in node.meta and hasattr(node.meta["desc"], "expr") for node in inputs), f"meta 'desc' {REMEDY}"
-    assert "desc" in nodes[-1].meta, f"meta 'desc' of outputs {REMEDY}"
-    assert any("nn_module_stack" in node.meta for node in operators), f"meta 'nn_module_stack' {REMEDY}"
-    assert any("fwd_nn_module_stack" in node.meta for node in operators), f"meta 'fwd_nn_module_stack' {REMEDY}"
-    tags = {str(node.meta.get("partitioner_tag")) for node in nodes}
-    assert {"is_forward", "is_backward"} <= tags, f"meta 'partitioner_tag' {REMEDY}"
+def test_nodes_and_inputs_carry_what_names_are_made_of() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    graph = capture_call(lambda x: model(x).sum(), torch.ones(1, 2)).captured.graph
+    names = {tensor.name for tensor in graph.inputs if tensor.kind == "parameter"}
+    assert names == {"0.weight", "0.bias"}, f"placeholder meta 'grapharg' or its source's name {REMEDY}"
+    assert {operator.module for operator in graph.operators} == {"0", "1", ""}, f"meta 'nn_module_stack' {REMEDY}"
 
 
-def test_dynamo_says_where_inputs_come_from(compiled: Any, compilations: list[Compilation]) -> None:
-    model = torch.nn.Linear(2, 2)
-    compiled(model)(torch.ones(1, 2))
-    found = {value.name for value in compilations[0].graph.inputs if value.kind == "parameter"}
-    assert found == {"weight", "bias"}, f"placeholder meta 'grapharg' or its source's name {REMEDY}"
+def test_joint_graphs_tell_nested_regions_by_their_descriptors(compiled: Any, compilations: list[Uncut]) -> None:
+    compiled(torch.nn.Linear(2, 2))(torch.ones(1, 2))
+    assert compilations, f"custom_partitioner_fn is not called any more, or meta 'desc' of inputs is gone; {REMEDY}"
+    assert compilations[0].is_joint

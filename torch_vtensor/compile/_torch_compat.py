@@ -11,7 +11,8 @@ graph at two places, the partitioner (training) and `inner_compile` (every graph
 | `_functorch.config`: `enable_autograd_cache`, `enable_remote_autograd_cache` | running the phases every time |
 | `_inductor`: `list_mode_options`, `list_options`; `cudagraph_trees.reset_cudagraph_trees` | options, reset |
 | `utils._pytree.tree_leaves`; `_ops.OperatorBase`; `_boxed_call` on a function | calling conventions, names |
-| node meta `desc`, `nn_module_stack`, `fwd_nn_module_stack`, `partitioner_tag`, `grapharg` | names |
+| node meta `desc`, `nn_module_stack`, `fwd_nn_module_stack`, `grapharg` | names |
+| `_functorch.aot_autograd.aot_export_module(pre_dispatch=True)`, `FakeTensorMode` | the forward program, for a plan |
 
 Run on torch 2.13.0 and 2.15.0. tests/compile/test_torch_compat.py fails by name when one of these moves.
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -143,22 +144,6 @@ def boxed(graph: GraphModule) -> BoxedCallable:
     return run
 
 
-def input_expression(placeholder: Node) -> str | None:
-    """Where a captured graph's input comes from: ``args[3]``, ``__output_tangent(output[0])``; None if unknown."""
-    return _expression(placeholder.meta.get("desc"))
-
-
-def outputs(graph: GraphModule) -> tuple[list[Any], list[str | None]]:
-    """The outputs of a captured graph, and what each is: ``output[0]``, ``__grad(args[3])``; None if unknown."""
-    node = _output_node(graph)
-    values = list(node.args[0])  # type: ignore[arg-type]
-    return values, [_expression(descriptor) for descriptor in node.meta.get("desc") or [None] * len(values)]
-
-
-def _expression(descriptor: Any) -> str | None:
-    return None if descriptor is None else str(descriptor.expr())
-
-
 def leaves(example_input: object) -> list[Any]:
     """The inputs that a dynamo input becomes in the captured graph: itself, or what a list of them holds."""
     from torch.utils._pytree import tree_leaves
@@ -188,11 +173,6 @@ def module_path_of(node: Node) -> str | None:
     return None if not stack else str(next(reversed(stack.values()))[0])
 
 
-def is_backward(node: Node) -> bool:
-    """True where AOTAutograd traced this operator while differentiating."""
-    return str(node.meta.get("partitioner_tag", "")) in ("is_backward", "must_be_in_backward")
-
-
 def mode_options(mode: str) -> dict[str, Any]:
     """Inductor's settings for a mode of torch.compile; raises for an unknown mode, naming the known ones."""
     from torch._inductor import list_mode_options
@@ -213,3 +193,105 @@ def reset_cuda_graphs() -> None:
         from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
         reset_cudagraph_trees()
+
+
+def trace_forward(
+    gm: GraphModule, example_inputs: Sequence[Any], decompositions: Mapping[Any, Callable[..., Any]]
+) -> tuple[GraphModule, dict[int, int]]:
+    """A dynamo graph as functional aten operators that autograd and autocast have not taken apart.
+
+    Operators that `decompositions` names are replaced by what these call.
+
+    Returns the graph, whose inputs are the leaves of the examples, and for each of its first outputs that is the new
+    value of an input, the position of that input.
+
+    Effects: a dynamic size becomes the example's, with a guard on it.
+    """
+    from torch._functorch.aot_autograd import aot_export_module
+    from torch._subclasses import FakeTensorMode
+    from torch.utils._pytree import tree_map
+
+    mode = FakeTensorMode()
+
+    def fake(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return mode.from_tensor(value, static_shapes=True)
+        return int(value) if isinstance(value, torch.SymInt) else value
+
+    def outermost(decompose: Callable[..., Any]) -> Callable[..., Any]:
+        inside = False
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if inside:
+                return NotImplemented  # the operator itself, which a decomposition may call
+            inside = True
+            try:
+                return decompose(*args, **kwargs)
+            finally:
+                inside = False
+
+        return call
+
+    table = {operator: outermost(decompose) for operator, decompose in decompositions.items()}
+    for placeholder in gm.graph.find_nodes(op="placeholder"):
+        if isinstance(size := placeholder.meta.get("example_value"), torch.SymInt):
+            int(size)  # makes the guard
+    fakes = [tree_map(fake, value) for value in example_inputs]
+    with mode, torch.enable_grad():
+        traced, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions=table)
+    assert isinstance(traced, GraphModule)
+    overwritten = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    positions = {node.name: index for index, node in enumerate(traced.graph.find_nodes(op="placeholder"))}
+    return traced, {output: positions[name] for output, name in enumerate(overwritten)}
+
+
+def compile_with_inductor(graph: GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any]) -> Any:
+    """A graph of aten operators, compiled; differentiable where these inputs want gradients."""
+    from torch._inductor import compile_fx
+
+    return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(settings))
+
+
+def is_random(target: Any) -> bool:
+    """Whether an operator draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) or "dropout" in str(target)
+
+
+def random_state(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The state of the random number generators of the CPU and of the device that these are on."""
+    cuda = next((value.device for value in values if value.is_cuda), None)
+    return torch.get_rng_state(), None if cuda is None else torch.cuda.get_rng_state(cuda)
+
+
+@contextlib.contextmanager
+def from_random_state(state: tuple[torch.Tensor, torch.Tensor | None] | None) -> Iterator[None]:
+    """Draw random numbers from a state on, and go on afterwards as if none had been drawn; None changes nothing."""
+    if state is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1])
+        yield
+
+
+def called_with_leaves(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of tensors and numbers, called with arguments that may be lists of them."""
+    from torch.utils._pytree import tree_leaves
+
+    def call(*arguments: Any) -> Any:
+        return function(*tree_leaves(list(arguments)))
+
+    return call
+
+
+def refuse_autocast() -> None:
+    """Raise where autocast is on: it would choose dtypes that a captured program does not show."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            raise NotImplementedError(
+                f"torch.autocast is on for {device}, and a plan cuts programs whose dtypes it can see. Cast the model "
+                f"instead, as in model.to(torch.bfloat16), or compile without a plan."
+            )

@@ -6,33 +6,43 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
-from torch_vtensor.compile._torch_compat import CutInTwo, drive_inductor, reset_cuda_graphs
-from torch_vtensor.compile.capture import TaskGraph, capture
-from torch_vtensor.compile.materialize import Program, materialize
+from torch_vtensor.compile import _torch_compat, worlds
+from torch_vtensor.compile.capture import Captured, capture
+from torch_vtensor.compile.codegen import CodeGenerator
+from torch_vtensor.compile.dataflow import find_dataflow
 from torch_vtensor.compile.mesh import Mesh
 from torch_vtensor.compile.names import name_inputs
-from torch_vtensor.compile.options import parse_options
+from torch_vtensor.compile.options import Options, parse_options
+from torch_vtensor.compile.passes import Passes, order_passes
 from torch_vtensor.compile.primitives import Plan, record
+from torch_vtensor.compile.program import Program, build_program
 from torch_vtensor.compile.runtime import Runtime
-from torch_vtensor.compile.schedule import Schedule, order
-from torch_vtensor.compile.segment import Segments, segment
+from torch_vtensor.compile.schedules import Schedule
+from torch_vtensor.compile.segment import find_segments
+from torch_vtensor.compile.topology import Topology
+from torch_vtensor.compile.uncut import Whole
 
 
 @dataclass(frozen=True)
 class Compilation:
     """What every phase made of one captured graph. Prints as all of them in turn."""
 
-    graph: TaskGraph
+    captured: Captured
     plan: Plan
-    schedule: Schedule
     program: Program
-    segments: Segments
+    passes: Passes
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the whole step, or of the forward pass."""
+        return self.passes.forward
 
     def __str__(self) -> str:
         """Print each phase's value."""
-        return "\n\n".join(map(str, (self.graph, self.plan, self.schedule, self.program, self.segments)))
+        return "\n\n".join(map(str, (self.captured.graph, self.plan, self.program, self.passes)))
 
 
 def superscaler(
@@ -45,26 +55,41 @@ def superscaler(
     """Compile a dynamo graph by a plan. Found by torch under its name; nothing has to be imported.
 
     ``mode`` and ``options`` are those of torch.compile; `torch_vtensor.compile.options.Options` lists the options.
+    Without a plan, inductor compiles the graph whole.
 
     Raises:  BackendCompilerFailed, with the ValueError or TypeError of an option or a plan that cannot be honoured.
-    Source:  SuperScaler (arXiv 2301.08984); the captured graph is AOTAutograd's, the code generator inductor.
+    Source:  SuperScaler (arXiv 2301.08984); inductor generates the code.
     """
     asked = parse_options(mode, options)
-    names = name_inputs(gm, example_inputs)
+    if asked.plan is None:
+        whole = Whole(asked.inspect, eager=asked.codegen == "eager", cache_key=asked.cache_key)
+        return _torch_compat.drive_inductor(gm, example_inputs, whole, asked.config_patches)
 
-    def phases(captured: GraphModule, min_cut: CutInTwo | None) -> Segments:
-        graph = capture(captured, names, is_joint=min_cut is not None)
-        plan = record(asked.plan, graph, Mesh())
-        schedule = order(plan)
-        program = materialize(schedule)
-        segments = segment(program, min_cut)
-        if asked.inspect is not None:
-            asked.inspect(Compilation(graph, plan, schedule, program, segments))
-        return segments
+    _torch_compat.refuse_autocast()
+    mesh = worlds.find_mesh(asked.mesh)
+    captured = capture(gm, example_inputs, name_inputs(gm, example_inputs))
+    compilation = compile_plan(captured, asked, mesh, trains=torch.is_grad_enabled())
+    if asked.inspect is not None:
+        asked.inspect(compilation)
+    transport, rank = worlds.join(compilation.program)
+    code = CodeGenerator(asked.codegen, asked.config_patches)
+    runtime = Runtime(captured, compilation.program, compilation.passes, rank, code, transport)
+    return _torch_compat.called_with_leaves(runtime)
 
-    runtime = Runtime(phases, eager=asked.codegen == "eager", cache_key=asked.cache_key)
-    return drive_inductor(gm, example_inputs, runtime, asked.config_patches)
+
+def compile_plan(captured: Captured, asked: Options, mesh: Mesh, *, trains: bool) -> Compilation:
+    """Plan, materialize, segment, order and check: everything that needs no other rank and no device.
+
+    Raises:  ValueError for a plan that cannot run.
+    """
+    assert asked.plan is not None
+    topology = Topology()
+    plan = record(asked.plan, captured.graph, mesh)
+    flow = find_dataflow(plan, topology, trains=trains)
+    segments = find_segments(flow)
+    program = build_program(flow, segments, topology)
+    return Compilation(captured, plan, program, order_passes(program))
 
 
 # torch._dynamo.reset() calls this.
-superscaler.reset = reset_cuda_graphs  # type: ignore[attr-defined]
+superscaler.reset = _torch_compat.reset_cuda_graphs  # type: ignore[attr-defined]

@@ -1,124 +1,191 @@
-"""Captured graph → TaskGraph: what is computed, from what, under which names; not yet where or when."""
+"""Captured dynamo graph → OperatorGraph: the forward program as functional aten operators, in the user's names."""
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from torch_vtensor.compile import _torch_compat
 from torch_vtensor.compile.names import InputNames
+from torch_vtensor.compile.rules import DECOMPOSITIONS
+from torch_vtensor.compile.task_graph import Operator, OperatorGraph, Slot
+from torch_vtensor.compile.tensor_view import LogicalTensor
 
-Direction = Literal["forward", "backward"]
-
-_WRAPPED = re.compile(r"__(output_tangent|grad|input_mutation)\((.*)\)(.*)")
-_KINDS = {"output_tangent": "tangent", "grad": "gradient", "input_mutation": "mutation"}
+_CHECKS = {"aten._assert_tensor_metadata.default", "aten._assert_async.msg", "aten._assert_scalar.default"}
+_SAME_AS_ITS_INPUT = {"aten.lift_fresh_copy.default", "aten.alias.default", "aten.detach_.default"}
 
 
-class Value(NamedTuple):
-    """What flows into or out of a graph.
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A forward program and how to call it.
 
-    ``kind`` is parameter, buffer, input, number, constant or tangent for what flows in; output, gradient or mutation,
-    an input's new value, for what flows out. ``name`` is what the user calls it; ``task`` is the node that holds it.
+    ``arguments`` has, for each argument of the compiled function, its tensor in the program, or None for a number that
+    the program holds fixed. ``constants`` are the tensors that the program brings along. ``results`` has, for each
+    value that the function returns, its tensor or the value itself.
     """
 
-    kind: str
-    name: str
-    task: str
-    spec: str
+    graph: OperatorGraph
+    arguments: tuple[LogicalTensor | None, ...]
+    constants: dict[LogicalTensor, torch.Tensor] = field(repr=False)
+    results: tuple[LogicalTensor | Any, ...] = field(repr=False)
 
 
-class Task(NamedTuple):
-    """One operator of the captured graph: the unit that a plan places.
+def capture(gm: GraphModule, example_inputs: Sequence[Any], names: InputNames) -> Captured:
+    """Trace a dynamo graph to functional aten operators that autograd has not taken apart yet.
 
-    ``module`` is the path of the innermost module that made it, ``""`` outside any; ``reads`` names the tasks and the
-    inputs whose values it takes; ``spec`` is dtype and shape of what it makes.
+    Sizes that were dynamic become those of the examples, with a guard, so that other sizes compile anew.
+
+    Raises:  NotImplementedError for a program with parts that only run as they are: nested regions, autocast.
     """
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise NotImplementedError(
+                f"the program has a nested region, {node.target}, which no plan cuts. Turn off gradient checkpointing "
+                f"(a plan recomputes with op_trans(..., recompute=True)) and control-flow operators in the compiled "
+                f"function."
+            )
+    traced, mutated = _torch_compat.trace_forward(gm, example_inputs, DECOMPOSITIONS)
+    return _Reader(traced, mutated, example_inputs, names).read()
 
-    name: str
-    op: str
-    module: str
-    direction: Direction
-    reads: tuple[str, ...]
-    spec: str
 
+class _Reader:
+    """Reads one traced graph, node by node."""
 
-@dataclass(frozen=True)
-class TaskGraph:
-    """A captured computation: forward and backward in one graph (``is_joint``) for training, forward for inference.
+    def __init__(
+        self, traced: GraphModule, mutated: dict[int, int], example_inputs: Sequence[Any], names: InputNames
+    ) -> None:
+        self._module = traced
+        self._mutated = mutated
+        self._examples = _torch_compat.leaves(list(example_inputs))
+        self._names = names
+        # What a node holds: a tensor, or for a node of several outputs the list of them.
+        self._values: dict[Node, Any] = {}
+        self._inputs: list[LogicalTensor] = []
+        self._arguments: list[LogicalTensor | None] = []
+        self._constants: dict[LogicalTensor, torch.Tensor] = {}
+        self._operators: list[Operator] = []
+        self._grad_enabled = True
 
-    ``module`` is the graph itself. `segment` consumes it; everything else here is a description that stays as it is.
-    """
+    def read(self) -> Captured:
+        results: tuple[Any, ...] = ()
+        mutations: dict[LogicalTensor, LogicalTensor] = {}
+        for node in self._module.graph.nodes:
+            if node.op == "placeholder":
+                self._read_input(node)
+            elif node.op == "get_attr":
+                self._read_constant(node)
+            elif node.op == "call_function":
+                self._read_call(node)
+            elif node.op == "output":
+                values = [self._value_of(value) for value in node.args[0]]
+                for position, index in self._mutated.items():
+                    overwritten = self._arguments[index]
+                    assert overwritten is not None
+                    mutations[overwritten] = values[position]
+                results = tuple(values[len(self._mutated) :])
+        outputs = tuple(value for value in results if isinstance(value, LogicalTensor))
+        needed = tuple(_needed(self._operators, outputs, mutations))
+        graph = OperatorGraph(tuple(self._inputs), needed, outputs, mutations)
+        return Captured(graph, tuple(self._arguments), self._constants, results)
 
-    inputs: tuple[Value, ...]
-    tasks: tuple[Task, ...]
-    outputs: tuple[Value, ...]
-    is_joint: bool
-    module: GraphModule = field(repr=False, compare=False)
-
-    def __str__(self) -> str:
-        """One line for each value and each task, in order."""
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        num_backward = sum(task.direction == "backward" for task in self.tasks)
-        yield (
-            f"TaskGraph of {len(self.tasks) - num_backward} forward and {num_backward} backward tasks, "
-            f"{len(self.inputs)} inputs, {len(self.outputs)} outputs"
+    def _read_input(self, node: Node) -> None:
+        index = len(self._arguments)
+        example = self._examples[index]
+        if not isinstance(example, torch.Tensor):
+            self._values[node] = int(example) if isinstance(example, torch.SymInt) else example
+            self._arguments.append(None)
+            return
+        tensor = LogicalTensor(
+            self._names.names[index],
+            tuple(int(size) for size in example.shape),
+            example.dtype,
+            self._names.kinds[index],
+            example.requires_grad,
         )
-        yield from (f"  {value.kind:10} {value.task:20} {value.spec:24} {value.name}" for value in self.inputs)
-        for task in self.tasks:
-            reads = ", ".join(task.reads)
-            yield f"  {task.direction:10} {task.name:20} {task.spec:24} {task.op}({reads})  {task.module}".rstrip()
-        yield from (f"  {value.kind:10} {value.task:20} {value.spec:24} {value.name}" for value in self.outputs)
+        self._values[node] = tensor
+        self._inputs.append(tensor)
+        self._arguments.append(tensor)
+
+    def _read_constant(self, node: Node) -> None:
+        value = getattr(self._module, str(node.target))
+        assert isinstance(value, torch.Tensor), f"{node.target} is no tensor"
+        tensor = LogicalTensor(str(node.target), tuple(value.shape), value.dtype, "constant")
+        self._constants[tensor] = value
+        self._values[node] = tensor
+        self._inputs.append(tensor)
+
+    def _read_call(self, node: Node) -> None:
+        name = _torch_compat.operator_name(node)
+        if node.target is operator.getitem:
+            source, index = node.args
+            assert isinstance(source, Node)
+            self._values[node] = self._values[source][index]
+        elif node.target is torch._C._set_grad_enabled:
+            self._grad_enabled = bool(node.args[0])
+        elif name in ("_enter_autocast", "_exit_autocast"):
+            if name == "_enter_autocast" and node.args[2]:
+                raise NotImplementedError(
+                    "the compiled function enters torch.autocast, which a plan cannot cut. Cast the model's parameters "
+                    "(model.to(torch.bfloat16)) instead."
+                )
+        elif name in _CHECKS:
+            pass
+        elif name in _SAME_AS_ITS_INPUT:
+            self._values[node] = self._value_of(node.args[0])
+        else:
+            self._read_operator(node)
+
+    def _read_operator(self, node: Node) -> None:
+        inputs: list[LogicalTensor] = []
+
+        def slot(value: Any) -> Any:
+            value = self._value_of(value)
+            if isinstance(value, LogicalTensor):
+                inputs.append(value)
+                return Slot(len(inputs) - 1)
+            return value
+
+        args, kwargs = pytree.tree_map(slot, (node.args, node.kwargs), is_leaf=lambda value: isinstance(value, Node))
+        made = node.meta["val"]
+        several = isinstance(made, list | tuple)
+        flows = self._grad_enabled and any(tensor.differentiable for tensor in inputs)
+        outputs = tuple(
+            self._made(f"{node.name}.{index}" if several else node.name, value, flows)
+            for index, value in enumerate(made if several else [made])
+        )
+        module = self._names.module(_torch_compat.module_path_of(node))
+        target = node.target
+        assert callable(target)
+        self._operators.append(Operator(node.name, target, tuple(args), kwargs, tuple(inputs), outputs, module))
+        self._values[node] = outputs if several else outputs[0]
+
+    @staticmethod
+    def _made(name: str, value: Any, flows: bool) -> LogicalTensor | None:
+        if not isinstance(value, torch.Tensor):
+            return None
+        floating = value.dtype.is_floating_point or value.dtype.is_complex
+        differentiable = flows and floating and not re.match(r"detach", name)
+        return LogicalTensor(name, tuple(int(s) for s in value.shape), value.dtype, differentiable=differentiable)
+
+    def _value_of(self, value: Any) -> Any:
+        return self._values[value] if isinstance(value, Node) else value
 
 
-def capture(module: GraphModule, names: InputNames, *, is_joint: bool) -> TaskGraph:
-    """Describe an aten graph in the user's names; the graph is not changed."""
-    inputs: list[Value] = []
-    tasks: list[Task] = []
-    backward: set[str] = set()
-    for node in module.graph.nodes:
-        reads = tuple(source.name for source in node.all_input_nodes)
-        if _torch_compat.is_backward(node) or not backward.isdisjoint(reads):
-            backward.add(node.name)
-        if node.op == "placeholder":
-            expression = _torch_compat.input_expression(node)
-            inputs.append(_value(node, "input", node.name if expression is None else expression, names))
-        elif node.op == "get_attr":
-            inputs.append(_value(node, "constant", str(node.target), names))
-        elif node.op != "output":
-            module_name = names.module(_torch_compat.module_path_of(node))
-            direction: Direction = "backward" if node.name in backward else "forward"
-            tasks.append(Task(node.name, _torch_compat.operator_name(node), module_name, direction, reads, _spec(node)))
-    return TaskGraph(tuple(inputs), tuple(tasks), tuple(_outputs(module, names)), is_joint, module)
-
-
-def _outputs(module: GraphModule, names: InputNames) -> Iterator[Value]:
-    nodes, expressions = _torch_compat.outputs(module)
-    for index, (node, expression) in enumerate(zip(nodes, expressions, strict=True)):
-        if isinstance(node, Node):
-            yield _value(node, "output", f"output[{index}]" if expression is None else expression, names)
-
-
-def _value(node: Node, kind: str, expression: str, names: InputNames) -> Value:
-    """Name a value by AOTAutograd's expression: ``args[0]`` is an input, ``__grad(args[0])`` its gradient."""
-    wrapped = _WRAPPED.fullmatch(expression)
-    kind = _KINDS[wrapped[1]] if wrapped else names.kind(expression) or kind
-    while wrapped:
-        expression = wrapped[2] + wrapped[3]
-        wrapped = _WRAPPED.fullmatch(expression)
-    return Value(kind, names.substitute(expression), node.name, _spec(node))
-
-
-def _spec(node: Node) -> str:
-    value = node.meta.get("val")
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(str(size) for size in value.shape)}]"
-    if isinstance(value, tuple | list):
-        return f"{len(value)} values"
-    return type(value).__name__
+def _needed(
+    operators: Sequence[Operator], outputs: Sequence[LogicalTensor], mutations: dict[LogicalTensor, LogicalTensor]
+) -> Iterator[Operator]:
+    """Those operators that something returned or overwritten depends on, in order."""
+    needed = {*outputs, *mutations.values()}
+    kept = []
+    for candidate in reversed(operators):
+        if not needed.isdisjoint(output for output in candidate.outputs if output is not None):
+            needed.update(candidate.inputs)
+            kept.append(candidate)
+    yield from reversed(kept)

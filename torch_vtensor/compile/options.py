@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch_vtensor import __version__
 from torch_vtensor.compile import _torch_compat
-from torch_vtensor.compile.plans import single_device
 from torch_vtensor.compile.primitives import PlanFunction
 
 if TYPE_CHECKING:
     from torch_vtensor.compile.backend import Compilation
+    from torch_vtensor.compile.uncut import Uncut
 
 CodeGenerator = Literal["inductor", "eager"]
 
@@ -22,8 +22,12 @@ CodeGenerator = Literal["inductor", "eager"]
 class Options:
     """Settings of one compilation; each field is an option of that name."""
 
-    plan: PlanFunction = single_device
-    """What runs where: a function of (Graph, Mesh) that calls primitives."""
+    plan: PlanFunction | None = None
+    """What is cut, where it runs and when: a function of (Graph, Mesh) that calls primitives. None: nothing is cut, and
+    inductor compiles the graph whole, on this device."""
+
+    mesh: Mapping[str, int] | None = None
+    """Names and sizes of the mesh's axes, for instance ``{"pp": 2, "tp": 4}``; the last runs fastest over the ranks."""
 
     codegen: CodeGenerator = "inductor"
     """Who generates kernels. "eager" runs the same segments operator by operator, with eager's random numbers: it needs
@@ -32,12 +36,12 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     """Inductor's own settings, as `torch.compile(options=...)` takes them for its own backend."""
 
-    inspect: Callable[[Compilation], None] | None = None
+    inspect: Callable[[Compilation | Uncut], None] | None = None
     """Called with what every phase made, once for each captured graph, before kernels are generated."""
 
     def __post_init__(self) -> None:
         """Refuse values that no phase could honour."""
-        if not callable(self.plan):
+        if self.plan is not None and not callable(self.plan):
             raise TypeError(
                 f"plan is {self.plan!r}; a plan is a function of (graph, mesh). Ready ones are in "
                 f"torch_vtensor.compile.plans."
@@ -62,8 +66,8 @@ class Options:
     @property
     def cache_key(self) -> str | None:
         """Names what the phases do where that is the same in every process, None where they must be run to know."""
-        asks_nothing = self.plan is single_device and self.codegen == "inductor" and self.inspect is None
-        return f"torch_vtensor {__version__} single_device" if asks_nothing else None
+        asks_nothing = self.plan is None and self.codegen == "inductor" and self.inspect is None
+        return f"torch_vtensor {__version__} uncut" if asks_nothing else None
 
 
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:

@@ -1,33 +1,56 @@
-"""What a plan says, and the record of what it said."""
+"""What a plan says: op_trans, op_assign, op_order and what is made of them; and the record of what it said."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
-from torch_vtensor.compile.capture import Task, TaskGraph
-from torch_vtensor.compile.mesh import Mesh
+from torch_vtensor.compile.cost import task_work
+from torch_vtensor.compile.dimensions import Dimension, find_dimensions, identifier_to_cut
+from torch_vtensor.compile.mesh import Mesh, Place, ranks_of
+from torch_vtensor.compile.pieces import cut, replicate, split_value
+from torch_vtensor.compile.rules import find_rule
+from torch_vtensor.compile.task_graph import Operator, OperatorGraph, Task
+from torch_vtensor.compile.tensor_view import Interval, LogicalTensor, cut_evenly
+
+DimensionName = str
+"""``"batch"``; ``"hidden"`` or ``"heads"``: the largest dimension inside the tasks; ``"vocab"``: the largest of their
+parameters; or a parameter's, as ``"up_proj.weight:0"``."""
 
 
 class Graph:
-    """A captured graph as a plan sees it: tasks to select, and a record of what is decided about them."""
+    """A captured program as a plan sees it: tasks to select, and a record of what is decided about them."""
 
-    def __init__(self, graph: TaskGraph, mesh: Mesh) -> None:
-        self._task_graph = graph
-        self._mesh = mesh
-        self._rank_of: dict[str, int] = {}
+    def __init__(self, graph: OperatorGraph, mesh: Mesh) -> None:
+        self.operator_graph = graph
+        self.mesh = mesh
+        self.microbatch_of: dict[Task, int] = {}
+        self.recomputed: dict[Task, int] = {}
+        self.ranks: dict[Task, tuple[int, ...]] = {}
+        self.chains: list[tuple[Tasks, ...]] = []
+        self.stored: dict[LogicalTensor, Storage] = {}
+        self.pipeline: Pipeline | None = None
+        self.num_microbatches = 1
+        self._pieces: dict[Task, tuple[Task, ...]] = {}
+        self._whole = {operator: Task.of(operator) for operator in graph.operators}
+        self._dimensions: tuple[Dimension, ...] | None = None
 
     @property
     def tasks(self) -> Tasks:
-        """Every task, forward and backward."""
-        return Tasks(self, self._task_graph.tasks)
+        """Every task."""
+        return Tasks(self, tuple(self._whole.values()))
+
+    @property
+    def parameters(self) -> tuple[LogicalTensor, ...]:
+        """Every parameter of the program."""
+        return tuple(tensor for tensor in self.operator_graph.inputs if tensor.kind == "parameter")
 
     def select(self, pattern: str) -> Tasks:
-        """The tasks, forward and backward, of every module whose path matches a shell pattern, and of those inside it.
+        """The tasks of every module whose path matches a shell pattern, and of those inside it.
 
         ``select("layers.*")`` takes all layers, ``select("*.mlp")`` every mlp; ``""`` is what runs in no module.
 
@@ -35,23 +58,109 @@ class Graph:
         """
         return self.tasks.select(pattern)
 
+    def layers(self, pattern: str) -> tuple[Tasks, ...]:
+        """The tasks of each module that matches, one `Tasks` a module, in the order in which they run.
+
+        Raises:  ValueError if no module matches, naming the closest.
+        """
+        depth = pattern.count(".") + 1 if pattern else 0
+        found: dict[str, None] = {}
+        for task in self.select(pattern):
+            found[".".join(task.operator.module.split(".")[:depth])] = None
+        return tuple(self.tasks.select(name) for name in found)
+
+    def microbatch(self, count: int) -> Microbatches:
+        """Cut everything that runs over the batch into `count` pieces along it, uneven where it does not divide.
+
+        The batch is dimension 0 of the inputs. What is summed over it stays in pieces for as long as that is exact:
+        each microbatch has its share of the loss, and its backward pass waits for no other.
+
+        Raises:  ValueError if the batch is smaller than that, or there is none.
+        Source:  SuperScaler (arXiv 2301.08984) section 3.1: micro-batching is an op-trans along the batch.
+        """
+        if self.num_microbatches != 1:
+            raise ValueError(f"the batch is cut into {self.num_microbatches} microbatches already; cut it once.")
+        groups = _cut_along(self.tasks, self._batch_dimension(), count, shares_the_rest=True, follows_sums=True)
+        for index, group in enumerate(groups):
+            self.microbatch_of.update((task, index) for task in group)
+        self.num_microbatches = count
+        return Microbatches(tuple(groups))
+
+    def current(self, task: Task) -> Iterator[Task]:
+        """The tasks that a task is now: itself, or the pieces that it was cut into."""
+        if task not in self._pieces:
+            yield task
+            return
+        for piece in self._pieces[task]:
+            yield from self.current(piece)
+
+    def replace(self, task: Task, pieces: tuple[Task, ...]) -> None:
+        """Put pieces in the place of a task; they inherit what was decided about it."""
+        self._pieces[task] = pieces
+        decided: tuple[dict[Task, object], ...] = (self.microbatch_of, self.recomputed, self.ranks)  # type: ignore[assignment]
+        for decisions in decided:
+            if task in decisions:
+                decisions.update((piece, decisions[task]) for piece in pieces)
+                del decisions[task]
+
+    def dimension(self, name: DimensionName, tasks: Tasks) -> Dimension:
+        """The dimension that a name means for these tasks.
+
+        Raises:  ValueError if there is none, listing those that there are.
+        """
+        if name == "batch":
+            return self._batch_dimension()
+        operators = list(dict.fromkeys(task.operator for task in tasks))
+        inside = find_dimensions(operators)
+        if ":" in name:
+            wanted, _, dim = name.rpartition(":")
+            candidates = [d for d in inside if any(_is_called(*tied, wanted, dim) for tied in d.tensor_dims)]
+        elif name in ("hidden", "heads"):
+            candidates = [found for found in inside if _is_internal(found, operators)]
+            attention = [found for found in candidates if _touches_attention(found)]
+            others = [found for found in candidates if found not in attention]
+            candidates = attention if name == "heads" else others or candidates
+        elif name == "vocab":
+            candidates = [found for found in inside if _parameter_extent(found)]
+        else:
+            candidates = []
+        if not candidates:
+            known = "\n  ".join(sorted(str(found) for found in inside if found.size > 1))
+            raise ValueError(
+                f"{tasks} have no dimension {name!r}. Names are 'batch', 'hidden', 'heads', 'vocab', or a parameter's "
+                f"as in 'up_proj.weight:0'. These tasks can be cut along\n  {known}"
+            )
+        return max(candidates, key=_parameter_extent)
+
+    def _batch_dimension(self) -> Dimension:
+        if self._dimensions is None:
+            self._dimensions = find_dimensions(self.operator_graph.operators)
+        inputs = [tensor for tensor in self.operator_graph.inputs if tensor.kind == "input" and tensor.shape]
+        for dimension in self._dimensions:
+            if any((tensor, 0) in dimension.tensor_dims for tensor in inputs):
+                return dimension
+        raise ValueError(
+            "the program has no batch to cut: none of its operators can be cut along dimension 0 of an input. "
+            "Operators that mix the samples of a batch, such as batch_norm, keep it whole."
+        )
+
     def __str__(self) -> str:
         """Print the captured graph."""
-        return str(self._task_graph)
+        return str(self.operator_graph)
 
 
 class Tasks:
-    """Some tasks of a graph: what the primitives take."""
+    """Some tasks of a graph: what the primitives take. Tasks that are cut later stand for their pieces."""
 
-    def __init__(self, graph: Graph, tasks: tuple[Task, ...]) -> None:
+    def __init__(self, graph: Graph, tasks: Iterable[Task]) -> None:
         self.graph = graph
-        self._tasks = tasks
+        self._tasks = tuple(tasks)
 
     def select(self, pattern: str) -> Tasks:
         """Those of these tasks that `Graph.select` would take."""
-        chosen = tuple(task for task in self._tasks if _is_inside(task.module, pattern))
+        chosen = [task for task in self if _is_inside(task.operator.module, pattern)]
         if not chosen:
-            modules = sorted({task.module for task in self._tasks})
+            modules = sorted({task.operator.module for task in self})
             closest = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.3) or modules[:3]
             raise ValueError(
                 f"no module matches {pattern!r} among {len(modules)}; the closest are {', '.join(map(repr, closest))}. "
@@ -60,59 +169,366 @@ class Tasks:
         return Tasks(self.graph, chosen)
 
     def __iter__(self) -> Iterator[Task]:
-        return iter(self._tasks)
+        for task in self._tasks:
+            yield from self.graph.current(task)
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return sum(1 for _ in self)
+
+    def __add__(self, other: Tasks) -> Tasks:
+        return Tasks(self.graph, dict.fromkeys([*self, *other]))
+
+    def __str__(self) -> str:
+        """Count them and name their modules."""
+        modules = list(dict.fromkeys(task.operator.module for task in self))
+        return f"{len(self)} tasks of {', '.join(map(repr, modules[:3]))}{' …' if len(modules) > 3 else ''}"
+
+
+@dataclass(frozen=True)
+class Microbatches:
+    """The tasks of each microbatch."""
+
+    groups: tuple[Tasks, ...]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Tasks:
+        return self.groups[index]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where a parameter lies between steps: one interval of dimension `dim` on each rank; all of it where None.
+
+    ``reduces_each`` tells whether gradients are added up over ranks after every microbatch, which needs memory for a
+    shard only (ZeRO-2), or once a step, which needs less communication (ZeRO-1). ``regathers`` tells whether the
+    gathered parameter is dropped between forward and backward (ZeRO-3).
+    """
+
+    ranks: tuple[int, ...]
+    dim: int | None
+    reduces_each: bool = False
+    regathers: bool = False
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The order in which each rank runs the passes of its stages, by the name of a pipeline schedule."""
+
+    kind: str
+
+
+def op_trans(
+    tasks: Tasks, dim: DimensionName | None = None, n: int = 1, *, recompute: bool = False
+) -> tuple[Tasks, ...]:
+    """Cut tasks into `n` groups along a dimension, each a piece of what computes along it and a replica of the rest.
+
+    Without `dim`, each group is a replica of everything. With `recompute`, what a group's forward pass computes inside
+    is not kept: its backward pass computes it again.
+
+    Raises:  ValueError for a dimension that the tasks do not have or that is too short.
+    Source:  SuperScaler (arXiv 2301.08984) section 3.1.
+    """
+    if n < 1:
+        raise ValueError(f"op_trans got n={n}; cut into 1 or more groups.")
+    graph = tasks.graph
+    if n == 1:
+        groups = [Tasks(graph, tuple(tasks))]
+    elif dim is None:
+        groups = _transpose(graph, [_replace(graph, task, replicate(task, n)) for task in tasks])
+    else:
+        dimension = graph.dimension(dim, tasks)
+        groups = _cut_along(tasks, dimension, n, shares_the_rest=False, follows_sums=dim == "batch")
+    if recompute:
+        first = len(graph.recomputed)
+        for offset, group in enumerate(groups):
+            graph.recomputed.update((task, first + offset) for task in group)
+    return tuple(groups)
+
+
+def op_assign(tasks: Tasks | Sequence[Tasks], place: Place | Sequence[Place]) -> None:
+    """Place tasks: on a rank, or on each of several as replicas; a sequence of groups goes to as many places.
+
+    A task that is placed again moves. Tasks that a plan leaves alone follow those that they are connected to.
+
+    Raises:  ValueError for a rank that the mesh does not have, or other than one place for each group.
+    Source:  SuperScaler (arXiv 2301.08984) section 3.2; backward passes run where their forward passes do.
+    """
+    if not isinstance(tasks, Tasks):
+        places = list(place) if not isinstance(place, int) else [place]
+        if len(places) != len(tasks):
+            raise ValueError(f"op_assign got {len(tasks)} groups and {len(places)} places; give one for each.")
+        for group, one in zip(tasks, places, strict=True):
+            op_assign(group, one)
+        return
+    ranks = ranks_of(place)  # type: ignore[arg-type]
+    unknown = [rank for rank in ranks if rank not in tasks.graph.mesh.ranks]
+    if unknown or not ranks:
+        raise ValueError(f"op_assign got rank {unknown or 'none'}, not in the {tasks.graph.mesh}. Use mesh.ranks.")
+    tasks.graph.ranks.update((task, ranks) for task in tasks)
+
+
+def op_order(*groups: Tasks) -> None:
+    """Run groups one after the other: of each microbatch, on each rank, all of a group before any of the next.
+
+    This is about forward passes; a group's backward pass runs as soon as it can.
+
+    Source:  SuperScaler (arXiv 2301.08984) section 3.2.
+    """
+    if groups:
+        groups[0].graph.chains.append(groups)
+
+
+def balance(layers: Sequence[Tasks], num_stages: int) -> tuple[Tasks, ...]:
+    """Neighbouring layers put together so that the stage with the most work has as little as possible.
+
+    Raises:  ValueError for more stages than layers.
+    """
+    if not 1 <= num_stages <= len(layers):
+        raise ValueError(f"{len(layers)} layers cannot make {num_stages} stages; choose 1 to {len(layers)}.")
+    work = [sum(task_work(task) for task in layer) for layer in layers]
+    # best[k][i]: the least that the largest of k stages over the first i layers can be, and where the last one begins.
+    best = [[(math.inf, 0)] * (len(layers) + 1) for _ in range(num_stages + 1)]
+    best[0][0] = (0, 0)
+    for stage in range(1, num_stages + 1):
+        for stop in range(stage, len(layers) + 1):
+            best[stage][stop] = min(
+                (max(best[stage - 1][start][0], sum(work[start:stop])), start) for start in range(stage - 1, stop)
+            )
+    stages: list[Tasks] = []
+    stop = len(layers)
+    for stage in range(num_stages, 0, -1):
+        start = best[stage][stop][1]
+        stages.append(Tasks(layers[0].graph, [task for layer in layers[start:stop] for task in layer]))
+        stop = start
+    return tuple(reversed(stages))
+
+
+def store(
+    graph: Graph, ranks: Sequence[int], pattern: str = "*", *, reduces_each: bool = False, regathers: bool = False
+) -> None:
+    """Shard parameters whose names match over ranks, by dimension 0; those with too few rows stay whole.
+
+    They are gathered where tasks read them and their gradients come back as shards.
+
+    Source:  ZeRO (arXiv 1910.02054) as SuperScaler section 3.3 states it: an op-trans of the optimizer.
+    """
+    for parameter in graph.parameters:
+        if fnmatch.fnmatchcase(parameter.name, pattern):
+            fits = bool(parameter.shape) and parameter.shape[0] >= len(ranks)
+            graph.stored[parameter] = Storage(tuple(ranks), 0 if fits else None, reduces_each, regathers)
 
 
 PlanFunction = Callable[[Graph, Mesh], None]
 """A plan: decides about a graph by calling primitives."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """What a plan decided: the rank of every task."""
+    """What a plan decided, for every task.
 
-    graph: TaskGraph
+    ``tasks`` are all pieces in an order in which one process could run them. ``ranks`` are those that run each.
+    ``microbatch`` has those tasks that belong to one, ``recomputed`` the group of those that are computed again, and
+    ``turn`` those that op_order names: the number of the call, and the group's number in it.
+    """
+
+    graph: OperatorGraph
     mesh: Mesh
-    rank_of: Mapping[str, int]
+    tasks: tuple[Task, ...]
+    ranks: Mapping[Task, tuple[int, ...]]
+    microbatch: Mapping[Task, int]
+    recomputed: Mapping[Task, int]
+    turn: Mapping[Task, tuple[int, int]]
+    stored: Mapping[LogicalTensor, Storage]
+    pipeline: Pipeline | None
+    num_microbatches: int
 
     def __str__(self) -> str:
-        """Count the tasks on each rank."""
-        num_tasks = Counter(self.rank_of.values())
-        return "\n".join(["Plan", *(f"  rank {rank}: {num_tasks[rank]} tasks" for rank in self.mesh.ranks)])
+        """Count the tasks on each rank, and name what is decided for all."""
+        rows = [f"Plan for a {self.mesh}, {self.num_microbatches} microbatches"]
+        for rank in self.mesh.ranks:
+            mine = [task for task in self.tasks if rank in self.ranks[task]]
+            num_cut = sum(bool(task.cuts) for task in mine)
+            recomputed = sum(task in self.recomputed for task in mine)
+            rows.append(f"  rank {rank}: {len(mine)} tasks, {num_cut} of them cut, {recomputed} recomputed")
+        return "\n".join(rows)
 
 
-def op_assign(tasks: Tasks, rank: int) -> None:
-    """Place tasks on a rank of the mesh; a task placed again moves.
+def record(plan: PlanFunction, graph: OperatorGraph, mesh: Mesh) -> Plan:
+    """Run a plan over a program and keep what it decides.
 
-    Raises:  ValueError for a rank that the mesh does not have.
-    Source:  SuperScaler (arXiv 2301.08984) section 3.2; backward tasks are placed here rather than following forward.
-    """
-    mesh = tasks.graph._mesh
-    if rank not in mesh.ranks:
-        raise ValueError(f"op_assign got rank {rank}, which is not in the {mesh}. Use a rank of mesh.ranks.")
-    tasks.graph._rank_of.update((task.name, rank) for task in tasks)
-
-
-def record(plan: PlanFunction, graph: TaskGraph, mesh: Mesh) -> Plan:
-    """Run a plan over a graph and keep what it decides.
-
-    Raises:  ValueError if it leaves a task without a rank.
+    Raises:  ValueError if it places nothing on a mesh of several ranks.
     """
     view = Graph(graph, mesh)
     plan(view, mesh)
-    missing = [task for task in graph.tasks if task.name not in view._rank_of]
-    if missing:
-        first = missing[0]
-        where = f"in module {first.module!r}" if first.module else "outside any module"
-        raise ValueError(
-            f"the plan {getattr(plan, '__name__', plan)!r} leaves {len(missing)} of {len(graph.tasks)} tasks without a "
-            f"rank, the first being {first.op} {first.name!r} ({first.direction}, {where}). "
-            f"Every task needs one: begin with op_assign(graph.tasks, rank)."
-        )
-    return Plan(graph, mesh, MappingProxyType(dict(view._rank_of)))
+    if not view.ranks:
+        if len(mesh) > 1:
+            name = getattr(plan, "__name__", plan)
+            raise ValueError(f"the plan {name!r} places nothing on the {mesh}. Call op_assign(tasks, rank).")
+        op_assign(view.tasks, mesh.ranks[0])
+    tasks = tuple(view.tasks)
+    _place_the_rest(view, tasks)
+    merged = _merge_replicas(view, tasks)
+    turn = {
+        task: (number, position)
+        for number, chain in enumerate(view.chains)
+        for position, group in enumerate(chain)
+        for task in group
+    }
+    return Plan(
+        graph,
+        mesh,
+        tuple(merged),
+        merged,
+        {task: index for task, index in view.microbatch_of.items() if task in merged},
+        {task: group for task, group in view.recomputed.items() if task in merged},
+        {task: place for task, place in turn.items() if task in merged},
+        dict(view.stored),
+        view.pipeline,
+        view.num_microbatches,
+    )
+
+
+def _place_the_rest(view: Graph, tasks: Sequence[Task]) -> None:
+    """Give tasks that no op_assign named the ranks of those that they are connected to.
+
+    What gradients flow through runs where its latest input is made, or else where it is first read; what none flow
+    through, positions and masks, wherever it is read.
+    """
+    makers: defaultdict[LogicalTensor, list[Task]] = defaultdict(list)
+    readers: defaultdict[LogicalTensor, list[Task]] = defaultdict(list)
+    for task in tasks:
+        for made in task.outputs:
+            if made is not None:
+                makers[made.tensor].append(task)
+        for read in dict.fromkeys(view_.tensor for view_ in task.inputs):
+            readers[read].append(task)
+    position = {task: index for index, task in enumerate(tasks)}
+
+    def related(candidates: Iterable[Task], task: Task) -> list[Task]:
+        own = view.microbatch_of.get(task)
+        return [
+            other
+            for other in candidates
+            if other in view.ranks and (own is None or view.microbatch_of.get(other, own) == own)
+        ]
+
+    def flows(task: Task) -> bool:
+        return any(made is not None and made.tensor.differentiable for made in task.outputs)
+
+    def place(task: Task, neighbours: Sequence[Task]) -> None:
+        if neighbours:
+            view.ranks[task] = tuple(sorted({rank for other in neighbours for rank in view.ranks[other]}))
+
+    for task in tasks:  # after what makes its latest input
+        if task not in view.ranks and flows(task):
+            for tensor in sorted(
+                {read.tensor for read in task.inputs if makers[read.tensor]},
+                key=lambda tensor: -max(position[maker] for maker in makers[tensor]),
+            ):
+                if found := related(makers[tensor], task):
+                    place(task, found)
+                    break
+    for task in reversed(tasks):  # where it is read
+        if task not in view.ranks:
+            found = related((r for made in task.outputs if made is not None for r in readers[made.tensor]), task)
+            if flows(task) and found:
+                found = [reader for reader in found if reader.operator is found[0].operator]
+            place(task, found)
+    for task in tasks:  # what nobody reads but the caller
+        if task not in view.ranks:
+            found = related((maker for read in task.inputs for maker in makers[read.tensor]), task)
+            place(task, found[-1:])
+            view.ranks.setdefault(task, view.mesh.ranks[:1])
+
+
+def _merge_replicas(view: Graph, tasks: Sequence[Task]) -> dict[Task, tuple[int, ...]]:
+    """The tasks with their ranks; of replicas, only the first on each rank."""
+    taken: dict[tuple[object, ...], set[int]] = defaultdict(set)
+    merged: dict[Task, tuple[int, ...]] = {}
+    for task in tasks:
+        same = (task.operator, tuple(task.cuts.items()), task.chunk)
+        ranks = tuple(rank for rank in view.ranks[task] if rank not in taken[same])
+        taken[same].update(ranks)
+        if ranks:
+            merged[task] = ranks
+    return merged
+
+
+def _cut_along(tasks: Tasks, dimension: Dimension, n: int, *, shares_the_rest: bool, follows_sums: bool) -> list[Tasks]:
+    """Cut every task that computes along a dimension into n pieces; the i-th pieces are group i.
+
+    What does not compute along it becomes n replicas, or, if they share it, stays one that is in no group. If they
+    follow sums, what is linear in a sum over the dimension is cut into the addends.
+    """
+    graph = tasks.graph
+    summed: set[LogicalTensor] = set()
+    rows: list[tuple[Task, ...]] = []
+    for task in tuple(tasks):
+        operator = task.operator
+        identifier = identifier_to_cut(operator, dimension)
+        pieces: tuple[Task, ...] | None = None
+        if identifier is not None:
+            whole = task.cuts.get(identifier, Interval(0, find_rule(operator).sizes[identifier]))
+            unit = find_rule(operator).sizes[identifier] // dimension.size
+            parts = cut_evenly(whole.size // unit, n)
+            intervals = [Interval(whole.start + p.start * unit, whole.start + p.stop * unit) for p in parts]
+            pieces = cut(task, identifier, intervals)
+            if follows_sums and identifier in find_rule(operator).summed:
+                summed.update(tensor for tensor in operator.outputs if tensor is not None)
+        elif follows_sums and (positions := _linear_in(operator, summed)):
+            pieces = split_value(task, positions, n)
+            summed.update(tensor for tensor in operator.outputs if tensor is not None)
+        elif not shares_the_rest:
+            pieces = replicate(task, n)
+        if pieces is not None:
+            rows.append(_replace(graph, task, pieces))
+    if not rows:
+        raise ValueError(f"none of {tasks} computes along {dimension}.")
+    return _transpose(graph, rows)
+
+
+def _linear_in(operator: Operator, summed: set[LogicalTensor]) -> tuple[int, ...]:
+    """The inputs in which the operator is linear if these are exactly the ones that are sums."""
+    positions = tuple(index for index, tensor in enumerate(operator.inputs) if tensor in summed)
+    return positions if positions in map(tuple, map(sorted, find_rule(operator).linear)) else ()
+
+
+def _replace(graph: Graph, task: Task, pieces: tuple[Task, ...]) -> tuple[Task, ...]:
+    graph.replace(task, pieces)
+    return pieces
+
+
+def _transpose(graph: Graph, rows: Sequence[tuple[Task, ...]]) -> list[Tasks]:
+    return [Tasks(graph, group) for group in zip(*rows, strict=True)]
+
+
+def _is_called(tensor: LogicalTensor, dim: int, wanted: str, wanted_dim: str) -> bool:
+    matches = fnmatch.fnmatchcase(tensor.name, wanted) or tensor.name.endswith(f".{wanted}")
+    return matches and str(dim) == wanted_dim
+
+
+def _is_internal(dimension: Dimension, operators: Sequence[Operator]) -> bool:
+    """Whether it lies along parameters, and along nothing else that comes from or goes to other operators."""
+    made = {tensor for operator in operators for tensor in operator.outputs}
+    # What is made here and read by nobody here is what the rest of the program reads.
+    read = {tensor for operator in operators for tensor in operator.inputs}
+    outside = [
+        tensor
+        for tensor, _ in dimension.tensor_dims
+        if (tensor.kind != "parameter" and tensor not in made) or (tensor in made and tensor not in read)
+    ]
+    return not outside and _parameter_extent(dimension) > 0
+
+
+def _touches_attention(dimension: Dimension) -> bool:
+    targets = [str(operator.target) for operator in dimension.identifiers]
+    return any("attention" in target or "softmax" in target for target in targets)
+
+
+def _parameter_extent(dimension: Dimension) -> int:
+    return max((tensor.shape[dim] for tensor, dim in dimension.tensor_dims if tensor.kind == "parameter"), default=0)
 
 
 def _is_inside(module: str, pattern: str) -> bool:

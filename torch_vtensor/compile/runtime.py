@@ -1,38 +1,162 @@
-"""Runs a rank's actions: answers AOTAutograd, which calls one pass at a time."""
+"""Runs a planned function: one rank's part of every call, as an autograd function."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from torch.fx import GraphModule
+import torch
+from torch import Tensor
 
-from torch_vtensor.compile._torch_compat import BoxedCallable, CutInTwo, Generate, boxed
-from torch_vtensor.compile.segment import Segments
+from torch_vtensor.compile.capture import Captured
+from torch_vtensor.compile.executor import Code, Executor, Transport
+from torch_vtensor.compile.passes import Passes
+from torch_vtensor.compile.program import Program
+from torch_vtensor.compile.segment import Segment
+from torch_vtensor.compile.tensor_view import LogicalTensor
 
-Phases = Callable[[GraphModule, CutInTwo | None], Segments]
-"""From a captured graph to the segments that run it; the graph is joint where there is a way to cut it in two."""
+Given = Mapping[LogicalTensor, Tensor]
 
 
 class Runtime:
-    """Compiles the segments that the phases make of each captured graph, and runs them.
+    """One rank of a program, called with the arguments of the captured function.
 
-    A pass is one action here, and that action's compiled code is handed to AOTAutograd as it is: nothing is added to a
-    call, and inductor still recognizes its own object, which its CUDA graphs depend on.
+    Where the function returns one number that gradients flow through, a call runs the whole step: backward passes of one
+    microbatch come before forward passes of the next, and the gradients wait for ``loss.backward()`` to hand them over.
+    Otherwise backward runs when autograd asks for it.
     """
 
-    def __init__(self, phases: Phases, *, eager: bool, cache_key: str | None) -> None:
-        self._phases = phases
-        self._eager = eager
-        self.cache_key = cache_key
+    def __init__(
+        self,
+        captured: Captured,
+        program: Program,
+        passes: Passes,
+        rank: int,
+        code: Callable[[Segment], Code],
+        transport: Transport,
+    ) -> None:
+        self._captured = captured
+        self._program = program
+        self._rank = rank
+        codes = {segment: code(segment) for segment in program.segments if segment.rank == rank}
+        self._forward = Executor(program, passes.forward, rank, codes, transport)
+        self._backward = None if passes.backward is None else Executor(program, passes.backward, rank, codes, transport)
+        graph = program.flow.plan.graph
+        self._outputs = tuple(dict.fromkeys(graph.outputs))
+        self._seed_of = {tensor: key for (owner, key), tensor in program.seeds.items() if owner == rank}
+        self.wanting = tuple(tensor for tensor in graph.inputs if tensor in program.flow.active)
+        self.flowing = tuple(tensor in program.flow.active for tensor in self._outputs)
 
-    def split(self, joint: GraphModule, min_cut: CutInTwo) -> tuple[GraphModule, GraphModule]:
-        """Run the phases on a joint graph."""
-        segments = self._phases(joint, min_cut)
-        assert segments.backward is not None, "a joint graph has a backward pass"
-        return segments.forward.module, segments.backward.module
+    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        """Run the function on this rank; what it returns is what one process would."""
+        pairs = zip(self._captured.arguments, arguments, strict=True)
+        given = {tensor: value for tensor, value in pairs if tensor is not None}
+        if self.wanting:
+            step = _Partition if self._backward is not None else _WholeStep
+            made = step.apply(self, given, *(given[tensor] for tensor in self.wanting))  # type: ignore[no-untyped-call]
+        else:
+            made = self.run_forward(given)[0]
+        outputs = dict(zip(self._outputs, made, strict=True))
+        return tuple(outputs[value] if isinstance(value, LogicalTensor) else value for value in self._captured.results)
 
-    def emit(self, graph: GraphModule, generate: Generate, *, inference: bool) -> BoxedCallable:
-        """Compile one pass; an inference graph, which was never split, goes through the phases first."""
-        if inference:
-            graph = self._phases(graph, None).forward.module
-        return boxed(graph) if self._eager else generate(graph)
+    @torch.no_grad()
+    def run_forward(self, given: Given) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Run the forward pass, or the whole step with gradients for gradients of one.
+
+        Returns the outputs, and every value that is left.
+        """
+        values: dict[str, Any] = {}
+        there = {**self._captured.constants, **given}
+        for (owner, key), view in self._program.arguments.items():
+            if owner == self._rank:
+                part = tuple(slice(*interval) for interval in view.mask.intervals)
+                values[key] = there[view.tensor].detach()[part]
+        if self._backward is None:
+            self._put_seeds(values, {tensor: torch.ones((), dtype=tensor.dtype) for tensor in self._seed_of}, given)
+        self._run(self._forward, values, given)
+        returned = {
+            tensor: values[key] for (owner, tensor), key in self._program.outputs.items() if owner == self._rank
+        }
+        for overwritten, new in self._program.flow.plan.graph.mutations.items():
+            given[overwritten].copy_(returned[new])
+        return tuple(returned[tensor] for tensor in self._outputs), values
+
+    @torch.no_grad()
+    def run_backward(
+        self, values: dict[str, Any], tangents: Sequence[Tensor | None], given: Given
+    ) -> list[Tensor | None]:
+        """Run the backward pass over what forward left."""
+        assert self._backward is not None
+        pairs = zip(self._outputs, tangents, strict=True)
+        of_output = {tensor: tangent for tensor, tangent in pairs if tangent is not None}
+        self._put_seeds(values, of_output, given)
+        self._run(self._backward, values, given)
+        return self.gradients(values)
+
+    def gradients(self, values: Mapping[str, Any]) -> list[Tensor | None]:
+        """The gradient of each argument that wants one."""
+        found = {tensor: key for (owner, tensor), (key, _) in self._program.gradients.items() if owner == self._rank}
+        return [values[found[tensor]] if tensor in found else None for tensor in self.wanting]
+
+    def _put_seeds(self, values: dict[str, Any], of_output: Given, given: Given) -> None:
+        device = _device(given)
+        for tensor, key in self._seed_of.items():
+            seed = of_output.get(tensor)
+            zeros = seed is None
+            values[key] = (
+                torch.zeros(tensor.shape, dtype=tensor.dtype, device=device) if zeros else of_output[tensor].to(device)
+            )
+
+    def _run(self, executor: Executor, values: dict[str, Any], given: Given) -> None:
+        for pending in executor.run(values, _device(given)):
+            pending.wait()
+
+
+class _WholeStep(torch.autograd.Function):
+    """A training step: gradients are there when forward is done, backward hands them over."""
+
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, given: Given, *wanting: Tensor) -> tuple[Any, ...]:
+        outputs, values = runtime.run_forward(given)
+        ctx.gradients = runtime.gradients(values)
+        ctx.mark_non_differentiable(*(o for o, flows in zip(outputs, runtime.flowing, strict=True) if not flows))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "backward ran through this step before: its gradients were computed with it and handed over. Call the "
+                "compiled function again for each backward pass; retain_graph has nothing to keep."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        scale = next(tangent for tangent in tangents if tangent is not None)
+        return (None, None, *(None if gradient is None else gradient * scale for gradient in gradients))
+
+
+class _Partition(torch.autograd.Function):
+    """A forward pass, and the backward pass when autograd asks for it."""
+
+    @staticmethod
+    def forward(ctx: Any, runtime: Runtime, given: Given, *wanting: Tensor) -> tuple[Any, ...]:
+        outputs, ctx.values = runtime.run_forward(given)
+        ctx.runtime, ctx.given = runtime, given
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(o for o, flows in zip(outputs, runtime.flowing, strict=True) if not flows))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
+        if ctx.values is None:
+            raise RuntimeError(
+                "backward ran through this call before, and what it had saved is gone. Call the compiled function "
+                "again for each backward pass; a plan does not keep a graph for retain_graph=True."
+            )
+        values, ctx.values = ctx.values, None
+        return (None, None, *ctx.runtime.run_backward(values, tangents, ctx.given))
+
+
+def _device(given: Given) -> torch.device:
+    """Where the function computes: where its largest argument is."""
+    largest = max(given.values(), key=lambda value: value.numel(), default=None)
+    return torch.device("cpu") if largest is None else largest.device

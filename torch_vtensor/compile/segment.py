@@ -1,64 +1,212 @@
-"""Program → Segments: the graph of each action, ready for a code generator."""
+"""Dataflow → segments: what one rank can run in one piece, forward and backward, between communications.
+
+Tasks of one rank and one microbatch are one segment if nothing has to move between them, forward or backward. Each task
+gets a level that rises along every edge where something does::
+
+    level 0                level 1                      level 2
+    norm → x  ──────────►  linear[n 0:4] → gelu → ...   ── all_reduce ──► add → norm
+            (dx is summed)  linear[k 0:4]
+
+All segments on a path from a segment back to itself would have its level, so there is no such path.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from torch.fx import GraphModule
+from torch_vtensor.compile.communication import Placed
+from torch_vtensor.compile.dataflow import Dataflow, Exchange, GradientGroup, Instance, Reader
+from torch_vtensor.compile.stages import find_stages
+from torch_vtensor.compile.task_graph import Task
+from torch_vtensor.compile.tensor_view import LogicalTensor, Mask, TensorView
 
-from torch_vtensor.compile._torch_compat import CutInTwo
-from torch_vtensor.compile.materialize import Program
-from torch_vtensor.compile.schedule import Action
+
+class Arrival(NamedTuple):
+    """A value that enters a segment, once for each group of readers whose gradients go different ways."""
+
+    exchange: Exchange
+    mask: Mask
+    group: GradientGroup | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
-    """The graph that one action runs.
+    """Tasks that one rank runs in one piece.
 
-    ``recomputed`` names the forward tasks that a backward segment runs again rather than have their values saved.
-    ``module`` is consumed by the code generator; the rest stays as it is.
+    ``flows`` tells whether gradients flow through it, ``turn`` its place where the plan orders groups. ``arrivals`` are
+    its inputs, with the readers that read each; ``departures`` the views that others need; ``internal`` has the inputs
+    of tasks that are made inside.
     """
 
-    action: Action
-    num_operators: int
-    recomputed: tuple[str, ...]
-    module: GraphModule = field(repr=False, compare=False)
+    name: str
+    rank: int
+    microbatch: int | None
+    stage: int
+    level: int
+    recomputes: bool
+    flows: bool
+    turn: tuple[int, int] | None
+    tasks: tuple[Task, ...]
+    arrivals: Mapping[Arrival, tuple[Reader, ...]]
+    departures: tuple[TensorView, ...]
+    internal: frozenset[tuple[Task, int]]
 
     def __str__(self) -> str:
         """One line."""
-        recomputed = f", {len(self.recomputed)} of them recomputed" if self.recomputed else ""
-        return f"{self.action} of rank {self.action.rank}: {self.num_operators} operators{recomputed}"
+        of = "" if self.microbatch is None else f" of microbatch {self.microbatch}"
+        first, last = self.tasks[0].name, self.tasks[-1].name
+        names = first if len(self.tasks) == 1 else f"{first} … {last}"
+        return f"{self.name} on rank {self.rank}{of}: {len(self.tasks)} tasks, {names}"
 
 
-@dataclass(frozen=True)
-class Segments:
-    """What one process compiles: the forward segment and, in training, the backward one."""
+class _Key(NamedTuple):
+    """What tasks of one segment have in common."""
 
-    forward: Segment
-    backward: Segment | None
+    rank: int
+    microbatch: int | None
+    stage: int
+    recomputed: int | None
+    turn: tuple[int, int] | None
+    flows: bool
+    level: int
 
-    def __str__(self) -> str:
-        """One line for each segment."""
-        return "\n".join(str(segment) for segment in (self.forward, self.backward) if segment is not None)
+
+class Output(NamedTuple):
+    """A part of a tensor that a task makes on a rank."""
+
+    tensor: LogicalTensor
+    rank: int
+    mask: Mask
 
 
-def segment(program: Program, min_cut: CutInTwo | None) -> Segments:
-    """Give each action its graph; `min_cut`, for a joint graph, cuts it in two where the least has to be saved.
+def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
+    """Put tasks into segments, as few as communication, recomputation and the order asked for allow."""
+    plan = flow.plan
+    stages = find_stages(plan).of_task
+    level: dict[Instance, int] = {}
+    keys: dict[Instance, _Key] = {}
+    internal: set[tuple[Instance, int]] = set()
+    for task in plan.tasks:
+        for rank in plan.ranks[task]:
+            instance = Instance(task, rank)
+            index, recomputed, turn = plan.microbatch.get(task), plan.recomputed.get(task), plan.turn.get(task)
+            # What needs no turn in a pipeline must not wait for one: all microbatches' targets are counted first.
+            flows = index is None or _flows(flow, task)
+            own = _Key(rank, index, stages[task], recomputed, turn, flows, level=0)
+            lowest = 0
+            for position in range(len(task.inputs)):
+                exchange, reader = flow.reads[instance, position]
+                source = _direct_source(flow, exchange, reader)
+                if source is not None and keys[source]._replace(level=0) == own:
+                    lowest = max(lowest, level[source])
+                else:
+                    above = [level[maker] for makers in exchange.makers.values() for maker in makers]
+                    lowest = max(lowest, max(above, default=-1) + 1)
+            level[instance] = lowest
+            keys[instance] = own._replace(level=lowest)
+            for position in range(len(task.inputs)):
+                source = _direct_source(flow, *flow.reads[instance, position])
+                if source is not None and keys[source] == keys[instance]:
+                    internal.add((instance, position))
 
-    Effects: consumes the captured graph.
+    members: defaultdict[_Key, list[Instance]] = defaultdict(list)
+    for instance, key in keys.items():
+        members[key].append(instance)
+    in_order = sorted(members, key=lambda key: (key.level, key.rank))
+    leaving = _leaving(flow, internal)
+    return tuple(_segment(flow, f"s{n}", key, members[key], internal, leaving) for n, key in enumerate(in_order))
+
+
+def _direct_source(flow: Dataflow, exchange: Exchange, reader: Reader) -> Instance | None:
+    """The task on the reader's rank whose output it reads as it is, if the gradient also comes back as it is."""
+    part = Placed(reader.rank, reader.mask)
+    makers = exchange.makers.get(part, ())
+    if not makers or exchange.buffer(reader) != exchange.communication.have[part]:
+        return None
+    if exchange.tensor in flow.active:
+        group = exchange.group_of.get(reader)
+        if group is None:
+            return None
+        region = Placed(reader.rank, reader.mask.region)
+        needed = group.communication.need[region]
+        if needed != group.communication.have.get(region) or reader.mask != reader.mask.region:
+            return None
+        if group.sends(needed):
+            return None
+    return makers[0]
+
+
+def _leaving(flow: Dataflow, internal: set[tuple[Instance, int]]) -> set[Output]:
+    """The parts of tensors that others read than the segment that makes them, or whose gradient comes from others.
+
+    A replica that nobody reads has a gradient nevertheless: its pieces of parameters are trained by it.
     """
-    (actions,) = program.schedule.actions.values()
-    module = program.schedule.plan.graph.module
-    if min_cut is None:
-        return Segments(Segment(actions[0], len(_operators(module)), (), module), None)
-    forward, backward = min_cut(module)
-    ran, runs = _operators(forward), _operators(backward)
-    return Segments(
-        Segment(actions[0], len(ran), (), forward),
-        Segment(actions[1], len(runs), tuple(name for name in runs if name in ran), backward),
+
+    def is_internal(reader: Reader) -> bool:
+        return reader.task is not None and (Instance(reader.task, reader.rank), reader.position) in internal
+
+    leaving: set[Output] = set()
+    for exchange in flow.exchanges:
+        tensor, communication = exchange.tensor, exchange.communication
+        for reader in exchange.readers:
+            part = Placed(reader.rank, reader.mask)
+            if not is_internal(reader) and exchange.buffer(reader) == communication.have.get(part):
+                leaving.add(Output(tensor, reader.rank, reader.mask))
+        for step in communication.steps:
+            for rank in step.ranks:
+                for buffer in step.reads(rank):
+                    if buffer == communication.have.get(Placed(rank, buffer.mask)):
+                        leaving.add(Output(tensor, rank, buffer.mask))
+        for group in exchange.groups:
+            for maker in exchange.makers:
+                region = Placed(maker.rank, maker.mask.region)
+                direct = group.communication.need[region] == group.communication.have.get(region)
+                if not direct or not all(map(is_internal, group.addends[region])):
+                    leaving.add(Output(tensor, maker.rank, maker.mask))
+    return leaving
+
+
+def _segment(
+    flow: Dataflow,
+    name: str,
+    key: _Key,
+    instances: list[Instance],
+    internal: set[tuple[Instance, int]],
+    leaving: set[Output],
+) -> Segment:
+    arrivals: defaultdict[Arrival, list[Reader]] = defaultdict(list)
+    inside: set[tuple[Task, int]] = set()
+    for instance in instances:
+        for position in range(len(instance.task.inputs)):
+            if (instance, position) in internal:
+                inside.add((instance.task, position))
+                continue
+            exchange, reader = flow.reads[instance, position]
+            arrivals[Arrival(exchange, reader.mask, exchange.group_of.get(reader))].append(reader)
+    departures = tuple(
+        view
+        for instance in instances
+        for view in instance.task.outputs
+        if view is not None and Output(view.tensor, key.rank, view.mask) in leaving
+    )
+    return Segment(
+        name,
+        key.rank,
+        key.microbatch,
+        key.stage,
+        key.level,
+        key.recomputed is not None,
+        key.flows,
+        key.turn,
+        tuple(instance.task for instance in instances),
+        {arrival: tuple(readers) for arrival, readers in arrivals.items()},
+        departures,
+        frozenset(inside),
     )
 
 
-def _operators(module: GraphModule) -> dict[str, None]:
-    """Names of what a graph computes, in order."""
-    return {node.name: None for node in module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")}
+def _flows(flow: Dataflow, task: Task) -> bool:
+    return any(view is not None and view.tensor in flow.active for view in task.outputs)

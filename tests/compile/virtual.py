@@ -1,0 +1,94 @@
+"""All ranks of a plan in this process: what they compute, next to what one process computes without a plan."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_vtensor.compile.backend import Compilation, compile_plan
+from torch_vtensor.compile.capture import Captured, capture
+from torch_vtensor.compile.codegen import CodeGenerator
+from torch_vtensor.compile.mesh import Mesh
+from torch_vtensor.compile.names import name_inputs
+from torch_vtensor.compile.options import Options
+from torch_vtensor.compile.primitives import PlanFunction
+from torch_vtensor.compile.tensor_view import Mask
+from torch_vtensor.compile.virtual_world import run_all
+
+
+@dataclass
+class Captures:
+    """A function as the backend sees it, with its arguments."""
+
+    captured: Captured
+    arguments: Sequence[Any]
+
+
+def capture_call(function: Callable[..., Any], *arguments: Any) -> Captures:
+    """Capture a function at a call, without compiling it."""
+    found: list[Captures] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        found.append(Captures(capture(gm, example_inputs, name_inputs(gm, example_inputs)), list(example_inputs)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, dynamic=False)(*arguments)
+    (only,) = found
+    return only
+
+
+def run_plan(call: Captures, plan: PlanFunction, mesh: Mesh) -> tuple[Compilation, Mapping[int, dict[str, Any]]]:
+    """Plan, check and run a captured call on every rank, with gradients; returns every rank's values at the end."""
+    compilation = compile_plan(call.captured, Options(plan=plan), mesh, trains=True)
+    program = compilation.program
+    given = {tensor: value for tensor, value in zip(call.captured.arguments, call.arguments, strict=True) if tensor}
+    given.update(call.captured.constants)
+    values: dict[int, dict[str, Any]] = {rank: {} for rank in mesh.ranks}
+    for (rank, key), view in program.arguments.items():
+        values[rank][key] = part_of(given[view.tensor].detach(), view.mask)
+    for (rank, key), tensor in program.seeds.items():
+        values[rank][key] = torch.ones(tensor.shape, dtype=tensor.dtype)
+    run_all(program, compilation.schedule, values, CodeGenerator("eager", {}), torch.device("cpu"))
+    return compilation, values
+
+
+def part_of(tensor: Tensor, mask: Mask) -> Tensor:
+    """The part of a tensor that a mask names."""
+    return tensor[tuple(slice(*interval) for interval in mask.intervals)]
+
+
+def assert_plan_is_right(
+    model: nn.Module,
+    loss_of: Callable[..., Tensor],
+    arguments: Sequence[Tensor],
+    plan: PlanFunction,
+    mesh: Mesh,
+    tolerance: float = 1e-9,
+) -> Compilation:
+    """The loss and every gradient, on every rank that has them, are those of one process."""
+    call = capture_call(loss_of, *arguments)
+    compilation, values = run_plan(call, plan, mesh)
+    model.zero_grad()
+    loss = loss_of(*arguments)
+    loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for (rank, tensor), key in compilation.program.outputs.items():
+        if tensor in compilation.captured.graph.outputs:
+            torch.testing.assert_close(values[rank][key], loss.detach(), rtol=tolerance, atol=tolerance)
+    got = set()
+    for (rank, tensor), (key, mask) in compilation.program.gradients.items():
+        if tensor.kind == "parameter":
+            wanted = part_of(expected[tensor.name], mask)
+            got.add(tensor.name)
+            torch.testing.assert_close(
+                values[rank][key],
+                wanted,
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda text, name=tensor.name, rank=rank: f"gradient of {name} on rank {rank}: {text}",
+            )
+    assert got == {name for name, gradient in expected.items() if gradient is not None}
+    return compilation

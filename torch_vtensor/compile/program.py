@@ -1,0 +1,471 @@
+"""Segments and communication → Program: jobs for the schedule, and what each of them does.
+
+Every value has a key, the same on each rank that has it; a job reads and writes values by key. Keys are for people,
+too: ``x[0:4]`` is a part of x, ``d x[0:4]`` its gradient.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+from torch_vtensor.compile.communication import Assemble, Buffer, Communication, Placed, Step, Transfer
+from torch_vtensor.compile.cost import task_seconds
+from torch_vtensor.compile.dataflow import Dataflow, Exchange, GradientGroup
+from torch_vtensor.compile.schedules.job import Job, JobKind, Result, Value, ValueKind
+from torch_vtensor.compile.segment import Segment
+from torch_vtensor.compile.tensor_view import LogicalTensor, Mask, TensorView
+from torch_vtensor.compile.topology import Topology
+
+
+class Forward(NamedTuple):
+    """Run a segment: values in the order of its arrivals to values in the order of its departures."""
+
+    segment: Segment
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    saved: str | None
+
+
+class Backward(NamedTuple):
+    """Run a segment backward.
+
+    ``tangents`` has the gradient of each departure, None for those that have none; ``gradients`` the key of the
+    gradient of each arrival, None where none is wanted.
+    """
+
+    segment: Segment
+    saved: str
+    tangents: tuple[str | None, ...]
+    gradients: tuple[str | None, ...]
+
+
+class Move(NamedTuple):
+    """Take a step of a communication of one tensor."""
+
+    tensor: LogicalTensor
+    step: Step
+    keys: Mapping[Buffer, str]
+
+
+class Add(NamedTuple):
+    """Add values up on one rank; the first may be overwritten if nobody else reads it."""
+
+    rank: int
+    inputs: tuple[str, ...]
+    output: str
+
+
+Work = Forward | Backward | Move | Add
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """All jobs of all ranks and what they do, by name.
+
+    ``arguments`` has the key of each part that a rank has at the start, ``seeds`` those that the caller's gradients
+    enter by; ``outputs`` and ``gradients`` are what is there at the end.
+    """
+
+    flow: Dataflow
+    segments: tuple[Segment, ...]
+    jobs: tuple[Job, ...]
+    values: tuple[Value, ...]
+    work: Mapping[str, Work]
+    arguments: Mapping[tuple[int, str], TensorView]
+    seeds: Mapping[tuple[int, str], LogicalTensor]
+    outputs: Mapping[tuple[int, LogicalTensor], str]
+    gradients: Mapping[tuple[int, LogicalTensor], tuple[str, Mask]]
+    results: tuple[Result, ...]
+
+    def __str__(self) -> str:
+        """Count the jobs by kind, and list the communication by what it moves."""
+        kinds = Counter(job.kind for job in self.jobs)
+        rows = [", ".join(f"{count} {kind}" for kind, count in kinds.items())]
+        moved: Counter[str] = Counter()
+        for job in self.jobs:
+            work = self.work[job.name]
+            if isinstance(work, Move) and not isinstance(work.step, Assemble):
+                kind = "transfer" if isinstance(work.step, Transfer) else work.step.kind
+                moved[kind] += job.wire_bytes
+        rows += [f"  {kind}: {num_bytes:,} bytes" for kind, num_bytes in moved.items()]
+        return "\n".join(rows)
+
+
+def build_program(flow: Dataflow, segments: Sequence[Segment], topology: Topology) -> Program:
+    """Write down what there is to do, on all ranks, in no order yet."""
+    return _Builder(flow, segments, topology).build()
+
+
+class _Builder:
+    def __init__(self, flow: Dataflow, segments: Sequence[Segment], topology: Topology) -> None:
+        self._flow = flow
+        self._segments = tuple(segments)
+        self._topology = topology
+        self._jobs: list[Job] = []
+        self._values: dict[tuple[int, str], Value] = {}
+        self._work: dict[str, Work] = {}
+        self._arguments: dict[tuple[int, str], TensorView] = {}
+        self._seeds: dict[tuple[int, str], LogicalTensor] = {}
+        self._label = _labels(flow.exchanges)
+        self._number = {exchange: index for index, exchange in enumerate(flow.exchanges)}
+        # What readers outside of the makers' segments give back, by group and part.
+        self._given: defaultdict[tuple[GradientGroup, Placed], list[tuple[int | None, str]]] = defaultdict(list)
+        self._tangents: defaultdict[tuple[LogicalTensor, Placed], list[str]] = defaultdict(list)
+        self._forward_of: dict[Segment, Forward] = {}
+
+    def build(self) -> Program:
+        for exchange in self._flow.exchanges:
+            self._add_parts(exchange)
+        for segment in self._segments:
+            self._add_forward(segment)
+        for exchange in self._flow.exchanges:
+            keys = {buffer: self._key(exchange, buffer) for buffer in _buffers(exchange.communication)}
+            self._add_steps(exchange.tensor, exchange.communication, keys, exchange.microbatch, "activation")
+        outputs = {
+            (reader.rank, exchange.tensor): self._key(exchange, exchange.buffer(reader))
+            for exchange, reader in self._flow.returns
+        }
+        self._pin(outputs.items())
+        gradients = self._add_backward() if self._flow.active else {}
+        results = [Result(f"{tensor.name}", rank, key) for (rank, tensor), key in outputs.items()]
+        results += [Result(f"d {tensor.name}", rank, key) for (rank, tensor), (key, _) in gradients.items()]
+        return Program(
+            self._flow,
+            self._segments,
+            tuple(self._jobs),
+            tuple(self._values.values()),
+            MappingProxyType(self._work),
+            self._arguments,
+            self._seeds,
+            outputs,
+            gradients,
+            tuple(dict.fromkeys(results)),
+        )
+
+    # ------------------------------------------------------------------ values
+
+    def _key(self, exchange: Exchange, buffer: Buffer) -> str:
+        label = self._label[exchange.tensor]
+        key = f"{label}{buffer.mask}"
+        return f"{key}'{self._number[exchange]}.{buffer.tag}" if buffer.tag else key
+
+    def _add_value(self, key: str, rank: int, num_bytes: int, kind: ValueKind, *, pinned: bool = False) -> None:
+        if (rank, key) not in self._values:
+            self._values[rank, key] = Value(key, rank, num_bytes, kind, pinned)
+
+    def _pin(self, places: Iterable[tuple[tuple[int, LogicalTensor], str]]) -> None:
+        for (rank, _), key in places:
+            value = self._values[rank, key]
+            self._values[rank, key] = Value(key, rank, value.num_bytes, value.kind, pinned=True)
+
+    def _add_parts(self, exchange: Exchange) -> None:
+        """Declare what is there from the start; what segments and steps write is declared with them."""
+        tensor = exchange.tensor
+        for part, makers in exchange.makers.items():
+            if not makers:
+                key = self._key(exchange, exchange.communication.have[part])
+                view = TensorView(tensor, part.mask)
+                kind: ValueKind = "parameter" if tensor.kind in ("parameter", "buffer", "constant") else "input"
+                self._add_value(key, part.rank, view.num_bytes, kind, pinned=True)
+                self._arguments[part.rank, key] = view
+
+    # ------------------------------------------------------------------ forward
+
+    def _add_forward(self, segment: Segment) -> None:
+        label = self._label
+        inputs = tuple(
+            self._key(arrival.exchange, arrival.exchange.communication.need[Placed(segment.rank, arrival.mask)])
+            for arrival in segment.arrivals
+        )
+        outputs = tuple(f"{label[view.tensor]}{view.mask}" for view in segment.departures)
+        for key, view in zip(outputs, segment.departures, strict=True):
+            self._add_value(key, segment.rank, view.num_bytes, "activation")
+        # Of replicas on one rank only one has a gradient, so that what several read may be wanted by none of these.
+        wants = any(arrival.group is not None for arrival in segment.arrivals)
+        trains = wants and any(view.tensor in self._flow.active for view in segment.departures)
+        saved = f"saved {segment.name}" if trains else None
+        written = outputs
+        if saved is not None:
+            self._add_value(saved, segment.rank, _saved_bytes(segment), "saved")
+            written = (*outputs, saved)
+        forward = Forward(segment, inputs, outputs, saved)
+        self._forward_of[segment] = forward
+        self._add_job(f"F {segment.name}", "F", (segment.rank,), forward, inputs, written, segment)
+
+    def _add_steps(
+        self,
+        tensor: LogicalTensor,
+        communication: Communication,
+        keys: Mapping[Buffer, str],
+        microbatch: int | None,
+        kind: ValueKind,
+    ) -> None:
+        itemsize = tensor.dtype.itemsize
+        for step in communication.steps:
+            reads = {rank: tuple(dict.fromkeys(keys[buffer] for buffer in step.reads(rank))) for rank in step.ranks}
+            writes = {rank: tuple(keys[buffer] for buffer in step.writes(rank)) for rank in step.ranks}
+            for rank in step.ranks:
+                for buffer in step.writes(rank):
+                    self._add_value(keys[buffer], rank, buffer.mask.num_elements * itemsize, kind)
+            name = f"{_kind_of(step)} {next(key for keys_ in writes.values() for key in keys_)}"
+            name = f"{name} {'-'.join(map(str, step.ranks))}"
+            job_kind: JobKind = (
+                "move" if isinstance(step, Assemble) else "transfer" if isinstance(step, Transfer) else "collective"
+            )
+            seconds = 0.0
+            if not isinstance(step, Assemble):
+                alone = Communication({}, {}, (step,))
+                seconds = alone.seconds(itemsize, self._topology)
+            self._work[name] = Move(tensor, step, keys)
+            self._jobs.append(
+                Job(
+                    name,
+                    job_kind,
+                    step.ranks,
+                    reads={rank: names for rank, names in reads.items() if names},
+                    writes={rank: names for rank, names in writes.items() if names},
+                    stage=self._label[tensor],
+                    microbatch=microbatch,
+                    seconds=seconds,
+                    wire_bytes=sum(step.bytes_sent(rank, itemsize) for rank in step.ranks),
+                )
+            )
+
+    # ------------------------------------------------------------------ backward
+
+    def _add_backward(self) -> dict[tuple[int, LogicalTensor], tuple[str, Mask]]:
+        """Add backward passes from the last segments to the first, each after all that gives it gradients."""
+        self._add_seeds()
+        ready = sorted(self._segments, key=lambda segment: -segment.level)
+        departs = {
+            (view.tensor, Placed(segment.rank, view.mask)): segment
+            for segment in self._segments
+            for view in segment.departures
+        }
+        waiting: dict[Exchange, set[Segment]] = {
+            exchange: set() for exchange in self._flow.exchanges if exchange.groups
+        }
+        for segment in self._segments:
+            for arrival in segment.arrivals:
+                if arrival.group is not None:
+                    waiting[arrival.exchange].add(segment)
+        done: set[Segment] = set()
+        finished: set[Exchange] = set()
+        by_maker: defaultdict[Segment, list[Exchange]] = defaultdict(list)
+        by_reader: defaultdict[Segment, list[Exchange]] = defaultdict(list)
+        for exchange, givers in waiting.items():
+            for part in exchange.makers:
+                if (maker := departs.get((exchange.tensor, part))) is not None:
+                    by_maker[maker].append(exchange)
+            for giver in givers:
+                by_reader[giver].append(exchange)
+
+        def finish(exchange: Exchange) -> None:
+            if exchange not in finished and waiting[exchange] <= done:
+                finished.add(exchange)
+                self._add_gradient_steps(exchange)
+
+        for exchange in waiting:
+            finish(exchange)
+        for segment in ready:
+            for exchange in by_maker[segment]:
+                assert exchange in finished, f"{segment} would run backward before the gradient of {exchange.tensor}"
+            self._add_backward_of(segment)
+            done.add(segment)
+            for exchange in by_reader[segment]:
+                finish(exchange)
+        return self._collect_gradients()
+
+    def _add_seeds(self) -> None:
+        """The caller's gradients of what is returned, one for each rank and output."""
+        for exchange, reader in self._flow.returns:
+            group = exchange.group_of.get(reader)
+            if group is None or exchange.tensor not in self._flow.plan.graph.outputs:
+                continue
+            key = f"seed {self._label[exchange.tensor]}"
+            if (reader.rank, key) not in self._seeds:
+                self._add_value(key, reader.rank, exchange.tensor.num_bytes, "input", pinned=True)
+                self._seeds[reader.rank, key] = exchange.tensor
+            for part, readers in group.addends.items():
+                if reader in readers:
+                    self._given[group, part].append((None, key))
+
+    def _add_backward_of(self, segment: Segment) -> None:
+        forward = self._forward_of[segment]
+        if forward.saved is None:
+            return
+        tangents: list[str | None] = []
+        for key, view in zip(forward.outputs, segment.departures, strict=True):
+            given = self._tangents.get((view.tensor, Placed(segment.rank, view.mask)), [])
+            tangents.append(self._sum(given, f"d {key}", segment.rank, view, segment.microbatch))
+        if not any(tangents):
+            return
+        gradients: list[str | None] = []
+        for number, arrival in enumerate(segment.arrivals):
+            if arrival.group is None:
+                gradients.append(None)
+                continue
+            tensor = arrival.exchange.tensor
+            key = f"d {self._label[tensor]}{arrival.mask.region}@{segment.name}.{number}"
+            view = TensorView(tensor, arrival.mask.region)
+            kind: ValueKind = "gradient" if tensor.kind == "parameter" else "activation"
+            self._add_value(key, segment.rank, view.num_bytes, kind)
+            gradients.append(key)
+            readers = set(segment.arrivals[arrival])
+            for part, addends in arrival.group.addends.items():
+                if part.rank == segment.rank and not readers.isdisjoint(addends):
+                    self._given[arrival.group, part].append((segment.microbatch, key))
+        backward = Backward(segment, forward.saved, tuple(tangents), tuple(gradients))
+        read = tuple(dict.fromkeys(key for key in (*tangents, forward.saved) if key is not None))
+        written = tuple(key for key in gradients if key is not None)
+        self._add_job(f"B {segment.name}", "B", (segment.rank,), backward, read, written, segment)
+
+    def _add_gradient_steps(self, exchange: Exchange) -> None:
+        """Add up what each rank has of the gradient, and take it to the makers."""
+        tensor, label = exchange.tensor, self._label[exchange.tensor]
+        kind: ValueKind = "gradient" if tensor.kind == "parameter" else "activation"
+        for number, group in enumerate(exchange.groups):
+            communication = group.communication
+            keys: dict[Buffer, str] = {}
+            for part, buffer in communication.have.items():
+                given = self._given.get((group, part), [])
+                of = f"{self._number[exchange]}.{number}"
+                view = TensorView(tensor, part.mask.region)
+                total = self._sum(
+                    [key for _, key in sorted(given, key=lambda item: -1 if item[0] is None else item[0])],
+                    f"d {label}{part.mask}~{of}",
+                    part.rank,
+                    view,
+                    exchange.microbatch,
+                )
+                if total is not None:
+                    keys[buffer] = total
+            for buffer in _buffers(communication):
+                if buffer.tag:
+                    keys[buffer] = f"d {label}{buffer.mask}'{self._number[exchange]}.{number}.{buffer.tag}"
+            self._fill_with_zeros(tensor, communication, keys, kind)
+            self._add_steps(tensor, communication, keys, exchange.microbatch, kind)
+            for part, buffer in communication.need.items():
+                if buffer in keys:
+                    for maker in exchange.makers:
+                        if maker.rank == part.rank and maker.mask.region == part.mask:
+                            self._tangents[tensor, maker].append(keys[buffer])
+
+    def _fill_with_zeros(
+        self, tensor: LogicalTensor, communication: Communication, keys: dict[Buffer, str], kind: ValueKind
+    ) -> None:
+        """Parts that steps read and no segment gives a gradient of are zeros."""
+        for step in communication.steps:
+            for rank in step.ranks:
+                for buffer in step.reads(rank):
+                    if buffer not in keys:
+                        keys[buffer] = f"zeros {self._label[tensor]}{buffer.mask}"
+                        assemble = Assemble((), buffer)
+                        if (rank, keys[buffer]) not in self._values:
+                            self._add_steps(tensor, Communication({}, {}, (assemble,)), keys, None, kind)
+
+    def _sum(self, given: Sequence[str], key: str, rank: int, view: TensorView, microbatch: int | None) -> str | None:
+        """The key of the sum of some values, added one after the other so that no more than two are there at a time."""
+        if not given:
+            return None
+        total, *rest = dict.fromkeys(given)
+        kind: ValueKind = "gradient" if view.tensor.kind == "parameter" else "activation"
+        for number, addend in enumerate(rest):
+            output = f"{key}+{number + 1}"
+            self._add_value(output, rank, view.num_bytes, kind)
+            self._work[f"add {output} {rank}"] = Add(rank, (total, addend), output)
+            self._jobs.append(
+                Job(
+                    f"add {output} {rank}",
+                    "move",
+                    (rank,),
+                    reads={rank: (total, addend)},
+                    writes={rank: (output,)},
+                    stage=self._label[view.tensor],
+                    microbatch=microbatch,
+                )
+            )
+            total = output
+        return total
+
+    def _collect_gradients(self) -> dict[tuple[int, LogicalTensor], tuple[str, Mask]]:
+        found: dict[tuple[int, LogicalTensor], tuple[str, Mask]] = {}
+        for exchange in self._flow.exchanges:
+            for part, makers in exchange.makers.items():
+                given = self._tangents.get((exchange.tensor, part), [])
+                if makers or not given:
+                    continue
+                view = TensorView(exchange.tensor, part.mask)
+                total = self._sum(given, f"d {self._label[exchange.tensor]}{part.mask}", part.rank, view, None)
+                assert total is not None
+                found[part.rank, exchange.tensor] = total, part.mask
+        self._pin((place, key) for place, (key, _) in found.items())
+        return found
+
+    def _add_job(
+        self,
+        name: str,
+        kind: JobKind,
+        ranks: tuple[int, ...],
+        work: Work,
+        reads: Sequence[str],
+        writes: Sequence[str],
+        segment: Segment,
+    ) -> None:
+        (rank,) = ranks
+        self._work[name] = work
+        self._jobs.append(
+            Job(
+                name,
+                kind,
+                ranks,
+                reads={rank: tuple(dict.fromkeys(reads))} if reads else {},
+                writes={rank: tuple(writes)} if writes else {},
+                stage=str(segment.stage),
+                microbatch=segment.microbatch,
+                seconds=_seconds(segment, kind),
+            )
+        )
+
+
+def _labels(exchanges: Sequence[Exchange]) -> dict[LogicalTensor, str]:
+    """A name of its own for each tensor."""
+    taken: Counter[str] = Counter()
+    labels: dict[LogicalTensor, str] = {}
+    for exchange in exchanges:
+        tensor = exchange.tensor
+        if tensor not in labels:
+            taken[tensor.name] += 1
+            labels[tensor] = tensor.name if taken[tensor.name] == 1 else f"{tensor.name}~{taken[tensor.name]}"
+    return labels
+
+
+def _buffers(communication: Communication) -> set[Buffer]:
+    found = {*communication.have.values(), *communication.need.values()}
+    for step in communication.steps:
+        for rank in step.ranks:
+            found.update(step.reads(rank))
+            found.update(step.writes(rank))
+    return found
+
+
+def _kind_of(step: Step) -> str:
+    return "assemble" if isinstance(step, Assemble) else "transfer" if isinstance(step, Transfer) else step.kind
+
+
+def _saved_bytes(segment: Segment) -> int:
+    """Bytes kept for backward, estimated: everything made inside, or what enters if it is computed again."""
+    if segment.recomputes:
+        return 0
+    made = [view for task in segment.tasks for view in task.outputs if view is not None]
+    return sum(view.num_bytes for view in made if view.tensor.dtype.is_floating_point)
+
+
+def _seconds(segment: Segment, kind: JobKind) -> float:
+    """Time of a pass, estimated from the multiplications and the bytes of its tasks."""
+    forward = sum(task_seconds(task) for task in segment.tasks)
+    return forward * (1 if kind == "F" else 3 if segment.recomputes else 2)

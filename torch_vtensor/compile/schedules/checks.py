@@ -1,0 +1,251 @@
+"""Is a schedule one that can run, and computes what it should? Whoever made it: `order_jobs`, a file, an editor."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch_vtensor.compile.schedules.action import ACTION_KINDS, Action, Schedule
+from torch_vtensor.compile.schedules.job import Dataflow, Place, PlanError, Result, Value, readable_bytes
+from torch_vtensor.compile.schedules.rendezvous import check_meeting_order, run_blocking
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """The most bytes that a rank holds at once, during which action (-1: before the first), and what they are."""
+
+    peak_bytes: int
+    at: int
+    workspace_bytes: int
+    live: tuple[Value, ...]
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """What the peak consists of."""
+        found: dict[str, int] = defaultdict(int)
+        for value in self.live:
+            found[value.kind] += value.num_bytes
+        if self.workspace_bytes:
+            found["workspace"] = self.workspace_bytes
+        return dict(found)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found out about a schedule that passed: each rank's memory at its peak."""
+
+    memory: Mapping[int, RankMemory]
+
+    @property
+    def peak_bytes(self) -> dict[int, int]:
+        """The most bytes that each rank holds at once."""
+        return {rank: memory.peak_bytes for rank, memory in self.memory.items()}
+
+    def __str__(self) -> str:
+        """A line for each rank."""
+        return "\n".join(
+            f"rank {rank}: peak {readable_bytes(memory.peak_bytes)}"
+            + "".join(f", {kind} {readable_bytes(num_bytes)}" for kind, num_bytes in memory.bytes_by_kind().items())
+            for rank, memory in self.memory.items()
+        )
+
+
+def check(schedule: Schedule, limit_bytes: int | Mapping[int, int] | None = None) -> Report:
+    """Find out whether the schedule can run, computes all results once, and fits.
+
+    - Every job is on each of its ranks once, as the action that its kind asks for.
+    - Sends and receives meet, collectives run in one order, and no rank waits for ever although all of them block.
+    - What an action reads is there: written before on that rank, and not freed.
+    - Every result is there at the end, and all jobs that contribute to it went into it.
+    - No rank holds more than `limit_bytes` at once.
+
+    Raises:  PlanError with the job, the rank, the reason and what to do.
+    """
+    _check_complete(schedule)
+    check_meeting_order(schedule)
+    deque(run_blocking(schedule), maxlen=0)
+    flow = schedule.flow
+    there_at_start: dict[int, list[Value]] = defaultdict(list)
+    for place, value in schedule.values.items():
+        if place not in flow.writer:
+            there_at_start[place.rank].append(value)
+    memory, live_at_end = {}, {}
+    for rank, row in schedule.actions.items():
+        replay = _Replay(schedule, rank, there_at_start[rank])
+        memory[rank] = replay.peak()
+        live_at_end[rank] = replay.live_at_end
+        limit = limit_bytes.get(rank) if isinstance(limit_bytes, Mapping) else limit_bytes
+        if limit is not None and memory[rank].peak_bytes > limit:
+            raise _too_large(rank, memory[rank], limit, row)
+    _check_results(schedule, flow, live_at_end)
+    return Report(memory)
+
+
+def _check_complete(schedule: Schedule) -> None:
+    """Every action is its job's on that rank, and every job is on all its ranks once."""
+    seen: set[tuple[str, int]] = set()
+    for rank, row in schedule.actions.items():
+        for action in row:
+            _check_action(schedule, rank, action)
+            if action.kind == "FREE":
+                continue
+            if (action.name, rank) in seen:
+                raise PlanError(
+                    f"{schedule.jobs[action.name]} occurs twice on rank {rank}. Remove one of the two {action.kind}.",
+                    rank=rank,
+                    job=action.name,
+                )
+            seen.add((action.name, rank))
+    for job in schedule.jobs.values():
+        for rank in job.ranks:
+            if (job.name, rank) not in seen:
+                raise PlanError(
+                    f"{job} is missing on rank {rank}. Add {Action.of(job, rank)} to its list.",
+                    rank=rank,
+                    job=job.name,
+                )
+
+
+def _check_action(schedule: Schedule, rank: int, action: Action) -> None:
+    wrong = None
+    if action.kind not in ACTION_KINDS:
+        wrong = f"{action.kind!r} is no kind of action; they are {', '.join(ACTION_KINDS)}"
+    elif action.rank != rank:
+        wrong = f"it says rank {action.rank}"
+    elif action.kind == "FREE":
+        if Place(rank, action.name) not in schedule.values:
+            wrong = f"there is no value {action.name!r} on rank {rank}"
+    elif action.name not in schedule.jobs:
+        wrong = f"there is no job {action.name!r}"
+    elif rank not in schedule.jobs[action.name].ranks:
+        wrong = f"the job runs on ranks {schedule.jobs[action.name].ranks}"
+    elif action != Action.of(schedule.jobs[action.name], rank):
+        wrong = f"the job's part on this rank is {Action.of(schedule.jobs[action.name], rank)!r}"
+    if wrong is not None:
+        raise PlanError(
+            f"{action} cannot stand in the list of rank {rank}: {wrong}. Remove it.", rank=rank, job=action.name
+        )
+
+
+class _Replay:
+    """One rank's list: what is there before and after each action, and how much."""
+
+    def __init__(self, schedule: Schedule, rank: int, there_at_start: Iterable[Value]) -> None:
+        self._schedule = schedule
+        self._rank = rank
+        self._there_at_start = tuple(there_at_start)
+        self._live: dict[str, Value] = {}
+        self._freed: dict[str, int] = {}
+        self._peak, self._at, self._workspace = max(self._bytes(), key=lambda found: found[0])
+        self.live_at_end = self._live
+
+    def peak(self) -> RankMemory:
+        """Replay up to the peak, and see what is live there."""
+        next(number for _, number, _ in self._bytes() if number == self._at)
+        return RankMemory(self._peak, self._at, self._workspace, tuple(self._live.values()))
+
+    def _bytes(self) -> Iterator[tuple[int, int, int]]:
+        """Bytes held while each action runs, its number, and how many of them are workspace."""
+        self._live = {value.key: value for value in self._there_at_start}
+        self._freed = {}
+        held = sum(value.num_bytes for value in self._there_at_start)
+        yield held, -1, 0
+        for number, action in enumerate(self._schedule.actions[self._rank]):
+            if action.kind == "FREE":
+                if action.name not in self._live:
+                    raise self._absent(number, action, action.name, "frees")
+                if self._live[action.name].pinned:
+                    raise self._pinned(action)
+                held -= self._live.pop(action.name).num_bytes
+                self._freed[action.name] = number
+                continue
+            job = self._schedule.jobs[action.name]
+            for key in job.reads.get(self._rank, ()):
+                if key not in self._live:
+                    raise self._absent(number, action, key, "reads")
+            for key in job.writes.get(self._rank, ()):
+                self._live[key] = self._schedule.values[Place(self._rank, key)]
+                held += self._live[key].num_bytes
+            yield held + job.workspace_bytes, number, job.workspace_bytes
+
+    def _absent(self, number: int, action: Action, key: str, verb: str) -> PlanError:
+        if key in self._freed:
+            why = f"action {self._freed[key]} of this rank has freed"
+            remedy = f"Move that FREE behind {action}" if verb == "reads" else "Remove one of the two FREE"
+        else:
+            writer = self._schedule.flow.writer[Place(self._rank, key)]
+            why = f"job {writer!r} writes only later"
+            remedy = f"Move {writer!r} before {action}"
+        return PlanError(
+            f"{action}, action {number} of rank {self._rank}, {verb} {key!r}, which {why}. {remedy}.",
+            rank=self._rank,
+            job=action.name,
+        )
+
+    def _pinned(self, action: Action) -> PlanError:
+        return PlanError(
+            f"{action} of rank {self._rank} gives up a value that is pinned: it must be there at the end. Remove the "
+            f"FREE.",
+            rank=self._rank,
+            job=action.name,
+        )
+
+
+def _check_results(schedule: Schedule, flow: Dataflow, live: Mapping[int, Mapping[str, Value]]) -> None:
+    contributors: dict[str, set[str]] = defaultdict(set)
+    for job in schedule.jobs.values():
+        for name in job.contributes:
+            contributors[name].add(job.name)
+    for result in schedule.results:
+        if result.key not in live.get(result.rank, {}):
+            declared = result.place in schedule.values
+            why = "it was freed. Remove that FREE, and pin the value" if declared else "nothing makes it. Add its job"
+            raise PlanError(f"result {result.name!r} is not at {result.place} in the end: {why}.", rank=result.rank)
+        _check_addends(result, flow, contributors[result.name])
+
+
+def _check_addends(result: Result, flow: Dataflow, contributors: set[str]) -> None:
+    """Follow gradients back from the result, and see who contributed."""
+    found: set[str] = set()
+    seen = {result.place}
+    ahead = [result.place]
+    while ahead:
+        name = flow.writer.get(ahead.pop())
+        if name is None:
+            continue
+        if name in contributors:
+            found.add(name)
+        for place in flow.reads[name]:
+            if place not in seen and flow.values[place].kind == "gradient":
+                seen.add(place)
+                ahead.append(place)
+    lost = sorted(contributors - found)
+    if lost:
+        raise PlanError(
+            f"{flow.jobs[lost[0]]} contributes to {result.name!r}, and what it computes never reaches {result.place} "
+            f"({len(found)} of {len(contributors)} contributions do). Add it to the sum.",
+            rank=result.rank,
+            job=lost[0],
+        )
+    if len(found) != result.num_addends:
+        remedy = "Add the missing jobs" if len(found) < result.num_addends else "Drop those that are too many"
+        raise PlanError(
+            f"result {result.name!r} at {result.place} is the sum of {len(found)} contributions; it needs "
+            f"{result.num_addends}. {remedy}.",
+            rank=result.rank,
+        )
+
+
+def _too_large(rank: int, memory: RankMemory, limit: int, row: tuple[Action, ...]) -> PlanError:
+    where = "before its first action" if memory.at < 0 else f"at action {memory.at}, {row[memory.at]}"
+    kinds = sorted(memory.bytes_by_kind().items(), key=lambda item: -item[1])
+    held = ", ".join(f"{kind} {readable_bytes(num_bytes)}" for kind, num_bytes in kinds)
+    largest = sorted(memory.live, key=lambda value: -value.num_bytes)[:3]
+    names = ", ".join(f"{value.key!r} with {readable_bytes(value.num_bytes)}" for value in largest)
+    return PlanError(
+        f"rank {rank} needs {memory.peak_bytes} bytes {where}; its limit is {limit}. It then holds {held}; the largest "
+        f"are {names}. Recompute, have smaller or fewer microbatches under way, cut what is largest, or raise the "
+        f"limit.",
+        rank=rank,
+        job=None if memory.at < 0 else row[memory.at].name,
+    )

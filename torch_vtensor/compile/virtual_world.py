@@ -1,0 +1,137 @@
+"""All ranks of a program in one process: the same executors, with mailboxes for communication."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_vtensor.compile.communication import Collective, Transfer
+from torch_vtensor.compile.executor import Code, Executor, Transport
+from torch_vtensor.compile.program import Program
+from torch_vtensor.compile.schedules.action import Schedule
+from torch_vtensor.compile.segment import Segment
+
+
+def run_all(
+    program: Program,
+    schedule: Schedule,
+    values: Mapping[int, dict[str, Any]],
+    code: Callable[[Segment], Code],
+    device: torch.device,
+) -> None:
+    """Run every rank's actions, each until it waits for another, over its values.
+
+    Raises:  RuntimeError if all ranks wait for each other, or one got what nobody waits for.
+    """
+    world = Mailboxes()
+    made = {segment: code(segment) for segment in program.segments}
+    running = {
+        rank: Executor(program, schedule, rank, made, world).run(values[rank], device) for rank in schedule.actions
+    }
+    waits_for: dict[int, _Box | None] = dict.fromkeys(running)
+    while running:
+        moved = False
+        for rank in list(running):
+            box = waits_for[rank]
+            if box is not None and not box.is_full:
+                continue
+            moved = True
+            try:
+                waits_for[rank] = next(running[rank])  # type: ignore[assignment]
+            except StopIteration:
+                del running[rank]
+        if not moved:
+            stuck = ", ".join(f"rank {rank} for {waits_for[rank]}" for rank in running)
+            raise RuntimeError(f"every rank waits: {stuck}")
+    left = [str(box) for box in world.boxes.values() if not box.is_full]
+    if left:
+        raise RuntimeError(f"sent and never received: {', '.join(left)}")
+
+
+class Mailboxes(Transport):
+    """Where ranks leave what others wait for, by job."""
+
+    def __init__(self) -> None:
+        self.boxes: dict[str, _Box] = {}
+
+    def collective(
+        self, name: str, step: Collective, rank: int, inputs: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+    ) -> _Part:
+        """Leave a rank's inputs; full once every rank has."""
+        box = self.boxes.setdefault(name, _Box(name, step))
+        box.put(rank, inputs)
+        return _Part(box, rank)
+
+    def send(self, name: str, step: Transfer, tensor: Tensor) -> _Part:
+        """Leave a copy: what is sent may be changed once it is on its way."""
+        box = self.boxes.setdefault(name, _Box(name, step))
+        box.put(step.source.rank, [tensor.clone()])
+        return _Part(box, step.source.rank)
+
+    def receive(self, name: str, step: Transfer, dtype: torch.dtype, device: torch.device) -> _Part:
+        """Ask for what the sender leaves."""
+        box = self.boxes.setdefault(name, _Box(name, step))
+        box.put(step.destination.rank, [])
+        return _Part(box, step.destination.rank)
+
+
+class _Box:
+    def __init__(self, name: str, step: Collective | Transfer) -> None:
+        self.name = name
+        self.step = step
+        self.inputs: dict[int, Sequence[Tensor]] = {}
+
+    def put(self, rank: int, inputs: Sequence[Tensor]) -> None:
+        if rank in self.inputs:
+            raise RuntimeError(f"rank {rank} takes part in {self.name!r} twice")
+        self.inputs[rank] = [tensor.clone() for tensor in inputs]
+
+    @property
+    def is_full(self) -> bool:
+        return set(self.inputs) == set(self.step.ranks)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class _Part:
+    """A rank's view of a box."""
+
+    def __init__(self, box: _Box, rank: int) -> None:
+        self._box = box
+        self._rank = rank
+
+    @property
+    def is_full(self) -> bool:
+        return self._box.is_full
+
+    def __str__(self) -> str:
+        return str(self._box)
+
+    def wait(self) -> Sequence[Tensor]:
+        step, inputs = self._box.step, self._box.inputs
+        if not self.is_full:
+            raise RuntimeError(f"rank {self._rank} reads {self._box.name!r}, which is not there yet")
+        if isinstance(step, Transfer):
+            return [inputs[step.source.rank][0]] if self._rank == step.destination.rank else []
+        given = [inputs[buffer.rank][0] for buffer in step.inputs]
+        return [_collect(step, given, index) for index, output in enumerate(step.outputs) if output.rank == self._rank]
+
+
+def _collect(step: Collective, inputs: Sequence[Tensor], index: int) -> Tensor:
+    """Output number `index` of a collective."""
+    if step.kind == "broadcast":
+        return inputs[0].clone()
+    if step.kind == "all_reduce":
+        return torch.stack(list(inputs)).sum(0)
+    if step.kind == "reduce_scatter":
+        assert step.scatter_dim is not None
+        return torch.stack(list(inputs)).sum(0).chunk(len(inputs), step.scatter_dim)[index].contiguous()
+    assert step.gather_dim is not None
+    if step.kind == "all_to_all":
+        assert step.scatter_dim is not None
+        inputs = [tensor.chunk(len(inputs), step.scatter_dim)[index] for tensor in inputs]
+    return torch.cat(list(inputs), step.gather_dim)
