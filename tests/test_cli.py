@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from enum import IntEnum
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -189,3 +190,34 @@ def test_info_says_what_nvrtc_is_for(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert report["versions"]["NVRTC"] is None
     (text,) = (text for text in report["missing"] if "NVRTC" in text)
     assert text.startswith("NVRTC (no libnvrtc.so.13 in /lib): without it torch copies new keys and values")
+
+
+def test_plan_shows_a_plan_for_many_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    config = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 128}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    changes = [word for name, value in config.items() for word in ("--set", f"{name}={value}")]
+    trace = tmp_path / "step.json"
+    asked = ["plan", "llama", "tp2+1f1b/2", "--ranks", "4", "--batch", "4", "--sequence", "16", "--trace", str(trace)]
+    assert main([*asked, *changes]) == 0
+    printed = capsys.readouterr().out
+    assert "Plan for a Mesh pp 2 × tp 2, 4 ranks, 2 microbatches" in printed
+    assert "rank 0-1 | " in printed
+    assert json.loads(trace.read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["llama", "dp3", "--ranks", "2"], 1, "the plan 'dp3' is for dp 3, and the world has 2 ranks"),
+        (["no_such_model", "dp"], 2, "no_such_model"),
+        (["llama", "dp", "--set", "num_hidden_layers"], 2, "KEY=VALUE is wanted"),
+    ],
+)
+def test_plan_says_what_is_wrong(
+    arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    small = ["--set", "num_hidden_layers=1", "--set", "hidden_size=32", "--set", "intermediate_size=32"]
+    assert main(["plan", *arguments, *small, "--sequence", "8"]) == status
+    assert message in capsys.readouterr().err

@@ -17,7 +17,9 @@ from torch_vtensor.compile.options import parse_options
             r"options has no 'plann'\. Did you mean 'plan'\? Known: codegen, inductor, inspect, mesh, plan\.",
         ),
         ({"max_autotune": True}, r"options has no 'max_autotune'\. Known: codegen"),
-        ({"plan": "tp"}, r"plan is 'tp'; a plan is a function of \(graph, mesh\)"),
+        ({"plan": 3}, r"plan is 3; a plan is a function of \(graph, mesh\)"),
+        ({"plan": "dp2+tq"}, r"unknown part 'tq'"),
+        ({"plan": "nowhere.py:plan"}, r"no file 'nowhere.py'"),
         ({"codegen": "c"}, r"codegen is 'c'; choose one of inductor, eager"),
         ({"inductor": "max_autotune"}, r"inductor is 'max_autotune'; give a dict"),
         (

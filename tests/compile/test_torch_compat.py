@@ -9,6 +9,7 @@ import torch
 
 from tests.compile.virtual import capture_call
 from torch_vtensor.compile import Uncut
+from torch_vtensor.compile._torch_compat import has_hooks, is_elementwise
 
 REMEDY = f"moved in torch {torch.__version__}: adapt torch_vtensor/compile/_torch_compat.py"
 
@@ -28,6 +29,9 @@ CALLABLES = [
     ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees", []),
     ("torch.utils._pytree", "tree_leaves", ["tree"]),
     ("torch._ops", "OperatorBase", []),
+    ("torch._C", "_swap_tensor_impl", []),
+    ("torch._C", "_disabled_torch_function_impl", []),
+    ("torch._C", "_get_dispatch_mode", []),
 ]
 SETTINGS = [
     ("torch._inductor.config", "custom_partitioner_fn"),
@@ -42,6 +46,8 @@ SETTINGS = [
 def test_functions_take_what_we_give_them(module: str, name: str, parameters: list[str]) -> None:
     function = getattr(importlib.import_module(module), name, None)
     assert function is not None, f"{module}.{name} {REMEDY}"
+    if not parameters:
+        return  # some functions of the C library have no signature
     missing = [parameter for parameter in parameters if parameter not in inspect.signature(function).parameters]
     assert not missing, f"parameters {missing} of {module}.{name} {REMEDY}"
 
@@ -64,3 +70,20 @@ def test_joint_graphs_tell_nested_regions_by_their_descriptors(compiled: Any, co
     compiled(torch.nn.Linear(2, 2))(torch.ones(1, 2))
     assert compilations, f"custom_partitioner_fn is not called any more, or meta 'desc' of inputs is gone; {REMEDY}"
     assert compilations[0].is_joint
+
+
+def test_hooks_of_a_gradient_can_be_seen() -> None:
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        parameter = torch.nn.Parameter(torch.ones(2))
+        assert not has_hooks(parameter)
+        getattr(parameter, register)(lambda _: None)
+        assert has_hooks(parameter), f"the hooks of {register} {REMEDY}"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("add.Tensor", True), ("lerp_.Scalar", True), ("equal", False), ("bernoulli", False)]
+)
+def test_operators_are_tagged_as_elementwise(name: str, expected: bool) -> None:
+    packet, _, overload = name.partition(".")
+    operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    assert is_elementwise(operator) == expected, f"the tags of {operator} {REMEDY}"

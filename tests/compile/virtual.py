@@ -12,7 +12,6 @@ from torch_vtensor.compile.capture import Captured, capture
 from torch_vtensor.compile.codegen import CodeGenerator
 from torch_vtensor.compile.mesh import Mesh
 from torch_vtensor.compile.names import name_inputs
-from torch_vtensor.compile.options import Options
 from torch_vtensor.compile.primitives import PlanFunction
 from torch_vtensor.compile.tensor_view import Mask
 from torch_vtensor.compile.virtual_world import run_all
@@ -26,12 +25,13 @@ class Captures:
     arguments: Sequence[Any]
 
 
-def capture_call(function: Callable[..., Any], *arguments: Any) -> Captures:
+def capture_call(function: Callable[..., Any], *arguments: Any, cuts_classes: bool = False) -> Captures:
     """Capture a function at a call, without compiling it."""
     found: list[Captures] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        found.append(Captures(capture(gm, example_inputs, name_inputs(gm, example_inputs)), list(example_inputs)))
+        captured = capture(gm, example_inputs, name_inputs(gm, example_inputs), cuts_classes=cuts_classes)
+        found.append(Captures(captured, list(example_inputs)))
         return gm.forward
 
     torch._dynamo.reset()
@@ -42,7 +42,7 @@ def capture_call(function: Callable[..., Any], *arguments: Any) -> Captures:
 
 def run_plan(call: Captures, plan: PlanFunction, mesh: Mesh) -> tuple[Compilation, Mapping[int, dict[str, Any]]]:
     """Plan, check and run a captured call on every rank, with gradients; returns every rank's values at the end."""
-    compilation = compile_plan(call.captured, Options(plan=plan), mesh, trains=True)
+    compilation = compile_plan(call.captured, plan, mesh, trains=True)
     program = compilation.program
     given = {tensor: value for tensor, value in zip(call.captured.arguments, call.arguments, strict=True) if tensor}
     given.update(call.captured.constants)
@@ -67,22 +67,27 @@ def assert_plan_is_right(
     plan: PlanFunction,
     mesh: Mesh,
     tolerance: float = 1e-9,
+    call: Captures | None = None,
 ) -> Compilation:
-    """The loss and every gradient, on every rank that has them, are those of one process."""
-    call = capture_call(loss_of, *arguments)
+    """The loss and every gradient, on every rank that has them, are those of one process.
+
+    `call` is the captured call, where a test has it already.
+    """
+    call = call or capture_call(loss_of, *arguments)
     compilation, values = run_plan(call, plan, mesh)
     model.zero_grad()
     loss = loss_of(*arguments)
     loss.backward()
-    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    # A tied parameter may be captured under any of its names.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for (rank, tensor), key in compilation.program.outputs.items():
         if tensor in compilation.captured.graph.outputs:
             torch.testing.assert_close(values[rank][key], loss.detach(), rtol=tolerance, atol=tolerance)
     got = set()
     for (rank, tensor), (key, mask) in compilation.program.gradients.items():
         if tensor.kind == "parameter":
-            wanted = part_of(expected[tensor.name], mask)
-            got.add(tensor.name)
+            wanted = part_of(parameters[tensor.name].grad, mask)
+            got.add(parameters[tensor.name])
             torch.testing.assert_close(
                 values[rank][key],
                 wanted,
@@ -90,5 +95,5 @@ def assert_plan_is_right(
                 atol=tolerance,
                 msg=lambda text, name=tensor.name, rank=rank: f"gradient of {name} on rank {rank}: {text}",
             )
-    assert got == {name for name, gradient in expected.items() if gradient is not None}
+    assert got == {parameter for parameter in parameters.values() if parameter.grad is not None}
     return compilation

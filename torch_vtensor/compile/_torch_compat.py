@@ -13,6 +13,9 @@ graph at two places, the partitioner (training) and `inner_compile` (every graph
 | `utils._pytree.tree_leaves`; `_ops.OperatorBase`; `_boxed_call` on a function | calling conventions, names |
 | node meta `desc`, `nn_module_stack`, `fwd_nn_module_stack`, `grapharg` | names |
 | `_functorch.aot_autograd.aot_export_module(pre_dispatch=True)`, `FakeTensorMode` | the forward program, for a plan |
+| `Tensor._make_wrapper_subclass`, `_C._disabled_torch_function_impl`, `__tensor_flatten__` | sharded tensors |
+| `_C._swap_tensor_impl`, `_is_param`, `_backward_hooks`, `_post_accumulate_grad_hooks` | parameters sharded in place |
+| `_C._get_dispatch_mode`, `_schema`, `Tag.pointwise` | telling operators apart |
 
 Run on torch 2.13.0 and 2.15.0. tests/compile/test_torch_compat.py fails by name when one of these moves.
 """
@@ -23,7 +26,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -214,6 +217,8 @@ def trace_forward(
     mode = FakeTensorMode()
 
     def fake(value: Any) -> Any:
+        if isinstance(value, WrapperTensor):
+            return torch.nn.Parameter(_fake_like(mode, value), value.requires_grad)
         if isinstance(value, torch.Tensor):
             return mode.from_tensor(value, static_shapes=True)
         return int(value) if isinstance(value, torch.SymInt) else value
@@ -295,3 +300,67 @@ def refuse_autocast() -> None:
                 f"torch.autocast is on for {device}, and a plan cuts programs whose dtypes it can see. Cast the model "
                 f"instead, as in model.to(torch.bfloat16), or compile without a plan."
             )
+
+
+class WrapperTensor(torch.Tensor):
+    """A tensor that reports a shape and holds something else; what it does is up to its ``__torch_dispatch__``.
+
+    Without slots, so that an ordinary tensor or parameter can become one.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def wrap(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, requires_grad: bool) -> Self:
+        """A tensor without storage."""
+        return torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype, device=device, requires_grad=requires_grad
+        )
+
+
+def become(parameter: torch.nn.Parameter, other: WrapperTensor) -> None:
+    """Make a parameter what `other` is: the same object for all that hold it, with hooks and attributes of its own."""
+    attributes = {**parameter.__dict__, **other.__dict__, "_is_param": True}
+    torch._C._swap_tensor_impl(parameter, other)
+    parameter.__class__ = type(other)  # type: ignore[assignment]
+    parameter.__dict__.clear()
+    parameter.__dict__.update(attributes)
+
+
+def has_hooks(tensor: torch.Tensor) -> bool:
+    """Whether hooks wait for the tensor's gradient."""
+    return bool(tensor._backward_hooks) or bool(getattr(tensor, "_post_accumulate_grad_hooks", None))
+
+
+def is_elementwise(operator: Any) -> bool:
+    """Whether each element of what an operator returns depends on the elements at its place alone."""
+    draws = torch.Tag.nondeterministic_seeded in operator.tags
+    returns_tensors = all(str(returned.type) == "Tensor" for returned in operator._schema.returns)  # unlike aten.equal
+    return torch.Tag.pointwise in operator.tags and returns_tensors and not draws
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether dynamo is looking at shapes, and nothing is recorded that will run."""
+    from torch._subclasses import FakeTensor
+
+    recording = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return isinstance(tensor, FakeTensor) and not recording
+
+
+def call_on_fakes(operator: Any, args: Any, kwargs: Any) -> Any:
+    """Call an operator with fake tensors of the shapes that wrappers report."""
+    from torch._subclasses import FakeTensor
+    from torch.utils._pytree import tree_leaves, tree_map
+
+    inner = (getattr(value, "_local", value) for value in tree_leaves((args, kwargs)))
+    mode = next(value.fake_mode for value in inner if isinstance(value, FakeTensor))
+
+    def whole(value: Any) -> Any:
+        return _fake_like(mode, value) if isinstance(value, WrapperTensor) else value
+
+    return operator(*tree_map(whole, args), **tree_map(whole, kwargs))
+
+
+def _fake_like(mode: Any, wrapper: WrapperTensor) -> torch.Tensor:
+    with mode:
+        return torch.empty(wrapper.shape, dtype=wrapper.dtype, device=wrapper.device)

@@ -12,16 +12,19 @@ from torch.fx import GraphModule
 from torch_vtensor.compile import _torch_compat, worlds
 from torch_vtensor.compile.capture import Captured, capture
 from torch_vtensor.compile.codegen import CodeGenerator
-from torch_vtensor.compile.dataflow import find_dataflow
+from torch_vtensor.compile.dataflow import NOTHING_KEPT, find_dataflow
 from torch_vtensor.compile.mesh import Mesh
 from torch_vtensor.compile.names import name_inputs
-from torch_vtensor.compile.options import Options, parse_options
+from torch_vtensor.compile.options import parse_options
+from torch_vtensor.compile.parameters import Parts, find_kept, shard_parameters
 from torch_vtensor.compile.passes import Passes, order_passes
-from torch_vtensor.compile.primitives import Plan, record
+from torch_vtensor.compile.plans.resolve import resolve
+from torch_vtensor.compile.primitives import Plan, PlanFunction, record
 from torch_vtensor.compile.program import Program, build_program
 from torch_vtensor.compile.runtime import Runtime
 from torch_vtensor.compile.schedules import Schedule
 from torch_vtensor.compile.segment import find_segments
+from torch_vtensor.compile.tensor_view import LogicalTensor
 from torch_vtensor.compile.topology import Topology
 from torch_vtensor.compile.uncut import Whole
 
@@ -66,26 +69,37 @@ def superscaler(
         return _torch_compat.drive_inductor(gm, example_inputs, whole, asked.config_patches)
 
     _torch_compat.refuse_autocast()
-    mesh = worlds.find_mesh(asked.mesh)
+    plan, mesh = resolve(asked.plan, asked.mesh, worlds.num_ranks())
     captured = capture(gm, example_inputs, name_inputs(gm, example_inputs))
-    compilation = compile_plan(captured, asked, mesh, trains=torch.is_grad_enabled())
+    examples = _torch_compat.leaves(list(example_inputs))
+    kept = find_kept(captured.arguments, examples)
+    compilation = compile_plan(captured, plan, mesh, trains=torch.is_grad_enabled(), kept=kept)
     if asked.inspect is not None:
         asked.inspect(compilation)
     transport, rank = worlds.join(compilation.program)
     code = CodeGenerator(asked.codegen, asked.config_patches)
     runtime = Runtime(captured, compilation.program, compilation.passes, rank, code, transport)
+    shard_parameters(captured.arguments, examples, compilation.program.flow.storage, mesh.ranks, rank)
     return _torch_compat.called_with_leaves(runtime)
 
 
-def compile_plan(captured: Captured, asked: Options, mesh: Mesh, *, trains: bool) -> Compilation:
+def compile_plan(
+    captured: Captured,
+    function: PlanFunction,
+    mesh: Mesh,
+    *,
+    trains: bool,
+    kept: Mapping[LogicalTensor, Parts] = NOTHING_KEPT,
+) -> Compilation:
     """Plan, materialize, segment, order and check: everything that needs no other rank and no device.
+
+    ``kept`` are the parts of parameters that ranks keep since an earlier compilation.
 
     Raises:  ValueError for a plan that cannot run.
     """
-    assert asked.plan is not None
     topology = Topology()
-    plan = record(asked.plan, captured.graph, mesh)
-    flow = find_dataflow(plan, topology, trains=trains)
+    plan = record(function, captured.graph, mesh)
+    flow = find_dataflow(plan, topology, trains=trains, kept=kept)
     segments = find_segments(flow)
     program = build_program(flow, segments, topology)
     return Compilation(captured, plan, program, order_passes(program))

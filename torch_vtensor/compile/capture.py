@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from torch_vtensor.compile import _torch_compat
 from torch_vtensor.compile.names import InputNames
-from torch_vtensor.compile.rules import DECOMPOSITIONS
+from torch_vtensor.compile.rules import DECOMPOSITIONS, cross_entropy_over_cut_classes
 from torch_vtensor.compile.task_graph import Operator, OperatorGraph, Slot
 from torch_vtensor.compile.tensor_view import LogicalTensor
 
@@ -37,10 +37,13 @@ class Captured:
     results: tuple[LogicalTensor | Any, ...] = field(repr=False)
 
 
-def capture(gm: GraphModule, example_inputs: Sequence[Any], names: InputNames) -> Captured:
+def capture(
+    gm: GraphModule, example_inputs: Sequence[Any], names: InputNames, *, cuts_classes: bool = False
+) -> Captured:
     """Trace a dynamo graph to functional aten operators that autograd has not taken apart yet.
 
-    Sizes that were dynamic become those of the examples, with a guard, so that other sizes compile anew.
+    Sizes that were dynamic become those of the examples, with a guard, so that other sizes compile anew. Where a plan
+    cuts the classes of losses, a vocabulary, these are taken apart into operators that can be cut so.
 
     Raises:  NotImplementedError for a program with parts that only run as they are: nested regions, autocast.
     """
@@ -51,7 +54,10 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], names: InputNames) -
                 f"(a plan recomputes with op_trans(..., recompute=True)) and control-flow operators in the compiled "
                 f"function."
             )
-    traced, mutated = _torch_compat.trace_forward(gm, example_inputs, DECOMPOSITIONS)
+    decompositions = dict(DECOMPOSITIONS)
+    if cuts_classes:
+        decompositions[torch.ops.aten.cross_entropy_loss.default] = cross_entropy_over_cut_classes
+    traced, mutated = _torch_compat.trace_forward(gm, example_inputs, decompositions)
     return _Reader(traced, mutated, example_inputs, names).read()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -238,21 +238,30 @@ class Communication:
         """Predicted time, as `seconds_of` counts it."""
         return seconds_of(self.steps, itemsize, topology)
 
-    def renamed(self, rank_of: Mapping[int, int]) -> Communication:
-        """The same between other ranks."""
+    def renamed(self, rank_of: Mapping[int, int], offsets: Sequence[int]) -> Communication:
+        """The same between other ranks, of another region of the tensor."""
         renamed: dict[Buffer, Buffer] = {}
+        stays = not any(offsets)
+
+        def move(mask: Mask) -> Mask:
+            return mask if stays else mask.moved(offsets)
 
         def rename(buffer: Buffer) -> Buffer:
             new = renamed.get(buffer)
             if new is None:
-                new = renamed[buffer] = Buffer(rank_of[buffer.rank], buffer.mask, buffer.tag)
+                new = renamed[buffer] = Buffer(rank_of[buffer.rank], move(buffer.mask), buffer.tag)
             return new
 
+        def rename_step(step: Step) -> Step:
+            if isinstance(step, Assemble) and not stays:
+                step = Assemble(tuple(Part(part.buffer, move(part.region)) for part in step.parts), step.output)
+            return step.renamed(rename)
+
         have, need = (
-            {Placed(rank_of[placed.rank], placed.mask): rename(buffer) for placed, buffer in buffers.items()}
+            {Placed(rank_of[placed.rank], move(placed.mask)): rename(buffer) for placed, buffer in buffers.items()}
             for buffers in (self.have, self.need)
         )
-        return Communication(have, need, tuple(step.renamed(rename) for step in self.steps))
+        return Communication(have, need, tuple(map(rename_step, self.steps)))
 
     def __str__(self) -> str:
         """One line a step; what is met without one is not mentioned."""

@@ -9,19 +9,23 @@ of its own, found by the same search: readers hold addends of it, makers need it
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple
 
+from torch_vtensor.compile.addends import Reader, find_addends
 from torch_vtensor.compile.communication import Buffer, Communication, Placed
 from torch_vtensor.compile.moves import find_communication
-from torch_vtensor.compile.pieces import gradient_chunk
 from torch_vtensor.compile.primitives import Plan
 from torch_vtensor.compile.task_graph import Task
-from torch_vtensor.compile.tensor_view import WHOLE_VALUE, LogicalTensor, Mask, ValueChunk, cut_evenly
+from torch_vtensor.compile.tensor_view import WHOLE_VALUE, LogicalTensor, Mask, ValueChunk, covers, cut_evenly
 from torch_vtensor.compile.topology import Topology
+
+NOTHING_KEPT: Mapping[LogicalTensor, Mapping[int, Mask]] = MappingProxyType({})
 
 
 class Instance(NamedTuple):
@@ -29,15 +33,6 @@ class Instance(NamedTuple):
 
     task: Task
     rank: int
-
-
-class Reader(NamedTuple):
-    """Who reads a part of a tensor: input `position` of an instance, or the caller on a rank (no task)."""
-
-    task: Task | None
-    rank: int
-    position: int
-    mask: Mask
 
 
 @dataclass(eq=False)
@@ -50,6 +45,11 @@ class GradientGroup:
 
     addends: Mapping[Placed, tuple[Reader, ...]]
     communication: Communication
+
+    @cached_property
+    def part_of(self) -> Mapping[Reader, Placed]:
+        """The part to which a reader contributes."""
+        return {reader: part for part, readers in self.addends.items() for reader in readers}
 
     @cached_property
     def _sent(self) -> frozenset[Buffer]:
@@ -98,10 +98,13 @@ class Dataflow:
     active: frozenset[LogicalTensor]
 
 
-def find_dataflow(plan: Plan, topology: Topology, *, trains: bool) -> Dataflow:
+def find_dataflow(
+    plan: Plan, topology: Topology, *, trains: bool, kept: Mapping[LogicalTensor, Mapping[int, Mask]] = NOTHING_KEPT
+) -> Dataflow:
     """Find what every rank reads and writes, and all communication.
 
-    ``trains``: also backward, from the outputs that gradients flow through.
+    ``trains``: also backward, from the outputs that gradients flow through. ``kept`` are the parts of parameters that
+    ranks keep already, whatever the plan would have them keep.
     """
     graph = plan.graph
     makers: defaultdict[LogicalTensor, list[Instance]] = defaultdict(list)
@@ -120,7 +123,9 @@ def find_dataflow(plan: Plan, topology: Topology, *, trains: bool) -> Dataflow:
 
     active = _active(plan) if trains else frozenset()
     storage = {
-        tensor: _stored(plan, tensor) for tensor in graph.inputs if tensor.kind == "parameter" and readers[tensor]
+        tensor: kept.get(tensor) or _stored(plan, tensor, readers[tensor])
+        for tensor in graph.inputs
+        if tensor.kind == "parameter" and readers[tensor]
     }
     exchanges: list[Exchange] = []
     reads: dict[tuple[Instance, int], tuple[Exchange, Reader]] = {}
@@ -148,16 +153,23 @@ def _active(plan: Plan) -> frozenset[LogicalTensor]:
     return frozenset(wanted)
 
 
-def _stored(plan: Plan, tensor: LogicalTensor) -> dict[int, Mask]:
-    """The part of a parameter that each rank keeps between steps: a shard where the plan says so, else all of it."""
+def _stored(plan: Plan, tensor: LogicalTensor, readers: Sequence[Reader]) -> dict[int, Mask]:
+    """The part of a parameter that each rank keeps between steps.
+
+    It is a shard where the plan says so, else the smallest box around what the rank reads. Scalars stay whole.
+    """
     whole = tensor.whole.mask
     asked = plan.stored.get(tensor)
-    if asked is None:
-        return dict.fromkeys(plan.mesh.ranks, whole)
-    if asked.dim is None:
+    if asked is not None and asked.dim is not None:
+        shards = cut_evenly(tensor.shape[asked.dim], len(asked.ranks))
+        return {rank: whole.with_interval(asked.dim, shard) for rank, shard in zip(asked.ranks, shards, strict=True)}
+    if asked is not None and tensor.shape:
         return dict.fromkeys(asked.ranks, whole)
-    shards = cut_evenly(tensor.shape[asked.dim], len(asked.ranks))
-    return {rank: whole.with_interval(asked.dim, shard) for rank, shard in zip(asked.ranks, shards, strict=True)}
+    boxes: dict[int, Mask] = {}
+    for reader in readers:
+        box = reader.mask.region
+        boxes[reader.rank] = boxes.get(reader.rank, box).hull(box)
+    return boxes if tensor.shape and covers(boxes.values(), whole) else dict.fromkeys(plan.mesh.ranks, whole)
 
 
 def _exchanges(
@@ -174,19 +186,53 @@ def _exchanges(
         have = {Placed(rank, mask): () for rank, mask in there.items()}
         yield _exchange(tensor, None, have, readers, topology)
         return
-    by_microbatch: defaultdict[int | None, list[Reader]] = defaultdict(list)
     in_microbatches = {plan.microbatch.get(maker.task) for maker in makers}
-    for reader in readers:
-        index = None if reader.task is None else plan.microbatch.get(reader.task)
-        by_microbatch[index if index in in_microbatches else None].append(reader)
+    written = {index: _written(plan, tensor, makers, index) for index in (*in_microbatches, None)}
+    by_microbatch: defaultdict[int | None, list[Reader]] = defaultdict(list)
+    for uses in _by_use(readers).values():
+        indices = [None if reader.task is None else plan.microbatch.get(reader.task) for reader in uses]
+        # What is summed over all microbatches, and read by each: no microbatch has it.
+        apart = all(
+            index is None or (index in written and _is_made_of(written[index], reader.mask))
+            for index, reader in zip(indices, uses, strict=True)
+        )
+        for index, reader in zip(indices, uses, strict=True):
+            by_microbatch[index if apart else None].append(reader)
     for index, some in by_microbatch.items():
-        written: defaultdict[Placed, list[Instance]] = defaultdict(list)
-        for maker in makers:
-            if index is None or plan.microbatch.get(maker.task) in (index, None):
-                for view in maker.task.outputs:
-                    if view is not None and view.tensor is tensor:
-                        written[Placed(maker.rank, view.mask)].append(maker)
-        yield _exchange(tensor, index, {part: tuple(by) for part, by in written.items()}, some, topology)
+        yield _exchange(tensor, index, written[index], some, topology)
+
+
+def _by_use(readers: Iterable[Reader]) -> Mapping[Hashable, list[Reader]]:
+    """Readers by what they are pieces of: one input of an operator, or what is returned."""
+    by_use: defaultdict[Hashable, list[Reader]] = defaultdict(list)
+    for reader in readers:
+        by_use["caller" if reader.task is None else (reader.task.operator, reader.position)].append(reader)
+    return by_use
+
+
+def _written(
+    plan: Plan, tensor: LogicalTensor, makers: Sequence[Instance], microbatch: int | None
+) -> dict[Placed, tuple[Instance, ...]]:
+    """The parts of a tensor that are made in a microbatch, or in none; all parts, for None."""
+    written: defaultdict[Placed, list[Instance]] = defaultdict(list)
+    for maker in makers:
+        if microbatch is None or plan.microbatch.get(maker.task) in (microbatch, None):
+            for view in maker.task.outputs:
+                if view is not None and view.tensor is tensor:
+                    written[Placed(maker.rank, view.mask)].append(maker)
+    return {part: tuple(by) for part, by in written.items()}
+
+
+def _is_made_of(parts: Iterable[Placed], mask: Mask) -> bool:
+    """Whether these parts are enough to read a mask from."""
+    masks = dict.fromkeys(part.mask for part in parts)
+    if mask in masks:
+        return True
+    if mask.chunk == WHOLE_VALUE:
+        return covers(masks, mask)
+    # Chunks of what is made here, or what is made here of the chunk.
+    inside = [part.region for part in masks if mask.chunk.contains(part.chunk) or part.chunk.contains(mask.chunk)]
+    return covers(inside, mask.region)
 
 
 def _exchange(
@@ -208,11 +254,9 @@ def _find_among_chunks(
 
     What is searched for is how to make, of these chunks alone, those that are read: they are numbered among themselves.
     """
-    chunks = sorted({part.mask.chunk for part in (*have, *need)})
-    apart = need and all(part.mask.chunk != WHOLE_VALUE for part in need) and len({chunk.of for chunk in chunks}) == 1
-    if not apart or len(chunks) == chunks[0].of:
+    among = _among_themselves({part.mask.chunk for part in (*have, *need)}, {part.mask.chunk for part in need})
+    if among is None:
         return find_communication(tensor.shape, tensor.dtype.itemsize, have, need, topology)
-    among = {chunk: ValueChunk(number, len(chunks)) for number, chunk in enumerate(chunks)}
 
     def renumbered(parts: Sequence[Placed]) -> dict[Placed, Placed]:
         return {part: Placed(part.rank, part.mask.with_chunk(among[part.mask.chunk])) for part in parts}
@@ -233,15 +277,33 @@ def _find_among_chunks(
     )
 
 
+def _among_themselves(
+    chunks: Collection[ValueChunk], needed: Collection[ValueChunk]
+) -> dict[ValueChunk, ValueChunk] | None:
+    """Chunks numbered within the smallest chunk that all are in, or in a row; None if that is how they are numbered."""
+    if not needed or WHOLE_VALUE in needed:
+        return None
+    common = math.gcd(*(chunk.of for chunk in chunks))
+    around = next(
+        ValueChunk(numbers.pop(), of)
+        for of in range(common, 0, -1)
+        if common % of == 0 and len(numbers := {chunk.number * of // chunk.of for chunk in chunks}) == 1
+    )
+    inside = {
+        chunk: ValueChunk(chunk.number - around.number * (chunk.of // around.of), chunk.of // around.of)
+        for chunk in chunks
+    }
+    if len({chunk.of for chunk in inside.values()}) == 1:
+        return {chunk: ValueChunk(number, len(inside)) for number, chunk in enumerate(sorted(inside))}
+    return inside
+
+
 def _add_gradients(exchange: Exchange, topology: Topology) -> None:
     """Find how the gradient gets from the readers to the makers."""
     tensor = exchange.tensor
-    by_use: defaultdict[Hashable, list[Reader]] = defaultdict(list)
-    for reader in exchange.readers:
-        by_use["caller" if reader.task is None else (reader.task.operator, reader.position)].append(reader)
     by_layout: defaultdict[frozenset[Placed], list[Mapping[Placed, tuple[Reader, ...]]]] = defaultdict(list)
-    for readers in by_use.values():
-        addends = _addends(readers)
+    for readers in _by_use(exchange.readers).values():
+        addends = find_addends(readers)
         by_layout[frozenset(addends)].append(addends)
 
     need = tuple(dict.fromkeys(Placed(part.rank, part.mask.region) for part in exchange.makers))
@@ -255,43 +317,3 @@ def _add_gradients(exchange: Exchange, topology: Topology) -> None:
         group_of.update((reader, group) for readers_ in together.values() for reader in readers_)
     exchange.groups = tuple(groups)
     exchange.group_of = group_of
-
-
-def _addends(readers: Sequence[Reader]) -> dict[Placed, tuple[Reader, ...]]:
-    """Which addends of the gradient the readers hold, all of one operator's input.
-
-    Of one part, a rank first adds up what it has: microbatches of a parameter's gradient become one addend. Ranks that
-    then hold the same hold replicas. Where they hold some of the same, everything stays apart.
-    """
-    keys: defaultdict[Mask, defaultdict[int, dict[Hashable, list[Reader]]]] = defaultdict(lambda: defaultdict(dict))
-    for reader in readers:
-        key: Hashable = None if reader.task is None else gradient_chunk(reader.task, reader.position)
-        keys[reader.mask.region][reader.rank].setdefault(key, []).append(reader)
-    held: dict[Placed, tuple[Reader, ...]] = {}
-    for regions in _overlapping(list(keys)):
-        by_rank = keys[regions[0]]
-        sets = dict.fromkeys(frozenset(addends) for addends in by_rank.values())
-        names = dict.fromkeys(key for region in regions for addends in keys[region].values() for key in addends)
-        if len(regions) == 1 and sum(map(len, sets)) == len(names):
-            number = {addends: index for index, addends in enumerate(sets)}
-            for rank, addends in by_rank.items():
-                chunk = ValueChunk(number[frozenset(addends)], len(sets))
-                # Readers with one key compute the same: a rank that has several counts the first.
-                held[Placed(rank, regions[0].with_chunk(chunk))] = tuple(first for first, *_ in addends.values())
-            continue
-        order = {key: index for index, key in enumerate(names)}
-        for region in regions:
-            for rank, addends in keys[region].items():
-                for key, (first, *_) in addends.items():
-                    held[Placed(rank, region.with_chunk(ValueChunk(order[key], len(names))))] = (first,)
-    return held
-
-
-def _overlapping(regions: Sequence[Mask]) -> list[list[Mask]]:
-    """Regions in groups, such that those of different groups have nothing in common."""
-    groups: list[list[Mask]] = []
-    for region in regions:
-        touched = [group for group in groups if any(region.intersection(other) is not None for other in group)]
-        groups = [group for group in groups if group not in touched]
-        groups.append([*(other for group in touched for other in group), region])
-    return groups

@@ -69,8 +69,13 @@ def _ties(operator: Operator, rule: Rule) -> Iterator[tuple[LogicalTensor, int, 
     for tensor, dims in pairs:
         for dim, identifiers in enumerate(dims or ()):
             outermost = next((name for name in identifiers if rule.sizes[name] > 1), None)
-            if tensor is not None and outermost is not None and outermost not in rule.whole:
+            if tensor is not None and outermost is not None and _can_be_cut(rule, outermost):
                 yield tensor, dim, outermost
+
+
+def _can_be_cut(rule: Rule, identifier: str) -> bool:
+    """Whether it is outermost wherever it occurs: a view of [b, s, m] as [(b s), m] keeps s whole."""
+    return identifier not in rule.whole and all(rule.sizes[name] == 1 for name in rule.outer(identifier))
 
 
 def _dimension(nodes: Sequence[_Tied]) -> Dimension:

@@ -82,3 +82,10 @@ Place = int | Mesh | Sequence[int]
 def ranks_of(place: Place) -> tuple[int, ...]:
     """The ranks of a place."""
     return (place,) if isinstance(place, int) else tuple(place)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """``rank 3``, ``ranks 0, 1``, ``ranks 0, 4 … 60``."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks)) if len(ranks) < 5 else f'{ranks[0]}, {ranks[1]} … {ranks[-1]}'}"

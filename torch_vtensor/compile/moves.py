@@ -50,10 +50,13 @@ def _find_for_ranks(
     for placed in (*have, *need):
         if len(placed.mask.intervals) != len(shape) or not whole.contains(placed.mask):
             raise ValueError(f"{placed} is no part of a tensor of shape {list(shape)}; cut masks out of {whole}.")
-    # Plans repeat themselves on other ranks: those that share nodes in the same way are searched once.
+    # Plans repeat themselves on other ranks and for other microbatches: ranks that share nodes in the same way and
+    # parts that lie to each other in the same way are searched once.
+    starts = tuple(min(starts) for starts in zip(*(_starts(placed.mask) for placed in (*have, *need)), strict=True))
+    to_origin = tuple(-start for start in starts)
     number_of = _number_ranks((placed.rank for placed in (*have, *need)), topology)
     numbered_have, numbered_need = (
-        tuple(Placed(number_of[rank], mask) for rank, mask in parts) for parts in (have, need)
+        tuple(Placed(number_of[rank], mask.moved(to_origin)) for rank, mask in parts) for parts in (have, need)
     )
     try:
         found = _find(itemsize, numbered_have, numbered_need, topology)
@@ -61,7 +64,11 @@ def _find_for_ranks(
         # Say it with the caller's ranks.
         find_point_to_point(itertools.starmap(Buffer, have), need, itemsize, topology, itertools.count(1))
         raise
-    return found.renamed({number: rank for rank, number in number_of.items()})
+    return found.renamed({number: rank for rank, number in number_of.items()}, starts)
+
+
+def _starts(mask: Mask) -> tuple[int, ...]:
+    return tuple(interval.start for interval in mask.intervals)
 
 
 def _number_ranks(ranks: Iterable[int], topology: Topology) -> dict[int, int]:
@@ -132,7 +139,7 @@ def _find_regular(
     buffers: dict[int, Buffer] = {}
     for rank, (mask, parts) in held.items():
         buffers[rank] = have[parts[0]]
-        if buffers[rank].mask != mask:
+        if len(parts) > 1 or buffers[rank].mask != mask:
             buffers[rank] = Buffer(rank, mask, next(tags))
             regions = tuple(Part(have[part], part.mask.region) for part in parts)
             put_together.append(Assemble(regions, buffers[rank]))

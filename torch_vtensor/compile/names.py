@@ -70,6 +70,7 @@ def _kind(source: str | None, example: object) -> str:
 
 def _readable(source: str) -> str:
     """``L['self']._modules['layers']._parameters['weight']`` → ``self.layers.weight``."""
+    source = source.replace(".__dict__['_modules']", "._modules")  # how dynamo reads some modules' children
     for pattern, shown in ((_CONTAINER, r".\1"), (_SIZE, r".size(\1)"), (_SUBSCRIPT, r".\1")):
         source = pattern.sub(shown, source)
     return source.removeprefix("L.").removeprefix("G.")

@@ -22,12 +22,14 @@ CodeGenerator = Literal["inductor", "eager"]
 class Options:
     """Settings of one compilation; each field is an option of that name."""
 
-    plan: PlanFunction | None = None
-    """What is cut, where it runs and when: a function of (Graph, Mesh) that calls primitives. None: nothing is cut, and
-    inductor compiles the graph whole, on this device."""
+    plan: PlanFunction | str | None = None
+    """What is cut, where it runs and when: a function of (Graph, Mesh) that calls primitives, the name of a ready plan
+    as in ``"dp2+tp2+1f1b/8"``, or ``"file.py:function"``. None: nothing is cut, and inductor compiles the graph whole,
+    on this device."""
 
     mesh: Mapping[str, int] | None = None
-    """Names and sizes of the mesh's axes, for instance ``{"pp": 2, "tp": 4}``; the last runs fastest over the ranks."""
+    """Names and sizes of the mesh's axes, for instance ``{"pp": 2, "tp": 4}``; the last runs fastest over the ranks. A
+    plan given by name knows its own."""
 
     codegen: CodeGenerator = "inductor"
     """Who generates kernels. "eager" runs the same segments operator by operator, with eager's random numbers: it needs
@@ -41,10 +43,10 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse values that no phase could honour."""
-        if self.plan is not None and not callable(self.plan):
+        if self.plan is not None and not isinstance(self.plan, str) and not callable(self.plan):
             raise TypeError(
-                f"plan is {self.plan!r}; a plan is a function of (graph, mesh). Ready ones are in "
-                f"torch_vtensor.compile.plans."
+                f"plan is {self.plan!r}; a plan is a function of (graph, mesh), a name such as 'dp2+tp2', or "
+                f"'file.py:function'."
             )
         if self.codegen not in get_args(CodeGenerator):
             raise ValueError(f"codegen is {self.codegen!r}; choose one of {', '.join(get_args(CodeGenerator))}.")

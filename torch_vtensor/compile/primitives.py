@@ -11,15 +11,16 @@ from dataclasses import dataclass
 
 from torch_vtensor.compile.cost import task_work
 from torch_vtensor.compile.dimensions import Dimension, find_dimensions, identifier_to_cut
-from torch_vtensor.compile.mesh import Mesh, Place, ranks_of
+from torch_vtensor.compile.mesh import Mesh, Place, name_ranks, ranks_of
 from torch_vtensor.compile.pieces import cut, replicate, split_value
 from torch_vtensor.compile.rules import find_rule
 from torch_vtensor.compile.task_graph import Operator, OperatorGraph, Task
 from torch_vtensor.compile.tensor_view import Interval, LogicalTensor, cut_evenly
 
 DimensionName = str
-"""``"batch"``; ``"hidden"`` or ``"heads"``: the largest dimension inside the tasks; ``"vocab"``: the largest of their
-parameters; or a parameter's, as ``"up_proj.weight:0"``."""
+"""``"batch"``; ``"sequence"``: dimension 1 of what has the batch for dimension 0 and features after; ``"hidden"`` or
+``"heads"``: the largest dimension inside the tasks; ``"vocab"``: the largest of their parameters; or a parameter's, as
+``"up_proj.weight:0"``."""
 
 
 class Graph:
@@ -63,11 +64,7 @@ class Graph:
 
         Raises:  ValueError if no module matches, naming the closest.
         """
-        depth = pattern.count(".") + 1 if pattern else 0
-        found: dict[str, None] = {}
-        for task in self.select(pattern):
-            found[".".join(task.operator.module.split(".")[:depth])] = None
-        return tuple(self.tasks.select(name) for name in found)
+        return self.tasks.layers(pattern)
 
     def microbatch(self, count: int) -> Microbatches:
         """Cut everything that runs over the batch into `count` pieces along it, uneven where it does not divide.
@@ -122,15 +119,22 @@ class Graph:
             candidates = attention if name == "heads" else others or candidates
         elif name == "vocab":
             candidates = [found for found in inside if _parameter_extent(found)]
+        elif name == "sequence":
+            batch = self._batch_dimension().tensor_dims
+            candidates = [
+                found
+                for found in inside
+                if any(dim == 1 and (tensor, 0) in batch and len(tensor.shape) > 2 for tensor, dim in found.tensor_dims)
+            ]
         else:
             candidates = []
         if not candidates:
             known = "\n  ".join(sorted(str(found) for found in inside if found.size > 1))
             raise ValueError(
-                f"{tasks} have no dimension {name!r}. Names are 'batch', 'hidden', 'heads', 'vocab', or a parameter's "
-                f"as in 'up_proj.weight:0'. These tasks can be cut along\n  {known}"
+                f"{tasks} have no dimension {name!r}. Names are 'batch', 'sequence', 'hidden', 'heads', 'vocab', or a "
+                f"parameter's as in 'up_proj.weight:0'. These tasks can be cut along\n  {known}"
             )
-        return max(candidates, key=_parameter_extent)
+        return max(candidates, key=lambda found: (_parameter_extent(found), len(found.identifiers)))
 
     def _batch_dimension(self) -> Dimension:
         if self._dimensions is None:
@@ -167,6 +171,15 @@ class Tasks:
                 f"Patterns match whole module paths, as in '*.mlp' or 'layers.*'."
             )
         return Tasks(self.graph, chosen)
+
+    def layers(self, pattern: str) -> tuple[Tasks, ...]:
+        """Those of these tasks that `Graph.layers` would take, one `Tasks` a module."""
+        groups: defaultdict[str, list[Task]] = defaultdict(list)
+        for task in self.select(pattern):
+            parts = task.operator.module.split(".")
+            prefixes = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+            groups[next((prefix for prefix in prefixes if fnmatch.fnmatchcase(prefix, pattern)), "")].append(task)
+        return tuple(Tasks(self.graph, tasks) for tasks in groups.values())
 
     def __iter__(self) -> Iterator[Task]:
         for task in self._tasks:
@@ -345,14 +358,18 @@ class Plan:
     num_microbatches: int
 
     def __str__(self) -> str:
-        """Count the tasks on each rank, and name what is decided for all."""
+        """Count the tasks of each rank, and name what is decided for all."""
         rows = [f"Plan for a {self.mesh}, {self.num_microbatches} microbatches"]
+        equal: defaultdict[str, list[int]] = defaultdict(list)
+        tasks: defaultdict[int, list[Task]] = defaultdict(list)
+        for task in self.tasks:
+            for rank in self.ranks[task]:
+                tasks[rank].append(task)
         for rank in self.mesh.ranks:
-            mine = [task for task in self.tasks if rank in self.ranks[task]]
-            num_cut = sum(bool(task.cuts) for task in mine)
-            recomputed = sum(task in self.recomputed for task in mine)
-            rows.append(f"  rank {rank}: {len(mine)} tasks, {num_cut} of them cut, {recomputed} recomputed")
-        return "\n".join(rows)
+            num_cut = sum(bool(task.cuts) for task in tasks[rank])
+            recomputed = sum(task in self.recomputed for task in tasks[rank])
+            equal[f"{len(tasks[rank])} tasks, {num_cut} of them cut, {recomputed} recomputed"].append(rank)
+        return "\n".join([*rows, *(f"  {name_ranks(ranks)}: {text}" for text, ranks in equal.items())])
 
 
 def record(plan: PlanFunction, graph: OperatorGraph, mesh: Mesh) -> Plan:
@@ -447,13 +464,31 @@ def _merge_replicas(view: Graph, tasks: Sequence[Task]) -> dict[Task, tuple[int,
     """The tasks with their ranks; of replicas, only the first on each rank."""
     taken: dict[tuple[object, ...], set[int]] = defaultdict(set)
     merged: dict[Task, tuple[int, ...]] = {}
+    pieces: defaultdict[Operator, dict[tuple[object, ...], Task]] = defaultdict(dict)
     for task in tasks:
-        same = (task.operator, tuple(task.cuts.items()), task.chunk)
+        # Sums cut in another order have their addends in another order.
+        chunks = tuple(made and made.mask.chunk for made in task.outputs)
+        same = (task.operator, frozenset(task.cuts.items()), task.chunk, chunks)
+        pieces[task.operator].setdefault(same, task)
         ranks = tuple(rank for rank in view.ranks[task] if rank not in taken[same])
         taken[same].update(ranks)
         if ranks:
             merged[task] = ranks
+    for operator, of_operator in pieces.items():
+        _check_replicas(operator, tuple(of_operator.values()))
     return merged
+
+
+def _check_replicas(operator: Operator, pieces: Sequence[Task]) -> None:
+    """Refuse pieces of which some compute what others compute, too, and are no replicas of these."""
+    sizes = find_rule(operator).sizes
+    parts = (math.prod(part.size / sizes[name] for name, part in task.cuts.items()) / task.chunk.of for task in pieces)
+    if len(pieces) > 1 and sum(parts) > 1 + 1e-6:
+        names = ", ".join(map(str, pieces[:6])) + (" …" if len(pieces) > 6 else "")
+        raise ValueError(
+            f"the replicas of {operator.name} ({operator.target}) are cut differently, into {names}, so that ranks "
+            f"would not know whose parts belong together. Cut all replicas alike, or cut before replicating."
+        )
 
 
 def _cut_along(tasks: Tasks, dimension: Dimension, n: int, *, shares_the_rest: bool, follows_sums: bool) -> list[Tasks]:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from torch_vtensor.compile.communication import Assemble, Buffer, Communication, Placed, Step, Transfer
+from torch_vtensor.compile.contributions import Contributions
 from torch_vtensor.compile.cost import task_seconds
 from torch_vtensor.compile.dataflow import Dataflow, Exchange, GradientGroup
 from torch_vtensor.compile.schedules.job import Job, JobKind, Result, Value, ValueKind
@@ -116,6 +117,8 @@ class _Builder:
         self._given: defaultdict[tuple[GradientGroup, Placed], list[tuple[int | None, str]]] = defaultdict(list)
         self._tangents: defaultdict[tuple[LogicalTensor, Placed], list[str]] = defaultdict(list)
         self._forward_of: dict[Segment, Forward] = {}
+        self._contributions = Contributions()
+        self._gives: dict[str, str] = {}  # the backward pass that gives a gradient
 
     def build(self) -> Program:
         for exchange in self._flow.exchanges:
@@ -131,19 +134,19 @@ class _Builder:
         }
         self._pin(outputs.items())
         gradients = self._add_backward() if self._flow.active else {}
-        results = [Result(f"{tensor.name}", rank, key) for (rank, tensor), key in outputs.items()]
-        results += [Result(f"d {tensor.name}", rank, key) for (rank, tensor), (key, _) in gradients.items()]
+        results = [Result(self._label[tensor], rank, key) for (rank, tensor), key in outputs.items()]
+        of_gradients, jobs = self._contributions.results(gradients, self._label, self._jobs)
         return Program(
             self._flow,
             self._segments,
-            tuple(self._jobs),
+            tuple(jobs),
             tuple(self._values.values()),
             MappingProxyType(self._work),
             self._arguments,
             self._seeds,
             outputs,
             gradients,
-            tuple(dict.fromkeys(results)),
+            tuple(dict.fromkeys((*results, *of_gradients))),
         )
 
     # ------------------------------------------------------------------ values
@@ -315,10 +318,9 @@ class _Builder:
             kind: ValueKind = "gradient" if tensor.kind == "parameter" else "activation"
             self._add_value(key, segment.rank, view.num_bytes, kind)
             gradients.append(key)
-            readers = set(segment.arrivals[arrival])
-            for part, addends in arrival.group.addends.items():
-                if part.rank == segment.rank and not readers.isdisjoint(addends):
-                    self._given[arrival.group, part].append((segment.microbatch, key))
+            self._gives[key] = f"B {segment.name}"
+            assert arrival.part is not None
+            self._given[arrival.group, arrival.part].append((segment.microbatch, key))
         backward = Backward(segment, forward.saved, tuple(tangents), tuple(gradients))
         read = tuple(dict.fromkeys(key for key in (*tangents, forward.saved) if key is not None))
         written = tuple(key for key in gradients if key is not None)
@@ -333,6 +335,9 @@ class _Builder:
             keys: dict[Buffer, str] = {}
             for part, buffer in communication.have.items():
                 given = self._given.get((group, part), [])
+                if tensor.kind == "parameter":
+                    passes = [self._gives[key] for _, key in given if key in self._gives]
+                    self._contributions.add(tensor, number, part.mask, part.rank, passes)
                 of = f"{self._number[exchange]}.{number}"
                 view = TensorView(tensor, part.mask.region)
                 total = self._sum(

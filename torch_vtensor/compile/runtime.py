@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_vtensor.compile.capture import Captured
 from torch_vtensor.compile.executor import Code, Executor, Transport
+from torch_vtensor.compile.parameters import gradient_like, part_of
 from torch_vtensor.compile.passes import Passes
 from torch_vtensor.compile.program import Program
 from torch_vtensor.compile.segment import Segment
@@ -21,9 +22,9 @@ Given = Mapping[LogicalTensor, Tensor]
 class Runtime:
     """One rank of a program, called with the arguments of the captured function.
 
-    Where the function returns one number that gradients flow through, a call runs the whole step: backward passes of one
-    microbatch come before forward passes of the next, and the gradients wait for ``loss.backward()`` to hand them over.
-    Otherwise backward runs when autograd asks for it.
+    Where the function returns one number that gradients flow through, a call runs the whole step: backward passes of
+    one microbatch come before forward passes of the next, and the gradients wait for ``loss.backward()`` to hand them
+    over. Otherwise backward runs when autograd asks for it.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Runtime:
         self._backward = None if passes.backward is None else Executor(program, passes.backward, rank, codes, transport)
         graph = program.flow.plan.graph
         self._outputs = tuple(dict.fromkeys(graph.outputs))
+        self._sharing = {tensor for _, tensor in program.gradients}
         self._seed_of = {tensor: key for (owner, key), tensor in program.seeds.items() if owner == rank}
         self.wanting = tuple(tensor for tensor in graph.inputs if tensor in program.flow.active)
         self.flowing = tuple(tensor in program.flow.active for tensor in self._outputs)
@@ -69,8 +71,7 @@ class Runtime:
         there = {**self._captured.constants, **given}
         for (owner, key), view in self._program.arguments.items():
             if owner == self._rank:
-                part = tuple(slice(*interval) for interval in view.mask.intervals)
-                values[key] = there[view.tensor].detach()[part]
+                values[key] = part_of(there[view.tensor], view.mask)
         if self._backward is None:
             self._put_seeds(values, {tensor: torch.ones((), dtype=tensor.dtype) for tensor in self._seed_of}, given)
         self._run(self._forward, values, given)
@@ -93,8 +94,15 @@ class Runtime:
         self._run(self._backward, values, given)
         return self.gradients(values)
 
+    def hand_over(self, gradients: Sequence[Tensor | None], wanting: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients as autograd takes them: those of sharded parameters on every rank, of the part that it keeps."""
+        return [
+            gradient_like(argument, gradient) if tensor in self._sharing else None
+            for tensor, argument, gradient in zip(self.wanting, wanting, gradients, strict=True)
+        ]
+
     def gradients(self, values: Mapping[str, Any]) -> list[Tensor | None]:
-        """The gradient of each argument that wants one."""
+        """The gradient of each argument that wants one, of the part that is here."""
         found = {tensor: key for (owner, tensor), (key, _) in self._program.gradients.items() if owner == self._rank}
         return [values[found[tensor]] if tensor in found else None for tensor in self.wanting]
 
@@ -119,6 +127,7 @@ class _WholeStep(torch.autograd.Function):
     def forward(ctx: Any, runtime: Runtime, given: Given, *wanting: Tensor) -> tuple[Any, ...]:
         outputs, values = runtime.run_forward(given)
         ctx.gradients = runtime.gradients(values)
+        ctx.runtime, ctx.wanting = runtime, wanting
         ctx.mark_non_differentiable(*(o for o, flows in zip(outputs, runtime.flowing, strict=True) if not flows))
         return outputs
 
@@ -131,7 +140,8 @@ class _WholeStep(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         scale = next(tangent for tangent in tangents if tangent is not None)
-        return (None, None, *(None if gradient is None else gradient * scale for gradient in gradients))
+        scaled = [None if gradient is None else gradient * scale for gradient in gradients]
+        return (None, None, *ctx.runtime.hand_over(scaled, ctx.wanting))
 
 
 class _Partition(torch.autograd.Function):
@@ -140,7 +150,7 @@ class _Partition(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runtime: Runtime, given: Given, *wanting: Tensor) -> tuple[Any, ...]:
         outputs, ctx.values = runtime.run_forward(given)
-        ctx.runtime, ctx.given = runtime, given
+        ctx.runtime, ctx.given, ctx.wanting = runtime, given, wanting
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(o for o, flows in zip(outputs, runtime.flowing, strict=True) if not flows))
         return outputs
@@ -153,7 +163,8 @@ class _Partition(torch.autograd.Function):
                 "again for each backward pass; a plan does not keep a graph for retain_graph=True."
             )
         values, ctx.values = ctx.values, None
-        return (None, None, *ctx.runtime.run_backward(values, tangents, ctx.given))
+        gradients = ctx.runtime.run_backward(values, tangents, ctx.given)
+        return (None, None, *ctx.runtime.hand_over(gradients, ctx.wanting))
 
 
 def _device(given: Given) -> torch.device:

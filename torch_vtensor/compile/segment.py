@@ -12,24 +12,27 @@ All segments on a path from a segment back to itself would have its level, so th
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch_vtensor.compile.addends import Reader
 from torch_vtensor.compile.communication import Placed
-from torch_vtensor.compile.dataflow import Dataflow, Exchange, GradientGroup, Instance, Reader
+from torch_vtensor.compile.dataflow import Dataflow, Exchange, GradientGroup, Instance
 from torch_vtensor.compile.stages import find_stages
 from torch_vtensor.compile.task_graph import Task
 from torch_vtensor.compile.tensor_view import LogicalTensor, Mask, TensorView
 
 
 class Arrival(NamedTuple):
-    """A value that enters a segment, once for each group of readers whose gradients go different ways."""
+    """A value that enters a segment, once for each part of the gradient to which its readers contribute."""
 
     exchange: Exchange
     mask: Mask
     group: GradientGroup | None
+    part: Placed | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +92,7 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
     level: dict[Instance, int] = {}
     keys: dict[Instance, _Key] = {}
     internal: set[tuple[Instance, int]] = set()
+    above: dict[Exchange, int] = {}
     for task in plan.tasks:
         for rank in plan.ranks[task]:
             instance = Instance(task, rank)
@@ -96,21 +100,30 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
             # What needs no turn in a pipeline must not wait for one: all microbatches' targets are counted first.
             flows = index is None or _flows(flow, task)
             own = _Key(rank, index, stages[task], recomputed, turn, flows, level=0)
-            lowest = 0
-            for position in range(len(task.inputs)):
-                exchange, reader = flow.reads[instance, position]
-                source = _direct_source(flow, exchange, reader)
-                if source is not None and keys[source]._replace(level=0) == own:
-                    lowest = max(lowest, level[source])
-                else:
-                    above = [level[maker] for makers in exchange.makers.values() for maker in makers]
-                    lowest = max(lowest, max(above, default=-1) + 1)
+            sources = {
+                position: source
+                for position in range(len(task.inputs))
+                if (source := _direct_source(flow, *flow.reads[instance, position])) is not None
+                and keys[source]._replace(level=0) == own
+            }
+            lowest = max((level[source] for source in sources.values()), default=0)
+            settled = False
+            while not settled:
+                settled = True
+                for position in range(len(task.inputs)):
+                    # What is made below arrives like everything else: its gradient goes back once all readers are done.
+                    if position not in sources or level[sources[position]] < lowest:
+                        exchange, _ = flow.reads[instance, position]
+                        if exchange not in above:
+                            makers = itertools.chain(*exchange.makers.values())
+                            above[exchange] = max((level[maker] for maker in makers), default=-1) + 1
+                        if above[exchange] > lowest:
+                            lowest, settled = above[exchange], False
             level[instance] = lowest
             keys[instance] = own._replace(level=lowest)
-            for position in range(len(task.inputs)):
-                source = _direct_source(flow, *flow.reads[instance, position])
-                if source is not None and keys[source] == keys[instance]:
-                    internal.add((instance, position))
+            internal.update(
+                (instance, position) for position, source in sources.items() if keys[source] == keys[instance]
+            )
 
     members: defaultdict[_Key, list[Instance]] = defaultdict(list)
     for instance, key in keys.items():
@@ -152,9 +165,10 @@ def _leaving(flow: Dataflow, internal: set[tuple[Instance, int]]) -> set[Output]
     for exchange in flow.exchanges:
         tensor, communication = exchange.tensor, exchange.communication
         for reader in exchange.readers:
-            part = Placed(reader.rank, reader.mask)
-            if not is_internal(reader) and exchange.buffer(reader) == communication.have.get(part):
-                leaving.add(Output(tensor, reader.rank, reader.mask))
+            # Of a value that exists whole, the whole may be read as its first chunk.
+            buffer = exchange.buffer(reader)
+            if not is_internal(reader) and buffer == communication.have.get(Placed(reader.rank, buffer.mask)):
+                leaving.add(Output(tensor, reader.rank, buffer.mask))
         for step in communication.steps:
             for rank in step.ranks:
                 for buffer in step.reads(rank):
@@ -185,7 +199,9 @@ def _segment(
                 inside.add((instance.task, position))
                 continue
             exchange, reader = flow.reads[instance, position]
-            arrivals[Arrival(exchange, reader.mask, exchange.group_of.get(reader))].append(reader)
+            group = exchange.group_of.get(reader)
+            part = None if group is None else group.part_of[reader]
+            arrivals[Arrival(exchange, reader.mask, group, part)].append(reader)
     departures = tuple(
         view
         for instance in instances

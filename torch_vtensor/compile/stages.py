@@ -66,7 +66,8 @@ def find_turns(plan: Plan, segments: Sequence[Segment], jobs: Sequence[Job]) -> 
     known = {job.name for job in jobs}
     of_stage: defaultdict[tuple[int, int, int], list[Segment]] = defaultdict(list)
     for segment in segments:
-        if segment.microbatch is not None and segment.flows:
+        # What op_order puts in turn finds its place by that, between those that it reads from and those it gives to.
+        if segment.microbatch is not None and segment.flows and segment.turn is None:
             of_stage[segment.rank, segment.stage, segment.microbatch].append(segment)
     turns: dict[int, list[str]] = {}
     for order in orders.values():

@@ -89,6 +89,11 @@ class Mask(NamedTuple):
         """This mask with another value chunk."""
         return Mask(self.intervals, chunk)
 
+    def moved(self, offsets: Sequence[int]) -> Mask:
+        """The same part of another region: every interval moved by its dimension's offset."""
+        pairs = zip(self.intervals, offsets, strict=True)
+        return Mask(tuple(Interval(start + offset, stop + offset) for (start, stop), offset in pairs), self.chunk)
+
     def intersection(self, other: Mask) -> Mask | None:
         """The indices and addends that both have; None if there are none.
 
@@ -166,6 +171,11 @@ class Mask(NamedTuple):
         (dim,) = differing
         a, b = sorted((self.intervals[dim], other.intervals[dim]))
         return self.with_interval(dim, Interval(a.start, max(a.stop, b.stop))) if b.start <= a.stop else None
+
+    def hull(self, other: Mask) -> Mask:
+        """The smallest box around both, with whole values."""
+        pairs = zip(self.intervals, other.intervals, strict=True)
+        return Mask(tuple(Interval(min(a.start, b.start), max(a.stop, b.stop)) for a, b in pairs))
 
     def within(self, outer: Mask) -> tuple[slice, ...]:
         """The subscript that takes this part out of a tensor that holds `outer`."""

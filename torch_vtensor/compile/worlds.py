@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch.distributed as dist
 
 from torch_vtensor.compile.executor import Transport
-from torch_vtensor.compile.mesh import Mesh
 from torch_vtensor.compile.program import Program
 
 
-def find_mesh(axes: Mapping[str, int] | None) -> Mesh:
-    """The mesh of all ranks; started by torchrun, it begins torch.distributed if nobody has.
-
-    Raises:  ValueError for axes that the ranks do not fill.
-    """
+def num_ranks() -> int:
+    """How many processes there are; started by torchrun, this begins torch.distributed if nobody has."""
     if dist.is_available() and not dist.is_initialized() and dist.is_torchelastic_launched():
         dist.init_process_group()
-    if not (dist.is_available() and dist.is_initialized()):
-        return Mesh((0,), axes or {})
-    return Mesh(tuple(range(dist.get_world_size())), axes or {})
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def join(program: Program) -> tuple[Transport, int]:

@@ -155,7 +155,7 @@ def test_equal_plans_on_other_ranks_are_equal() -> None:
             SHAPE, 4, grid(SHAPE, ranks, [(2, "V"), (2, 1)]), grid(SHAPE, ranks, [(2, 0), (2, 1)]), Topology()
         )
 
-    assert on(8) == on(0).renamed({rank: rank + 8 for rank in range(4)})
+    assert on(8) == on(0).renamed({rank: rank + 8 for rank in range(4)}, (0,))
     check(SHAPE, tuple(on(8).have), tuple(on(8).need), on(8))
     # Ranks 6 to 9 lie on two nodes: the time is another.
     assert on(6).seconds(4, Topology()) > on(0).seconds(4, Topology())

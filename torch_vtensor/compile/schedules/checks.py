@@ -192,10 +192,10 @@ class _Replay:
 
 
 def _check_results(schedule: Schedule, flow: Dataflow, live: Mapping[int, Mapping[str, Value]]) -> None:
-    contributors: dict[str, set[str]] = defaultdict(set)
+    contributors: dict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)
     for job in schedule.jobs.values():
         for name in job.contributes:
-            contributors[name].add(job.name)
+            contributors[name][job.name] = job.addends.get(name, (job.name,))
     for result in schedule.results:
         if result.key not in live.get(result.rank, {}):
             declared = result.place in schedule.values
@@ -204,8 +204,8 @@ def _check_results(schedule: Schedule, flow: Dataflow, live: Mapping[int, Mappin
         _check_addends(result, flow, contributors[result.name])
 
 
-def _check_addends(result: Result, flow: Dataflow, contributors: set[str]) -> None:
-    """Follow gradients back from the result, and see who contributed."""
+def _check_addends(result: Result, flow: Dataflow, contributors: Mapping[str, tuple[str, ...]]) -> None:
+    """Follow gradients back from the result, and see which addends went into it."""
     found: set[str] = set()
     seen = {result.place}
     ahead = [result.place]
@@ -213,17 +213,17 @@ def _check_addends(result: Result, flow: Dataflow, contributors: set[str]) -> No
         name = flow.writer.get(ahead.pop())
         if name is None:
             continue
-        if name in contributors:
-            found.add(name)
+        found.update(contributors.get(name, ()))
         for place in flow.reads[name]:
             if place not in seen and flow.values[place].kind == "gradient":
                 seen.add(place)
                 ahead.append(place)
-    lost = sorted(contributors - found)
+    lost = sorted(name for name, addends in contributors.items() if not found.issuperset(addends))
     if lost:
+        num_addends = len({addend for addends in contributors.values() for addend in addends})
         raise PlanError(
             f"{flow.jobs[lost[0]]} contributes to {result.name!r}, and what it computes never reaches {result.place} "
-            f"({len(found)} of {len(contributors)} contributions do). Add it to the sum.",
+            f"({len(found)} of {num_addends} contributions do). Add it to the sum.",
             rank=result.rank,
             job=lost[0],
         )

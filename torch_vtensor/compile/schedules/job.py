@@ -20,6 +20,7 @@ COMMUNICATION: frozenset[str] = frozenset(("transfer", "collective"))
 _THERE_FROM_THE_START = ("parameter", "input")
 BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 _NOTHING: Keys = MappingProxyType({})
+_ITS_OWN: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 _Key = TypeVar("_Key")
 _Item = TypeVar("_Item")
 
@@ -71,8 +72,8 @@ class Value:
 class Result:
     """A value that has to be there at the end: an output, the gradient of a parameter.
 
-    ``num_addends`` jobs whose `Job.contributes` has the result's name must have gone into it, through values of kind
-    gradient; 0 for what is no sum. Replicas are results of the same name on several ranks.
+    ``num_addends`` addends of jobs whose `Job.contributes` has the result's name must have gone into it, through values
+    of kind gradient; 0 for what is no sum. Replicas are results of the same name on several ranks.
     """
 
     name: str
@@ -103,7 +104,8 @@ class Job:
     ==========  ==================================================================================
 
     ``reads`` and ``writes`` tell the keys of the values by rank. ``stage`` says what it computes, for people.
-    ``contributes`` names the results of which it computes an addend.
+    ``contributes`` names the results of which it computes an addend; where other jobs compute the same, as replicas do,
+    ``addends`` names it, or several, by result.
     Units: ``seconds`` on its ranks, estimated; ``wire_bytes`` sent by all ranks together; ``workspace_bytes`` that each
     of its ranks needs while it runs, besides what it reads and writes.
     """
@@ -119,6 +121,7 @@ class Job:
     wire_bytes: int = 0
     workspace_bytes: int = 0
     contributes: tuple[str, ...] = ()
+    addends: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _ITS_OWN)
 
     @property
     def computes(self) -> bool:

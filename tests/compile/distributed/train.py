@@ -1,0 +1,104 @@
+"""One rank of a world of gloo processes: trains models with plans next to copies without one, and says how it went.
+
+Run as ``python -m tests.compile.distributed.train store rank world_size task …``; a task is ``plan@model@codegen`` or
+``die@plan``.
+"""
+
+import datetime
+import os
+import sys
+from functools import partial
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torch_vtensor.compile.sharded_tensor import ShardedTensor
+from torch_vtensor.compile.transport import ProcessGroups
+
+NUM_STEPS = 5
+WAIT = datetime.timedelta(seconds=60)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def make(name: str) -> Any:
+    """An example of ready_models.py, or the one for which transformers need not be imported."""
+    if name != "mlp":
+        return getattr(import_module("tests.compile.ready_models"), name)()
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block()).double()
+    batch = tuple(torch.randn(2, 8, 4, 8, dtype=torch.double))
+    return SimpleNamespace(model=model, loss_of=lambda x, y: F.mse_loss(model(x), y), arguments=batch, tolerance=1e-9)
+
+
+def train(plan: str, model: str, codegen: str) -> None:
+    """Five steps of AdamW give the losses and the parameters of one process."""
+    ours, theirs = make(model), make(model)
+    options = {"plan": plan, "codegen": codegen}
+    step = torch.compile(ours.loss_of, backend="superscaler", options=options, dynamic=False)
+    # A large eps: otherwise a gradient of pure rounding noise becomes a step of the full learning rate.
+    optimizers = [torch.optim.AdamW(e.model.parameters(), 1e-2, eps=1e-3) for e in (ours, theirs)]
+    close = partial(torch.testing.assert_close, rtol=ours.tolerance, atol=ours.tolerance)
+    for number in range(NUM_STEPS):
+        batch = [x.roll(number, 0) for x in ours.arguments]
+        losses = [step(*batch), theirs.loss_of(*batch)]
+        close(losses[0], losses[1], msg=lambda text: f"loss of {plan} in step {number}: {text}")  # noqa: B023
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = dict(theirs.model.named_parameters())
+    for name, parameter in ours.model.named_parameters():
+        whole = expected[name].detach()
+        if isinstance(parameter, ShardedTensor):
+            close(parameter.local.detach(), parameter.keeps.cut(whole), msg=lambda text, name=name: f"{name}: {text}")
+        else:
+            close(parameter.detach(), whole, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def die(plan: str) -> None:
+    """Train until, in the middle of a step, the last rank ends as if it had been killed."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        begin, num_begun = ProcessGroups.send if "1f1b" in plan else ProcessGroups.collective, 0
+
+        def counted(*arguments: object) -> object:
+            nonlocal num_begun
+            num_begun += 1
+            if num_begun == 5:
+                os._exit(13)
+            return begin(*arguments)  # type: ignore[arg-type]
+
+        setattr(ProcessGroups, begin.__name__, counted)
+    train(plan, "mlp", "eager")
+
+
+def main(store: str, rank: str, world_size: str, *tasks: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, int(world_size)), rank=int(rank), world_size=int(world_size), timeout=WAIT
+    )
+    for task in tasks:
+        name, *rest = task.split("@")
+        if name == "die":
+            die(*rest)
+        else:
+            train(name, *rest)
+        torch.compiler.reset()
+        print(task, "is right", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,186 @@
+"""What two ranks do in test_parameters.py: run by torchrun as a module, with the path for results as its argument."""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import torch_vtensor.compile as ss
+from torch_vtensor.compile.primitives import PlanFunction
+
+MAX_NORM = 0.5
+NUM_STEPS = 5
+STEPS_BEFORE_CHECKPOINT = 3
+
+
+class Tiny(nn.Module):
+    """Two blocks between an embedding and a head that share their weight, with a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(12, 8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 17), nn.GELU(), nn.Linear(17, 8)) for _ in range(2)
+        )
+        self.head = nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embed.weight
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embed(ids)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return F.cross_entropy(self.head(hidden).flatten(0, 1), ids.flatten())
+
+
+def batches() -> list[Tensor]:
+    """One batch for each step, one of them of another size."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(12, (size, 6), generator=generator) for size in (4, 4, 2, 4, 4)]
+
+
+def adamw(model: nn.Module, **how: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1, **how)
+
+
+def train(
+    function: Callable[[Tensor], Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Callable[[], torch.optim.Optimizer],
+    data: Sequence[Tensor],
+    clip: Callable[..., Tensor] = ss.clip_grad_norm_,
+) -> Iterator[tuple[float, float]]:
+    """Train; yields the loss and the norm of the gradients of each step."""
+    for ids in data:
+        loss = function(ids)
+        loss.backward()
+        norm = clip(model.parameters(), MAX_NORM)
+        if callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = optimizer()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item(), norm.item()
+
+
+def tensor_parallel(graph: ss.Graph, mesh: ss.Mesh) -> None:
+    for block in graph.layers("blocks.*"):
+        ss.op_assign(ss.op_trans(block, "hidden", len(mesh)), mesh.ranks)
+    ss.op_assign(graph.select("embed") + graph.select("head") + graph.select(""), mesh.ranks)
+
+
+def one_f_one_b(graph: ss.Graph, mesh: ss.Mesh) -> None:
+    microbatches = graph.microbatch(2)
+    for rank, block in enumerate(graph.layers("blocks.*")):
+        ss.op_assign(block, rank)
+    ss.order.one_f_one_b(microbatches)
+
+
+def data_parallel(graph: ss.Graph, mesh: ss.Mesh) -> None:
+    ss.op_assign(ss.op_trans(graph.tasks, "batch", len(mesh)), mesh.ranks)
+
+
+def zero(graph: ss.Graph, mesh: ss.Mesh) -> None:
+    data_parallel(graph, mesh)
+    ss.store(graph, mesh.ranks)
+
+
+@dataclass
+class Trained:
+    """What one rank says about one plan."""
+
+    steps: list[tuple[float, float]] = field(default_factory=list)
+    num_compilations: int = 0
+    kept: dict[str, int] = field(default_factory=dict)
+    """Elements of each parameter that the rank keeps."""
+    state_elements: dict[str, int] = field(default_factory=dict)
+    gradient_elements: dict[str, int] = field(default_factory=dict)
+    evaluation: float = 0.0
+    model: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+def compiled(model: nn.Module, plan: PlanFunction, found: list[Any] | None = None) -> Any:
+    inspect = None if found is None else found.append
+    options = {"plan": plan, "codegen": "eager", "inspect": inspect}
+    torch._dynamo.reset()  # all models here have one code object, and its compilations are limited
+    return torch.compile(model, backend="superscaler", options=options, dynamic=False)
+
+
+def num_here(tensor: Tensor) -> int:
+    return tensor.local.numel() if isinstance(tensor, ss.ShardedTensor) else tensor.numel()
+
+
+def run(plan: PlanFunction, how: str, evaluates_by: PlanFunction) -> Trained:
+    """Train by a plan, evaluate by another, and tell what is where.
+
+    how: "before" the first call the optimizer is made, or "after" it, or it has "stepped" without a plan.
+    """
+    trained, compilations = Trained(), []
+    model = Tiny()
+    step = compiled(model, plan, compilations)
+    data = batches()
+    if how == "before":
+        optimizer = adamw(model, foreach=True)
+    elif how == "stepped":
+        optimizer = adamw(model, foreach=False)
+        trained.steps += train(model, model, optimizer, data[:1], nn.utils.clip_grad_norm_)
+    made: list[torch.optim.Optimizer] = [] if how == "after" else [optimizer]
+
+    def make() -> torch.optim.Optimizer:
+        made.append(adamw(model, fused=True))
+        return made[0]
+
+    trained.steps += train(step, model, made[0] if made else make, data[len(trained.steps) :])
+    trained.num_compilations = len(compilations)
+    step(data[0]).backward()
+    for name, parameter in model.named_parameters():
+        trained.kept[name] = num_here(parameter)
+        trained.gradient_elements[name] = num_here(parameter.grad)
+        trained.state_elements[name] = num_here(made[0].state[parameter]["exp_avg"])
+    trained.model, trained.optimizer = ss.state_dict(step), ss.state_dict(made[0])
+    with torch.no_grad():
+        trained.evaluation = compiled(model, evaluates_by)(data[0]).item()
+    return trained
+
+
+def train_on(checkpoint: dict[str, Any] | None, plan: PlanFunction) -> dict[str, Any]:
+    """Go on training from a checkpoint, or begin and make one."""
+    model = Tiny()
+    step, optimizer = compiled(model, plan), adamw(model)
+    if checkpoint is None:
+        list(train(step, model, optimizer, batches()[:STEPS_BEFORE_CHECKPOINT]))
+    else:
+        with torch.no_grad():
+            step(batches()[0])  # shards the parameters: what is loaded is cut
+        ss.load_state_dict(step, checkpoint["model"])
+        ss.load_state_dict(optimizer, copy.deepcopy(checkpoint["optimizer"]))
+        list(train(step, model, optimizer, batches()[STEPS_BEFORE_CHECKPOINT:]))
+    return {"model": ss.state_dict(model), "optimizer": ss.state_dict(optimizer)}
+
+
+def main(path: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results: dict[str, Any] = {
+        "tensor_parallel": vars(run(tensor_parallel, "before", data_parallel)),
+        "one_f_one_b": vars(run(one_f_one_b, "after", one_f_one_b)),
+        "zero": vars(run(zero, "stepped", tensor_parallel)),
+    }
+    results["checkpoint"] = train_on(None, zero)
+    results["loaded"] = train_on(results["checkpoint"], tensor_parallel)
+    on_one = ss.state_dict(Tiny(), on_rank=1)
+    results["num_on_rank_1"] = len(on_one)
+    torch.save(results, path / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

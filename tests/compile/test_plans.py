@@ -1,0 +1,298 @@
+"""Ready plans compute what one process does, communicate what they say, and refuse what they cannot cut."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from tests.compile.ready_models import Example, captured, deep_gpt2, evoformer, gpt2, llama, swin, t5, tied_llama
+from tests.compile.virtual import assert_plan_is_right, capture_call, run_plan
+from torch_vtensor.compile import Compilation, Graph, Mesh
+from torch_vtensor.compile.communication import Assemble, Transfer
+from torch_vtensor.compile.plans import (
+    coshard,
+    cuts_classes,
+    data_parallel,
+    gpipe,
+    interleaved,
+    named,
+    one_f_one_b,
+    tensor_parallel,
+)
+from torch_vtensor.compile.plans.zero import zero1, zero2, zero3
+from torch_vtensor.compile.primitives import PlanFunction
+from torch_vtensor.compile.program import Forward, Move
+
+Make = Callable[[], Example]
+
+SINGLE = ["single", "dp2", "tp2", "sp2", "gpipe/2", "1f1b/4", "coshard2", "chunked_loss4"]
+COMPOSED = {
+    "dp2+tp2": 4,
+    "dp2+1f1b/2": 4,
+    "tp2+1f1b/2": 4,
+    "dp2+sp2+gpipe/2": 8,
+    "tp2+coshard2": 2,
+    "1f1b/2+chunked_loss2": 2,
+}
+WITH_VOCABULARY = {"interlaced/2": 2, "dp2+interlaced/2": 4}
+
+
+def world_of(name: str) -> int:
+    if name in ("single", "coshard2", "chunked_loss4"):
+        return 1
+    return COMPOSED.get(name) or WITH_VOCABULARY.get(name) or 2
+
+
+def assert_right(make: Make, plan: PlanFunction, mesh: Mesh) -> Compilation:
+    example, call = captured(make, cuts_classes(plan))
+    return assert_plan_is_right(
+        example.model, example.loss_of, example.arguments, plan, mesh, example.tolerance, call=call
+    )
+
+
+def compiled_by_name(make: Make, name: str, world: int | None = None) -> Compilation:
+    plan = named(name, world or world_of(name))
+    return assert_right(make, plan, Mesh(tuple(range(world or world_of(name))), plan.axes))
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("make", [gpt2, llama, t5, swin, evoformer])
+def test_a_plan_computes_what_one_process_does(make: Make, name: str) -> None:
+    compiled_by_name(make, name)
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize("make", [tied_llama, evoformer])
+def test_a_composition_computes_what_one_process_does(make: Make, name: str) -> None:
+    compiled_by_name(make, name)
+
+
+@pytest.mark.parametrize("name", WITH_VOCABULARY)
+@pytest.mark.parametrize("make", [llama, tied_llama, t5])
+def test_a_vocabulary_over_a_pipeline_computes_what_one_process_does(make: Make, name: str) -> None:
+    compiled_by_name(make, name)
+
+
+@pytest.mark.parametrize("name", ["interleaved*2/4", "dp2+interleaved*2/2"])
+@pytest.mark.parametrize("make", [deep_gpt2, t5])
+def test_interleaved_stages_compute_what_one_process_does(make: Make, name: str) -> None:
+    compiled_by_name(make, name, world=4 if "dp2" in name else 2)
+
+
+@pytest.mark.parametrize("plan", [zero1, zero2, zero3])
+def test_sharded_parameters_compute_what_one_process_does(plan: PlanFunction) -> None:
+    compilation = assert_right(llama, plan, Mesh((0, 1)))
+    gradients = compilation.program.gradients.items()
+    halves = {
+        tensor.name for (_, tensor), (_, mask) in gradients if mask.num_elements * 2 == tensor.whole.mask.num_elements
+    }
+    assert halves == {tensor.name for tensor in compilation.captured.graph.inputs if tensor.kind == "parameter"}
+
+
+# ------------------------------------------------------------------------------------------------ what is communicated
+
+
+def moved(compilation: Compilation, kind: str) -> Counter[str]:
+    """How often tensors of a kind are communicated, by way and direction; tensors of one number do not count."""
+    count: Counter[str] = Counter()
+    for job in compilation.program.jobs:
+        work = compilation.program.work[job.name]
+        if isinstance(work, Move) and not isinstance(work.step, Assemble) and work.tensor.shape:
+            backward = any(key.startswith("d ") for keys in job.writes.values() for key in keys)
+            way = "transfer" if isinstance(work.step, Transfer) else work.step.kind
+            if work.tensor.kind == kind:
+                count[f"{way} {'backward' if backward else 'forward'}"] += 1
+    return count
+
+
+def test_data_parallel_moves_gradients_of_parameters_only() -> None:
+    compilation = compiled_by_name(llama, "dp2")
+    assert moved(compilation, "activation") == {}
+    parameters = sum(tensor.kind == "parameter" for tensor in compilation.captured.graph.inputs)
+    assert moved(compilation, "parameter") == {"all_reduce backward": parameters}
+
+
+def test_tensor_parallel_adds_up_twice_a_layer_forward_and_twice_backward() -> None:
+    example, call = captured(llama, False)
+    plan = partial(tensor_parallel, vocabulary=False)
+    compilation = assert_plan_is_right(
+        example.model, example.loss_of, example.arguments, plan, Mesh((0, 1)), example.tolerance, call=call
+    )
+    assert moved(compilation, "activation") == {"all_reduce forward": 4, "all_reduce backward": 4}
+
+
+def test_a_cut_vocabulary_moves_no_logits() -> None:
+    for name in ("tp2", "interlaced/2"):
+        compilation = compiled_by_name(t5, name)
+        rows = [
+            work.step.bytes_sent(job.ranks[0], 1)
+            for job in compilation.program.jobs
+            if isinstance(work := compilation.program.work[job.name], Move)
+            and not isinstance(work.step, Assemble)
+            and work.tensor.kind != "parameter"
+            and 512 in work.tensor.shape
+        ]
+        assert rows == []
+
+
+def test_sequence_parallel_scatters_what_tensor_parallel_adds_up() -> None:
+    activations = moved(compiled_by_name(llama, "sp2"), "activation")
+    # Embedding and two blocks in each of two layers; three sums of one number a row belong to the loss.
+    assert activations["reduce_scatter forward"] == 5
+    assert activations["all_reduce forward"] == 3
+    assert activations["reduce_scatter backward"] == 4
+    assert activations["all_gather forward"] == activations["all_gather backward"] == 5
+
+
+@pytest.mark.parametrize("name", ["coshard2", "chunked_loss4"])
+def test_pieces_on_one_device_move_nothing_and_are_recomputed(name: str) -> None:
+    compilation = compiled_by_name(llama, name)
+    assert moved(compilation, "activation") == moved(compilation, "parameter") == {}
+    recomputed = {segment.turn for segment in compilation.program.segments if segment.recomputes}
+    assert len(recomputed) == (8 if name == "coshard2" else 4)
+    order = [
+        compilation.program.work[action.name].segment.turn
+        for action in compilation.schedule.actions[0]
+        if action.kind == "F" and isinstance(compilation.program.work[action.name], Forward)
+    ]
+    turns = [turn for turn in order if turn is not None]
+    assert turns == sorted(turns)
+
+
+# ------------------------------------------------------------------------------------------------------ what order
+
+
+def passes(compilation: Compilation, rank: int) -> str:
+    """The rank's passes through which gradients flow, in order: digits forward, letters backward."""
+    flowing = {segment.name: segment for segment in compilation.program.segments if segment.flows}
+    found = [
+        ("0123456789" if action.kind == "F" else "abcdefghij")[action.microbatch]
+        for action in compilation.schedule.compute_actions(rank)
+        if action.microbatch is not None and action.name.split(" ", 1)[1] in flowing
+    ]
+    return "".join(name for name, _ in itertools.groupby(found))
+
+
+@pytest.mark.parametrize(
+    ("name", "orders"),
+    [
+        ("gpipe/4", ["0123abcd", "0123abcd"]),
+        ("1f1b/4", ["01a2b3cd", "0a1b2c3d"]),
+    ],
+)
+def test_a_pipeline_runs_in_its_order(name: str, orders: list[str]) -> None:
+    compilation = compiled_by_name(gpt2, name)
+    assert [passes(compilation, rank) for rank in (0, 1)] == orders
+
+
+def test_interleaved_stages_run_round_and_round() -> None:
+    compilation = compiled_by_name(deep_gpt2, "interleaved*2/2", world=2)
+    assert [passes(compilation, rank) for rank in (0, 1)] == ["0101abab", "010a1bab"]
+
+
+def test_a_pipeline_passes_each_microbatch_once_each_way() -> None:
+    activations = moved(compiled_by_name(gpt2, "1f1b/4"), "activation")
+    assert activations == {"transfer forward": 4, "transfer backward": 4}
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+def record_of(make: Make, plan: PlanFunction, mesh: Mesh) -> None:
+    _, call = captured(make, False)
+    run_plan(call, plan, mesh)
+
+
+@pytest.mark.parametrize(
+    ("plan", "mesh", "message"),
+    [
+        (gpipe, Mesh((0, 1, 2)), "2 layers cannot make 3 stages; choose 1 to 2"),
+        (partial(interleaved, num_microbatches=3), Mesh((0, 1)), "3 are not whole groups. Use a multiple of 2"),
+        (interleaved, Mesh((0, 1)), "2 layers cannot make 4 stages; choose 1 to 2"),
+        (partial(one_f_one_b, num_microbatches=5), Mesh((0, 1)), "4 indices cannot be cut into 5 parts"),
+        (data_parallel, Mesh(tuple(range(5))), "4 indices cannot be cut into 5 parts"),
+        (tensor_parallel, Mesh(tuple(range(4))), r"k_proj.weight:0 can be cut into at most 2 pieces.*'tp' has 4 parts"),
+        (tensor_parallel, Mesh((0, 1), {"dp": 2}), "has no axis 'tp'"),
+        (partial(coshard, layers="blocks.*"), Mesh((0,)), "no module matches 'blocks.*'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(plan: PlanFunction, mesh: Mesh, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        record_of(llama, plan, mesh)
+
+
+def test_a_pipeline_comes_before_plans_that_cut_its_stages() -> None:
+    def wrong(graph: Graph, mesh: Mesh) -> None:
+        tensor_parallel(graph, mesh)
+        one_f_one_b(graph, mesh, num_microbatches=2)
+
+    with pytest.raises(ValueError, match="a pipeline comes first"):
+        record_of(llama, wrong, Mesh((0, 1)))
+
+
+def test_a_model_without_layers_is_told_how_to_name_them() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)}).double()
+    x = torch.randn(4, 4, dtype=torch.double)
+    call = capture_call(lambda x: model["second"](torch.tanh(model["first"](x))).sum(), x)
+    with pytest.raises(ValueError, match=r"no layers.*'first', 'second'.*layers='blocks_\*'"):
+        run_plan(call, gpipe, Mesh((0, 1)))
+
+
+def test_a_model_without_vocabulary_is_not_interlaced() -> None:
+    with pytest.raises(ValueError, match="no vocabulary to cut"):
+        record_of(swin, named("interlaced/2", 2), Mesh((0, 1), {"pp": 2}))
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "axes"),
+    [
+        ("single", 1, {}),
+        ("dp", 4, {"dp": 4}),
+        ("dp2+tp2", 4, {"dp": 2, "tp": 2}),
+        ("tp2+dp", 8, {"dp": 4, "tp": 2}),
+        ("1f1b/8", 4, {"pp": 4}),
+        ("sp2+dp2+interleaved*2/8", 16, {"pp": 4, "dp": 2, "tp": 2}),
+        ("pp2+gpipe+dp", 8, {"pp": 2, "dp": 4}),
+        ("coshard4+chunked_loss", 1, {}),
+    ],
+)
+def test_a_name_gives_a_mesh(name: str, world: int, axes: dict[str, int]) -> None:
+    plan = named(name, world)
+    assert dict(plan.axes) == axes
+    assert list(plan.axes) == list(axes)
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "message"),
+    [
+        ("dp2+tq2", 4, "unknown part 'tq2'. Did you mean .* Parts are single, pp, dp"),
+        ("dp2+", 2, "unknown part ''"),
+        ("dp2+dp2", 4, "'dp' twice"),
+        ("tp2+sp2", 4, "exclude each other"),
+        ("gpipe+1f1b", 4, "choose one pipeline of gpipe, 1f1b"),
+        ("single+dp2", 2, "'single' alone"),
+        ("tp2+chunked_loss2", 2, "along the vocabulary, over ranks, and along the batch"),
+        ("pp2+dp2", 4, "in no order; add one of gpipe, 1f1b"),
+        ("dp+tp", 4, "leaves the sizes of dp and tp open, so that 4 ranks"),
+        ("dp2+tp2", 2, "is for dp 2 × tp 2, and the world has 2 ranks: the product has to be 2.*start 4 processes"),
+        ("tp3+1f1b", 4, "is for tp 3 × pp \\?, and the world has 4 ranks"),
+        ("coshard2", 2, "is for one rank, and the world has 2 ranks"),
+        ("dp0", 2, "'dp0', whose numbers mean nothing"),
+        ("dp2/4", 2, "'dp2/4', whose numbers mean nothing"),
+        ("gpipe4", 2, "1f1b/8 for microbatches"),
+    ],
+)
+def test_a_name_that_means_nothing_is_refused(name: str, world: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        named(name, world)
+
+
+def test_a_named_plan_says_its_name() -> None:
+    assert str(named("1f1b+dp2", 8)) == "1f1b+dp2 over pp 4 × dp 2"

@@ -1,0 +1,109 @@
+"""Whole tensors from sharded parameters and back: what one plan saves any other loads, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from torch_vtensor.compile.parameters import shard_state
+from torch_vtensor.compile.sharded_tensor import ShardedTensor
+from torch_vtensor.compile.tensor_view import Mask
+
+
+def state_dict(of: nn.Module | Optimizer, *, on_rank: int | None = None) -> dict[str, Any]:
+    """What ``of.state_dict()`` is without a plan: whole tensors, on the CPU, which share no memory with the model.
+
+    Every rank has to call it. Tensors are gathered one after the other, so that no device holds more than one of them
+    whole. Names are those of the model that was given to torch.compile.
+
+    on_rank: only this rank gets them, and every other an empty dict.
+
+    Raises:  ValueError for a rank that does not exist.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if on_rank is not None and not 0 <= on_rank < world:
+        raise ValueError(f"on_rank is {on_rank}; the ranks are 0 to {world - 1}, and None is all of them.")
+    here = on_rank is None or not dist.is_initialized() or on_rank == dist.get_rank()
+    # By identity: parameters that are tied stay one tensor.
+    copied: dict[int, Tensor | None] = {}
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in copied:
+            if isinstance(value, ShardedTensor):
+                copied[id(value)] = _gather(value, on_rank)
+            else:
+                copied[id(value)] = value.detach().to("cpu", copy=True) if here else None
+        return copied[id(value)]
+
+    state = of.state_dict() if isinstance(of, Optimizer) else _original(of).state_dict(keep_vars=True)
+    made = _map_values(whole, state)
+    if not here:
+        return {}
+    if hasattr(state, "_metadata"):
+        made._metadata = state._metadata  # the versions of modules, by which load_state_dict knows old formats
+    assert isinstance(made, dict)
+    return made
+
+
+def load_state_dict(into: nn.Module | Optimizer, state: Mapping[str, Any], *, strict: bool = True) -> None:
+    """Load what `state_dict` gave under any plan, or ``state_dict()`` of a model that has none: whole tensors.
+
+    Every rank gives the whole state and reads its parts; ``torch.load(path, mmap=True)`` reads nothing else from disk.
+    The model may be sharded already or not yet.
+
+    strict: as for ``Module.load_state_dict``.
+
+    Raises:  RuntimeError for names or shapes that do not match.
+    """
+    if isinstance(into, Optimizer):
+        into.load_state_dict(dict(state))
+        shard_state(into)
+    else:
+        _original(into).load_state_dict(state, strict=strict)
+
+
+def _original(model: nn.Module) -> nn.Module:
+    """The model that was given to torch.compile, or the model itself."""
+    found = getattr(model, "_orig_mod", model)
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def _map_values(function: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, dict):
+        return type(value)((key, _map_values(function, one)) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(_map_values(function, one) for one in value)
+    return function(value)
+
+
+@torch.no_grad()
+def _gather(value: ShardedTensor, on_rank: int | None) -> Tensor | None:
+    """The whole tensor, on every rank or on one."""
+    layout, local = value.keeps, value.local.detach()
+    wants = on_rank in (None, layout.rank)
+    whole = torch.empty(layout.shape, dtype=local.dtype) if wants else None
+    for owner, box in layout.counted():
+        if on_rank is not None and layout.rank not in (owner, on_rank):
+            continue
+        if owner == layout.rank:
+            part = local[box.within(layout.parts[owner])].contiguous()
+        else:
+            part = local.new_empty(box.shape)
+        if on_rank is None:
+            dist.broadcast(part, src=owner)
+        elif owner != on_rank:
+            if layout.rank == owner:
+                dist.send(part, on_rank)
+            else:
+                dist.recv(part, owner)
+        if whole is not None:
+            whole[box.within(Mask.of(layout.shape))] = part.cpu()
+    return whole

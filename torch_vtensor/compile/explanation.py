@@ -1,0 +1,147 @@
+"""What a plan would do, on any number of ranks, without running it: no other process, no GPU, no memory for weights."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_vtensor.compile.backend import Compilation, compile_plan
+from torch_vtensor.compile.capture import Captured, capture
+from torch_vtensor.compile.communication import Assemble, Transfer
+from torch_vtensor.compile.mesh import name_ranks
+from torch_vtensor.compile.names import name_inputs
+from torch_vtensor.compile.plans.resolve import resolve
+from torch_vtensor.compile.primitives import PlanFunction
+from torch_vtensor.compile.program import Move
+from torch_vtensor.compile.schedules import Timeline, draw, simulate, write_trace
+from torch_vtensor.compile.schedules.job import readable_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """A plan on a mesh: what runs when, what moves, what it takes. Prints as a page.
+
+    Times and memory are estimated from shapes, for an H200; use them to compare plans.
+    """
+
+    compilation: Compilation
+
+    @cached_property
+    def timelines(self) -> tuple[Timeline, ...]:
+        """The simulated step, or the forward and the backward pass."""
+        passes = self.compilation.passes
+        return tuple(simulate(schedule) for schedule in (passes.forward, passes.backward) if schedule is not None)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of a step."""
+        return sum(timeline.makespan for timeline in self.timelines)
+
+    @property
+    def peak_bytes(self) -> dict[int, int]:
+        """Predicted most bytes of each rank."""
+        reports = self.compilation.passes.reports
+        return {rank: max(report.peak_bytes[rank] for report in reports) for rank in reports[0].peak_bytes}
+
+    @cached_property
+    def sent_bytes(self) -> Mapping[str, Counter[int]]:
+        """Bytes that each rank sends in a step, by the kind of communication."""
+        sent: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        for work in self.compilation.program.work.values():
+            if isinstance(work, Move) and not isinstance(work.step, Assemble):
+                kind = "transfer" if isinstance(work.step, Transfer) else work.step.kind
+                for rank in work.step.ranks:
+                    sent[kind][rank] += work.step.bytes_sent(rank, work.tensor.dtype.itemsize)
+        return dict(sent)
+
+    def draw(self, path: str | Path, title: str = "") -> None:
+        """Draw the timeline of a step, as a picture (needs matplotlib)."""
+        draw(self.timelines[0], Path(path), title)
+
+    def write_trace(self, path: str | Path) -> None:
+        """Write the timeline as a Chrome trace, for Perfetto or chrome://tracing."""
+        write_trace(self.timelines[0], Path(path))
+
+    def __str__(self) -> str:
+        """The plan, the grid of each pass, communication, memory and time."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield str(self.compilation.plan)
+        names = ("step",) if len(self.timelines) == 1 else ("forward", "backward")
+        for name, timeline in zip(names, self.timelines, strict=True):
+            yield f"\n{name}, forward and backward passes of stages and microbatches by time:"
+            yield str(timeline.schedule)
+        yield "\nbytes sent in a step, by the rank that sends most:"
+        for kind, by_rank in self.sent_bytes.items():
+            rank, most = by_rank.most_common(1)[0]
+            yield f"  {kind:14} {readable_bytes(most):>12} by rank {rank}, {readable_bytes(by_rank.total())} by all"
+        if not self.sent_bytes:
+            yield "  none"
+        yield "\nmemory at its peak, predicted:"
+        yield from self._memory_lines()
+        bubble = self.timelines[0].bubble_fraction
+        yield f"\ntime of a step, predicted: {self.seconds * 1e3:.3g} ms; {bubble:.0%} of the ranks' time is idle"
+
+    def _memory_lines(self) -> Iterator[str]:
+        peaks = self.peak_bytes
+        groups: defaultdict[str, list[int]] = defaultdict(list)
+        for rank in peaks:
+            at_peak = max((r.memory[rank] for r in self.compilation.passes.reports), key=lambda m: m.peak_bytes)
+            parts = ", ".join(f"{kind} {readable_bytes(size)}" for kind, size in at_peak.bytes_by_kind().items())
+            groups[f"{readable_bytes(peaks[rank])}: {parts}"].append(rank)
+        yield from (f"  {name_ranks(ranks)}: {text}" for text, ranks in groups.items())
+
+
+def explain(
+    function: Callable[..., Any],
+    *arguments: Any,
+    plan: PlanFunction | str,
+    mesh: Mapping[str, int] | int = 1,
+    **keywords: Any,
+) -> Explanation:
+    """Plan a call of a function for a mesh, and check it, without compiling or running anything.
+
+    `plan` is a function, a name such as ``"dp2+tp2+1f1b/8"``, or ``"file.py:function"``. `mesh` names the axes and
+    their sizes, as ``{"pp": 2, "tp": 4}``, or is the number of ranks. The model and the arguments may be on the device
+    "meta": nothing is computed. `function` may also be what torch.compile returned.
+
+    Raises:  ValueError for a plan that cannot run there; RuntimeError if the function is not one graph.
+    """
+    num_ranks = mesh if isinstance(mesh, int) else math.prod(mesh.values())
+    function_of_plan, on = resolve(plan, None if isinstance(mesh, int) else mesh, num_ranks)
+    captured = capture_call(function, *arguments, **keywords)
+    made = compile_plan(captured, function_of_plan, on, trains=True)
+    return Explanation(made)
+
+
+def capture_call(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Captured:
+    """Capture a function at a call.
+
+    Raises:  RuntimeError if the call is not one graph, with the number of graphs.
+    """
+    found: list[Captured] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.append(capture(gm, example_inputs, name_inputs(gm, example_inputs)))
+        return gm.forward
+
+    function = getattr(function, "_torchdynamo_orig_callable", function)
+    torch._dynamo.reset()
+    try:
+        torch.compile(function, backend=backend, dynamic=False)(*arguments, **keywords)
+    finally:
+        torch._dynamo.reset()
+    if len(found) != 1:
+        raise RuntimeError(
+            f"the call is {len(found)} graphs, and a plan is for one. See where it breaks with "
+            f"torch._dynamo.explain(function)(...)."
+        )
+    return found[0]

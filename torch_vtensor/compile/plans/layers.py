@@ -1,0 +1,172 @@
+"""What ready plans look for in any model: its layers, and the dimensions inside them that can be cut over devices."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from torch_vtensor.compile.cost import task_work
+from torch_vtensor.compile.dimensions import Dimension, find_dimensions, identifier_to_cut
+from torch_vtensor.compile.primitives import DimensionName, Graph, Tasks
+from torch_vtensor.compile.rules import find_rule
+from torch_vtensor.compile.task_graph import Operator, Task
+from torch_vtensor.compile.tensor_view import LogicalTensor
+
+_NUMBERED = re.compile(r"(?:(.*?)\.)?(\d+)(?:\.|$)")
+_LEAST_SHARE = 0.1
+
+
+class Cut(NamedTuple):
+    """Tasks that compute along one dimension, what op_trans calls it, and into how many pieces each can be cut."""
+
+    tasks: Tasks
+    dim: DimensionName
+    size: int
+
+
+def find_layers(graph: Graph, pattern: str | None = None) -> tuple[Tasks, ...]:
+    """The tasks of each layer, in the order in which they run.
+
+    Layers are modules with a number for a name, as a ModuleList has them (``model.layers.0``, ``h.0``), the outermost
+    where they lie in each other; of several families, as an encoder's and a decoder's, all whose layers do a tenth or
+    more of the work of any other's. A pattern, as in ``"model.layers.*"``, names them instead.
+
+    Raises:  ValueError if there are none.
+    """
+    if pattern is not None:
+        return graph.layers(pattern)
+    families: defaultdict[str, defaultdict[str, list[Task]]] = defaultdict(lambda: defaultdict(list))
+    for task in graph.tasks:
+        if match := _NUMBERED.match(task.operator.module):
+            families[match[1] or ""][match[2]].append(task)
+    repeated = [family for family in families.values() if len(family) > 1]
+    work = [sum(map(task_work, itertools.chain(*family.values()))) / len(family) for family in repeated]
+    layers = [
+        tasks
+        for family, own in zip(repeated, work, strict=True)
+        if own >= _LEAST_SHARE * max(work)
+        for tasks in family.values()
+    ]
+    if not layers:
+        modules = ", ".join(sorted({repr(task.operator.module) for task in graph.tasks})[:5])
+        raise ValueError(
+            f"the model has no layers that a plan could find: it looks for modules with numbers for names, as "
+            f"'model.layers.0', and this one's are {modules} … Name them in a plan of your own: "
+            f"functools.partial(plan, layers='blocks_*')."
+        )
+    order = {task: number for number, task in enumerate(graph.tasks)}
+    return tuple(Tasks(graph, tasks) for tasks in sorted(layers, key=lambda tasks: order[tasks[0]]))
+
+
+def flows(task: Task) -> bool:
+    """Whether gradients flow through what the task makes."""
+    return any(made is not None and made.tensor.differentiable for made in task.outputs)
+
+
+def around_layers(graph: Graph, layers: Sequence[Tasks]) -> tuple[Tasks, ...]:
+    """All through which gradients flow: each layer with what runs after it, the first also with what runs before."""
+    layer_of = {task.operator: number for number, layer in enumerate(layers) for task in layer}
+    units: list[list[Task]] = [[] for _ in layers]
+    current = 0
+    for task in graph.tasks:
+        if flows(task):
+            current = layer_of.get(task.operator, current)
+            units[current].append(task)
+    return tuple(Tasks(graph, unit) for unit in units)
+
+
+def after_layers(graph: Graph, layers: Sequence[Tasks]) -> Tasks:
+    """What gradients flow through after the last layer, the head and the loss, and what is computed from that."""
+    inside = {task.operator for layer in layers for task in layer}
+    tail: list[Task] = []
+    made: set[LogicalTensor] = set()
+    for task in graph.tasks:
+        if task.operator in inside:
+            tail, made = [], set()
+        elif flows(task) or any(view.tensor in made for view in task.inputs):
+            tail.append(task)
+            made.update(view.tensor for view in task.outputs if view is not None)
+    return Tasks(graph, tail)
+
+
+def inner_cuts(layer: Tasks) -> tuple[Cut, ...]:
+    """The heads of each attention and the hidden dimension of each mlp: what begins and ends inside a layer.
+
+    Such a dimension is made by a parameter or an attention and summed with a parameter, and what the layer hands on
+    does not lie along it.
+    """
+    operators = list(dict.fromkeys(task.operator for task in layer))
+    read = {tensor for operator in operators for tensor in operator.inputs}
+    handed_on = {made for operator in operators for made in operator.outputs if made is not None} - read
+    found = [
+        dimension
+        for dimension in find_dimensions(operators)
+        if dimension.size > 1
+        and not any(tensor in handed_on for tensor, _ in dimension.tensor_dims)
+        and any(_sums(operator, dimension) for operator in dimension.identifiers)
+        and any(_makes(operator, dimension) for operator in dimension.identifiers)
+    ]
+    return _apart(layer, found)
+
+
+def vocabulary_cuts(graph: Graph, layers: Sequence[Tasks]) -> tuple[Cut, ...]:
+    """The vocabulary of the embeddings and of the head outside of the layers; one cut where they are tied.
+
+    The vocabulary is what the largest table that is looked up has rows for, and whatever parameter is as large.
+    """
+    inside = {task.operator for layer in layers for task in layer}
+    outside = Tasks(graph, [task for task in graph.tasks if task.operator not in inside])
+    operators = list(dict.fromkeys(task.operator for task in outside))
+    rows = [op.inputs[0].shape[0] for op in operators if "aten.embedding" in str(op.target)]
+    found = [dimension for dimension in find_dimensions(operators) if rows and _extent(dimension) == max(rows)]
+    return _apart(outside, found)
+
+
+def _sums(operator: Operator, dimension: Dimension) -> bool:
+    """Whether the operator is a product with a parameter that sums over the dimension."""
+    identifier = identifier_to_cut(operator, dimension)
+    return identifier in find_rule(operator).summed and _has_parameter(operator, dimension)
+
+
+def _makes(operator: Operator, dimension: Dimension) -> bool:
+    if identifier_to_cut(operator, dimension) in find_rule(operator).summed:
+        return False
+    is_attention = any(word in str(operator.target) for word in ("attention", "softmax"))
+    return is_attention or _has_parameter(operator, dimension)
+
+
+def _has_parameter(operator: Operator, dimension: Dimension) -> bool:
+    lies_along = {tensor for tensor, _ in dimension.tensor_dims}
+    return any(tensor.kind == "parameter" and tensor in lies_along for tensor in operator.inputs)
+
+
+def _extent(dimension: Dimension) -> int:
+    return max((tensor.shape[dim] for tensor, dim in dimension.tensor_dims if tensor.kind == "parameter"), default=0)
+
+
+def _apart(tasks: Tasks, dimensions: Iterable[Dimension]) -> tuple[Cut, ...]:
+    """Cuts of different tasks: of dimensions that share some, as both of an outer product, that of the most tasks."""
+    taken: set[Operator] = set()
+    cuts = []
+    for dimension in sorted(dimensions, key=lambda dimension: -len(dimension.identifiers)):
+        if taken.isdisjoint(dimension.identifiers):
+            taken.update(dimension.identifiers)
+            cuts.append(_cut(tasks, dimension))
+    return tuple(cuts)
+
+
+def _cut(tasks: Tasks, dimension: Dimension) -> Cut:
+    along = Tasks(tasks.graph, [task for task in tasks if task.operator in dimension.identifiers])
+    name, dim = min((tensor.name, dim) for tensor, dim in dimension.tensor_dims if tensor.kind == "parameter")
+    return Cut(along, f"{name}:{dim}", min(_size_left(task, dimension) for task in along))
+
+
+def _size_left(task: Task, dimension: Dimension) -> int:
+    identifier = identifier_to_cut(task.operator, dimension)
+    assert identifier is not None
+    size = find_rule(task.operator).sizes[identifier]
+    left = task.cuts[identifier].size if identifier in task.cuts else size
+    return left // (size // dimension.size)
