@@ -18,6 +18,7 @@ from torch_vtensor.compile.names import name_inputs
 from torch_vtensor.compile.options import parse_options
 from torch_vtensor.compile.parameters import Parts, find_kept, shard_parameters
 from torch_vtensor.compile.passes import Passes, order_passes
+from torch_vtensor.compile.plans import cuts_classes
 from torch_vtensor.compile.plans.resolve import resolve
 from torch_vtensor.compile.primitives import Plan, PlanFunction, record
 from torch_vtensor.compile.program import Program, build_program
@@ -70,7 +71,8 @@ def superscaler(
 
     _torch_compat.refuse_autocast()
     plan, mesh = resolve(asked.plan, asked.mesh, worlds.num_ranks())
-    captured = capture(gm, example_inputs, name_inputs(gm, example_inputs))
+    names = name_inputs(gm, example_inputs)
+    captured = capture(gm, example_inputs, names, cuts_classes=cuts_classes(plan))
     examples = _torch_compat.leaves(list(example_inputs))
     kept = find_kept(captured.arguments, examples)
     compilation = compile_plan(captured, plan, mesh, trains=torch.is_grad_enabled(), kept=kept)

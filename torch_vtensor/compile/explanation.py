@@ -17,6 +17,7 @@ from torch_vtensor.compile.capture import Captured, capture
 from torch_vtensor.compile.communication import Assemble, Transfer
 from torch_vtensor.compile.mesh import name_ranks
 from torch_vtensor.compile.names import name_inputs
+from torch_vtensor.compile.plans import cuts_classes
 from torch_vtensor.compile.plans.resolve import resolve
 from torch_vtensor.compile.primitives import PlanFunction
 from torch_vtensor.compile.program import Move
@@ -117,20 +118,23 @@ def explain(
     """
     num_ranks = mesh if isinstance(mesh, int) else math.prod(mesh.values())
     function_of_plan, on = resolve(plan, None if isinstance(mesh, int) else mesh, num_ranks)
-    captured = capture_call(function, *arguments, **keywords)
+    captured = capture_call(function, arguments, keywords, cuts_classes=cuts_classes(function_of_plan))
     made = compile_plan(captured, function_of_plan, on, trains=True)
     return Explanation(made)
 
 
-def capture_call(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Captured:
-    """Capture a function at a call.
+def capture_call(
+    function: Callable[..., Any], arguments: Sequence[Any], keywords: Mapping[str, Any], *, cuts_classes: bool
+) -> Captured:
+    """Capture a function at a call, with a loss whose classes can be cut if that is asked for.
 
     Raises:  RuntimeError if the call is not one graph, with the number of graphs.
     """
     found: list[Captured] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(capture(gm, example_inputs, name_inputs(gm, example_inputs)))
+        names = name_inputs(gm, example_inputs)
+        found.append(capture(gm, example_inputs, names, cuts_classes=cuts_classes))
         return gm.forward
 
     function = getattr(function, "_torchdynamo_orig_callable", function)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_vtensor.compile.communication import Collective, Transfer
 from torch_vtensor.compile.executor import Transport
+from torch_vtensor.compile.mesh import name_ranks
 from torch_vtensor.compile.program import Move, Program
 
 
@@ -33,6 +34,7 @@ class ProcessGroups(Transport):
     ) -> _Work:
         """Begin a rank's part of a collective."""
         ranks = tuple(sorted(step.ranks))
+        what = f"{name!r} of {name_ranks(ranks)}"
         group = self._groups[ranks]
         # Shards are in the order of the step's ranks, torch's in the order of the group's.
         place = [ranks.index(one) for one in step.ranks]
@@ -41,57 +43,64 @@ class ProcessGroups(Transport):
             shape = step.inputs[0].mask.shape
             data = inputs[0].contiguous() if rank == source else torch.empty(shape, dtype=dtype, device=device)
             work = dist.broadcast(data, src=source, group=group, async_op=True)
-            return _Work([work], lambda: [] if rank == source else [data], keeps=[data])
+            return _Work(what, [work], lambda: [] if rank == source else [data], keeps=[data])
         (given,) = inputs
         if step.kind == "all_reduce":
             total = given.clone(memory_format=torch.contiguous_format)
-            return _Work([dist.all_reduce(total, group=group, async_op=True)], lambda: [total])
+            return _Work(what, [dist.all_reduce(total, group=group, async_op=True)], lambda: [total])
         if step.kind == "all_gather":
             assert step.gather_dim is not None
             parts = [torch.empty_like(given, memory_format=torch.contiguous_format) for _ in ranks]
             work = dist.all_gather(parts, given.contiguous(), group=group, async_op=True)
             dim = step.gather_dim
-            return _Work([work], lambda: [torch.cat([parts[index] for index in place], dim)], keeps=[given])
+            return _Work(what, [work], lambda: [torch.cat([parts[index] for index in place], dim)], keeps=[given])
         assert step.scatter_dim is not None
         shards = [shard.contiguous() for shard in given.chunk(len(ranks), step.scatter_dim)]
         ordered = [shards[step.ranks.index(one)] for one in ranks]
         if step.kind == "reduce_scatter":
-            return self._reduce_scatter(ordered, rank, ranks, group)
+            return self._reduce_scatter(what, ordered, rank, ranks, group)
         assert step.gather_dim is not None
         sent = torch.stack(ordered)
         got = torch.empty_like(sent)
         work = dist.all_to_all_single(got, sent, group=group, async_op=True)
         gather_dim = step.gather_dim
-        return _Work([work], lambda: [torch.cat([got[index] for index in place], gather_dim)], keeps=[sent])
+        return _Work(what, [work], lambda: [torch.cat([got[index] for index in place], gather_dim)], keeps=[sent])
 
     def _reduce_scatter(
-        self, shards: Sequence[Tensor], rank: int, ranks: Sequence[int], group: dist.ProcessGroup
+        self, what: str, shards: Sequence[Tensor], rank: int, ranks: Sequence[int], group: dist.ProcessGroup
     ) -> _Work:
         stacked = torch.stack(list(shards))
         if stacked.device.type == "cpu":  # gloo, under whatever name the group has; not every release scatters
             work = dist.all_reduce(stacked, group=group, async_op=True)
-            return _Work([work], lambda: [stacked[list(ranks).index(rank)]])
+            return _Work(what, [work], lambda: [stacked[list(ranks).index(rank)]])
         mine = torch.empty_like(shards[0])
         work = dist.reduce_scatter_tensor(mine, stacked, group=group, async_op=True)
-        return _Work([work], lambda: [mine], keeps=[stacked])
+        return _Work(what, [work], lambda: [mine], keeps=[stacked])
 
     def send(self, name: str, step: Transfer, tensor: Tensor) -> _Work:
         """Begin to send."""
         data = tensor.contiguous()
-        return _Work([dist.isend(data, step.destination.rank, tag=self._tags[name])], list, keeps=[data])
+        what = f"{name!r} to rank {step.destination.rank}"
+        return _Work(what, [dist.isend(data, step.destination.rank, tag=self._tags[name])], list, keeps=[data])
 
     def receive(self, name: str, step: Transfer, dtype: torch.dtype, device: torch.device) -> _Work:
         """Begin to receive."""
         data = torch.empty(step.destination.mask.shape, dtype=dtype, device=device)
-        return _Work([dist.irecv(data, step.source.rank, tag=self._tags[name])], lambda: [data])
+        what = f"{name!r} from rank {step.source.rank}"
+        return _Work(what, [dist.irecv(data, step.source.rank, tag=self._tags[name])], lambda: [data])
 
 
 class _Work:
     """Communication that torch.distributed has begun; ``keeps`` what it reads until it is done."""
 
     def __init__(
-        self, works: Sequence[dist.Work | None], finish: Callable[[], Sequence[Tensor]], keeps: Sequence[Tensor] = ()
+        self,
+        what: str,
+        works: Sequence[dist.Work | None],
+        finish: Callable[[], Sequence[Tensor]],
+        keeps: Sequence[Tensor] = (),
     ) -> None:
+        self._what = what
         self._works: Sequence[dist.Work | None] | None = works
         self._finish = finish
         self._keeps = keeps
@@ -100,7 +109,13 @@ class _Work:
         """Wait, the first time: on a GPU the stream waits and not the host."""
         for work in self._works or ():
             if work is not None:
-                work.wait()
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    raise RuntimeError(
+                        f"{self._what} failed: {error}. Another rank has ended or is out of reach; what happened there "
+                        f"is in its own output."
+                    ) from error
         self._works, self._keeps = None, ()
         return self._finish()
 
