@@ -15,7 +15,8 @@ from torch_vtensor.compile.codegen import Code, CodeGenerator
 from torch_vtensor.compile.dataflow import find_dataflow
 from torch_vtensor.compile.mesh import Mesh
 from torch_vtensor.compile.pieces import local_call
-from torch_vtensor.compile.primitives import PlanFunction, record
+from torch_vtensor.compile.plan import record
+from torch_vtensor.compile.primitives import PlanFunction
 from torch_vtensor.compile.program import Program, build_program
 from torch_vtensor.compile.schedules import Schedule, check, order_jobs
 from torch_vtensor.compile.segment import Segment, find_segments

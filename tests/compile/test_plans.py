@@ -23,7 +23,7 @@ from torch_vtensor.compile.plans import (
     one_f_one_b,
     tensor_parallel,
 )
-from torch_vtensor.compile.plans.zero import zero1, zero2, zero3
+from torch_vtensor.compile.plans.zero import zero1
 from torch_vtensor.compile.primitives import PlanFunction
 from torch_vtensor.compile.program import Forward, Move
 
@@ -83,9 +83,9 @@ def test_interleaved_stages_compute_what_one_process_does(make: Make, name: str)
     compiled_by_name(make, name, world=4 if "dp2" in name else 2)
 
 
-@pytest.mark.parametrize("plan", [zero1, zero2, zero3])
+@pytest.mark.parametrize("plan", [zero1, named("zero1", 2)])
 def test_sharded_parameters_compute_what_one_process_does(plan: PlanFunction) -> None:
-    compilation = assert_right(llama, plan, Mesh((0, 1)))
+    compilation = assert_right(llama, plan, Mesh((0, 1), {"dp": 2}))
     gradients = compilation.program.gradients.items()
     halves = {
         tensor.name for (_, tensor), (_, mask) in gradients if mask.num_elements * 2 == tensor.whole.mask.num_elements
@@ -276,8 +276,9 @@ def test_a_name_gives_a_mesh(name: str, world: int, axes: dict[str, int]) -> Non
         ("dp2+", 2, "unknown part ''"),
         ("dp2+dp2", 4, "'dp' twice"),
         ("tp2+sp2", 4, "exclude each other"),
+        ("zero1+tp2", 4, "exclude each other"),
         ("gpipe+1f1b", 4, "choose one pipeline of gpipe, 1f1b"),
-        ("single+dp2", 2, "'single' alone"),
+        ("single+dp2", 2, "'single' and 'zero1' alone"),
         ("tp2+chunked_loss2", 2, "along the vocabulary, over ranks, and along the batch"),
         ("pp2+dp2", 4, "in no order; add one of gpipe, 1f1b"),
         ("dp+tp", 4, "leaves the sizes of dp and tp open, so that 4 ranks"),

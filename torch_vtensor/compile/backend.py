@@ -18,9 +18,10 @@ from torch_vtensor.compile.names import name_inputs
 from torch_vtensor.compile.options import parse_options
 from torch_vtensor.compile.parameters import Parts, find_kept, shard_parameters
 from torch_vtensor.compile.passes import Passes, order_passes
+from torch_vtensor.compile.plan import Plan, record
 from torch_vtensor.compile.plans import cuts_classes
 from torch_vtensor.compile.plans.resolve import resolve
-from torch_vtensor.compile.primitives import Plan, PlanFunction, record
+from torch_vtensor.compile.primitives import PlanFunction
 from torch_vtensor.compile.program import Program, build_program
 from torch_vtensor.compile.runtime import Runtime
 from torch_vtensor.compile.schedules import Schedule

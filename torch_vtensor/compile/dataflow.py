@@ -20,7 +20,7 @@ from typing import NamedTuple
 from torch_vtensor.compile.addends import Reader, find_addends
 from torch_vtensor.compile.communication import Buffer, Communication, Placed
 from torch_vtensor.compile.moves import find_communication
-from torch_vtensor.compile.primitives import Plan
+from torch_vtensor.compile.plan import Plan
 from torch_vtensor.compile.task_graph import Task
 from torch_vtensor.compile.tensor_view import WHOLE_VALUE, LogicalTensor, Mask, ValueChunk, covers, cut_evenly
 from torch_vtensor.compile.topology import Topology

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch_vtensor.compile.primitives import Plan
+from torch_vtensor.compile.plan import Plan
 from torch_vtensor.compile.schedules.job import Job
 from torch_vtensor.compile.schedules.pipelines import (
     Orders,

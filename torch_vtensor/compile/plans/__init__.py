@@ -14,6 +14,7 @@ from torch_vtensor.compile.plans.one_f_one_b import one_f_one_b
 from torch_vtensor.compile.plans.sequence_parallel import sequence_parallel
 from torch_vtensor.compile.plans.single_device import single_device
 from torch_vtensor.compile.plans.tensor_parallel import tensor_parallel
+from torch_vtensor.compile.plans.zero import zero1
 
 __all__ = [
     "NamedPlan",
@@ -29,4 +30,5 @@ __all__ = [
     "sequence_parallel",
     "single_device",
     "tensor_parallel",
+    "zero1",
 ]

@@ -7,6 +7,7 @@
              | pipeline ["*" stages] ["/" microbatches]
              | "coshard" [pieces] | "chunked_loss" [pieces] | "single"
     axis     = "dp" | "tp" | "sp" | "pp"          batch; heads, hidden, vocabulary; those and the sequence; stages
+             | "zero1"                            batch, parameters in shards; alone
     pipeline = "gpipe" | "1f1b" | "interleaved" | "interlaced"
 
 A pipeline's axis "pp" need not be named. "*" is for interleaved only: how many stages each rank has.
@@ -34,6 +35,7 @@ from torch_vtensor.compile.plans.one_f_one_b import one_f_one_b
 from torch_vtensor.compile.plans.sequence_parallel import sequence_parallel
 from torch_vtensor.compile.plans.single_device import single_device
 from torch_vtensor.compile.plans.tensor_parallel import tensor_parallel
+from torch_vtensor.compile.plans.zero import zero1
 from torch_vtensor.compile.primitives import Graph, PlanFunction
 
 _PIPELINES: Mapping[str, Any] = {
@@ -46,13 +48,14 @@ _OVER_RANKS: Mapping[str, PlanFunction] = {
     "dp": data_parallel,
     "tp": tensor_parallel,
     "sp": sequence_parallel,
+    "zero1": zero1,
 }
 _ON_A_RANK: Mapping[str, Any] = {"coshard": coshard, "chunked_loss": chunked_loss}
 _AXES = ("pp", "dp", "tp")
 """Slowest first: tensor parallel, which sends the most, has neighbouring ranks."""
 
 _KNOWN = ("single", "pp", *_OVER_RANKS, *_PIPELINES, *_ON_A_RANK)
-_PART = re.compile(r"(?P<name>1f1b|[a-z_]+)(?P<count>\d+)?(?:\*(?P<stages>\d+))?(?:/(?P<microbatches>\d+))?")
+_PART = re.compile(r"(?P<name>1f1b|zero1|[a-z_]+)(?P<count>\d+)?(?:\*(?P<stages>\d+))?(?:/(?P<microbatches>\d+))?")
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,14 @@ def named(name: str, world_size: int) -> NamedPlan:
         given[part["name"]] = part
     pipelines = [given[part] for part in _PIPELINES if part in given]
     over = [given[part] for part in _OVER_RANKS if part in given]
-    if len(pipelines) > 1 or ("tp" in given and "sp" in given) or ("single" in given and len(given) > 1):
+    if (
+        len(pipelines) > 1
+        or ("tp" in given and "sp" in given)
+        or (len(given) > 1 and ("single" in given or "zero1" in given))
+    ):
         raise ValueError(
             f"the plan {name!r} has parts that exclude each other: choose one pipeline of {', '.join(_PIPELINES)}, one "
-            f"of tp and sp, and 'single' alone."
+            f"of tp and sp; 'single' and 'zero1' alone."
         )
     if "chunked_loss" in given and not given.keys().isdisjoint(("tp", "sp", "interlaced")):
         raise ValueError(
@@ -153,7 +160,7 @@ def _number(text: str | None) -> int | None:
 
 
 def _axis(part: str) -> str:
-    return "tp" if part == "sp" else part
+    return {"sp": "tp", "zero1": "dp"}.get(part, part)
 
 
 def _pipeline(name: str, part: re.Match[str]) -> PlanFunction:

@@ -17,21 +17,3 @@ def zero1(graph: Graph, mesh: Mesh) -> None:
     """
     data_parallel(graph, mesh)
     store(graph, mesh.ranks)
-
-
-def zero2(graph: Graph, mesh: Mesh) -> None:
-    """As `zero1`, with gradients reduce-scattered after every microbatch, so that only a shard of them is kept.
-
-    Source:  ZeRO (arXiv 1910.02054), stage 2.
-    """
-    data_parallel(graph, mesh)
-    store(graph, mesh.ranks, reduces_each=True)
-
-
-def zero3(graph: Graph, mesh: Mesh) -> None:
-    """As `zero2`, with parameters gathered where they are read, forward and again backward, and dropped in between.
-
-    Source:  ZeRO (arXiv 1910.02054), stage 3.
-    """
-    data_parallel(graph, mesh)
-    store(graph, mesh.ranks, reduces_each=True, regathers=True)
