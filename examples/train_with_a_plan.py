@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 def own_plan(graph: ss.Graph, mesh: ss.Mesh) -> None:
-    """First block cut over all ranks along its hidden dimension, everything else in microbatches on each rank."""
+    """First block cut over all ranks along its hidden dimension, everything else on every rank."""
     ss.op_assign(graph.tasks, mesh)
     first, *_ = graph.layers("*")
     ss.op_assign(ss.op_trans(first, "hidden", len(mesh)), mesh.ranks)

@@ -8,8 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from tests.compile.virtual import Captures, capture_call
+from virtual import Captures, capture_call
 
 VOCABULARY = 40
 

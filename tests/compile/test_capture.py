@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from virtual import capture_call
 
-from tests.compile.virtual import capture_call
 from torch_vtensor.compile.task_graph import OperatorGraph
 
 

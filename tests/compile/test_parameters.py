@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_world
 import torch
+from sharded_world import Tiny, Trained, adamw, batches, train
 from torch import nn
 
 import torch_vtensor.compile as ss
-from tests.compile import sharded_world
-from tests.compile.sharded_world import Tiny, Trained, adamw, batches, train
 from torch_vtensor.compile.parameters import shard_parameters
 from torch_vtensor.compile.sharded_tensor import Layout
 from torch_vtensor.compile.tensor_view import Interval, LogicalTensor, Mask

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_training import MODELS, make, mlp, square_error
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 
 import torch_vtensor.compile as ss
-from tests.compile.test_training import MODELS, make, mlp, square_error
 from torch_vtensor.compile import Compilation
 from torch_vtensor.compile.plans import single_device
 

@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
+from ready_models import Example, captured, deep_gpt2, evoformer, gpt2, llama, swin, t5, tied_llama
 from torch import nn
+from virtual import assert_plan_is_right, capture_call, run_plan
 
-from tests.compile.ready_models import Example, captured, deep_gpt2, evoformer, gpt2, llama, swin, t5, tied_llama
-from tests.compile.virtual import assert_plan_is_right, capture_call, run_plan
 from torch_vtensor.compile import Compilation, Graph, Mesh
 from torch_vtensor.compile.communication import Assemble, Transfer
 from torch_vtensor.compile.plans import (

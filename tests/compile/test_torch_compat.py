@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from virtual import capture_call
 
-from tests.compile.virtual import capture_call
 from torch_vtensor.compile import Uncut
 from torch_vtensor.compile._torch_compat import has_hooks, is_elementwise
 

@@ -258,11 +258,6 @@ def compile_with_inductor(graph: GraphModule, inputs: Sequence[torch.Tensor], se
     return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(settings))
 
 
-def is_random(target: Any) -> bool:
-    """Whether an operator draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()) or "dropout" in str(target)
-
-
 def random_state(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The state of the random number generators of the CPU and of the device that these are on."""
     cuda = next((value.device for value in values if value.is_cuda), None)

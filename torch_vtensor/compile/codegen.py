@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from torch_vtensor.compile import _torch_compat
 from torch_vtensor.compile.emit import emit
+from torch_vtensor.compile.random_numbers import draws_random_numbers
 from torch_vtensor.compile.segment import Segment
 
 Function = Callable[..., Sequence[Tensor]]
@@ -23,7 +24,7 @@ class Code:
         self._function = function
         self._wants = [arrival.group is not None for arrival in segment.arrivals]
         self._recomputes = segment.recomputes
-        self._is_random = any(_torch_compat.is_random(task.operator.target) for task in segment.tasks)
+        self._is_random = any(draws_random_numbers(task.operator) for task in segment.tasks)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
         """Departures, and what backward needs: the inputs and what autograd recorded, or random numbers' state."""

@@ -24,12 +24,13 @@ pytestmark = [
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "compile")))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def run_world(num_ranks: int, tasks: Sequence[str], folder: Path) -> list[tuple[int, str]]:
     """What each rank ended with, and what it printed; none is left running."""
-    command = [sys.executable, "-m", "tests.compile.distributed.train", str(folder / "store")]
+    command = [sys.executable, "-m", "distributed.train", str(folder / "store")]
     logs = [(folder / f"rank{rank}.txt").open("w+") for rank in range(num_ranks)]
     ranks = [
         subprocess.Popen(

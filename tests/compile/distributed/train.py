@@ -1,6 +1,6 @@
 """One rank of a world of gloo processes: trains models with plans next to copies without one, and says how it went.
 
-Run as ``python -m tests.compile.distributed.train store rank world_size task …``; a task is ``plan@model@codegen`` or
+Run as ``python -m distributed.train store rank world_size task …``; a task is ``plan@model@codegen`` or
 ``die@plan``.
 """
 
@@ -36,7 +36,7 @@ class Block(nn.Module):
 def make(name: str) -> Any:
     """An example of ready_models.py, or the one for which transformers need not be imported."""
     if name != "mlp":
-        return getattr(import_module("tests.compile.ready_models"), name)()
+        return getattr(import_module("ready_models"), name)()
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block()).double()
     batch = tuple(torch.randn(2, 8, 4, 8, dtype=torch.double))
