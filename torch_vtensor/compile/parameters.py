@@ -113,5 +113,5 @@ def gradient_like(argument: Tensor, gradient: Tensor | None) -> Tensor | None:
     """A gradient as autograd wants it for an argument: of a sharded one it is this rank's part, if any."""
     if not isinstance(argument, ShardedTensor):
         return gradient
-    local = torch.empty_like(argument.local) if gradient is None else gradient.contiguous()
+    local = torch.zeros_like(argument.local) if gradient is None else gradient.contiguous()
     return ShardedTensor.of(local, argument.keeps)
