@@ -14,6 +14,7 @@ from torch import Tensor
 from torch_vtensor.compile.codegen import Code, CodeGenerator
 from torch_vtensor.compile.dataflow import find_dataflow
 from torch_vtensor.compile.mesh import Mesh
+from torch_vtensor.compile.parameters import part_of
 from torch_vtensor.compile.pieces import local_call
 from torch_vtensor.compile.plan import record
 from torch_vtensor.compile.primitives import PlanFunction
@@ -22,7 +23,6 @@ from torch_vtensor.compile.schedules import Schedule, check, order_jobs
 from torch_vtensor.compile.segment import Segment, find_segments
 from torch_vtensor.compile.stages import find_constraints, find_turns
 from torch_vtensor.compile.task_graph import Slot, Task
-from torch_vtensor.compile.tensor_view import Mask
 from torch_vtensor.compile.topology import Topology
 from torch_vtensor.compile.virtual_world import run_all
 
@@ -69,11 +69,6 @@ def _random_turns(program: Program, constraints: list[tuple[str, str]], shuffle:
         for rank in ranks_of[name]:
             turns[rank].append(name)
     return turns
-
-
-def part_of(tensor: Tensor, mask: Mask) -> Tensor:
-    """The part of a tensor that a mask names."""
-    return tensor[tuple(slice(*interval) for interval in mask.intervals)]
 
 
 def interpret(segment: Segment) -> Code:

@@ -12,8 +12,8 @@ from torch_vtensor.compile.capture import Captured, capture
 from torch_vtensor.compile.codegen import CodeGenerator
 from torch_vtensor.compile.mesh import Mesh
 from torch_vtensor.compile.names import name_inputs
+from torch_vtensor.compile.parameters import part_of
 from torch_vtensor.compile.primitives import PlanFunction
-from torch_vtensor.compile.tensor_view import Mask
 from torch_vtensor.compile.virtual_world import run_all
 
 
@@ -53,11 +53,6 @@ def run_plan(call: Captures, plan: PlanFunction, mesh: Mesh) -> tuple[Compilatio
         values[rank][key] = torch.ones(tensor.shape, dtype=tensor.dtype)
     run_all(program, compilation.schedule, values, CodeGenerator("eager", {}), torch.device("cpu"))
     return compilation, values
-
-
-def part_of(tensor: Tensor, mask: Mask) -> Tensor:
-    """The part of a tensor that a mask names."""
-    return tensor[tuple(slice(*interval) for interval in mask.intervals)]
 
 
 def assert_plan_is_right(

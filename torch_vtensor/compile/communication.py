@@ -97,19 +97,7 @@ class Collective(NamedTuple):
 
     def seconds(self, itemsize: int, topology: Topology) -> float:
         """Predicted time."""
-        num_bytes = self.inputs[0].mask.num_elements * itemsize
-        ranks = self.ranks
-        match self.kind:
-            case "all_reduce":
-                return topology.all_reduce_seconds(ranks, num_bytes)
-            case "all_gather":
-                return topology.all_gather_seconds(ranks, num_bytes * len(ranks))
-            case "reduce_scatter":
-                return topology.all_gather_seconds(ranks, num_bytes)
-            case "all_to_all":
-                return topology.all_to_all_seconds(ranks, num_bytes)
-            case "broadcast":
-                return topology.broadcast_seconds(ranks, num_bytes)
+        return topology.collective_seconds(self.kind, self.ranks, self.inputs[0].mask.num_elements * itemsize)
 
     def renamed(self, buffer: Callable[[Buffer], Buffer]) -> Collective:
         """The same with other buffers."""

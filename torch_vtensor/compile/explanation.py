@@ -14,13 +14,11 @@ import torch
 
 from torch_vtensor.compile.backend import Compilation, compile_plan
 from torch_vtensor.compile.capture import Captured, capture
-from torch_vtensor.compile.communication import Assemble, Transfer
 from torch_vtensor.compile.mesh import name_ranks
 from torch_vtensor.compile.names import name_inputs
 from torch_vtensor.compile.plans import cuts_classes
 from torch_vtensor.compile.plans.resolve import resolve
 from torch_vtensor.compile.primitives import PlanFunction
-from torch_vtensor.compile.program import Move
 from torch_vtensor.compile.schedules import Timeline, draw, simulate, write_trace
 from torch_vtensor.compile.schedules.job import readable_bytes
 
@@ -51,16 +49,10 @@ class Explanation:
         reports = self.compilation.passes.reports
         return {rank: max(report.peak_bytes[rank] for report in reports) for rank in reports[0].peak_bytes}
 
-    @cached_property
+    @property
     def sent_bytes(self) -> Mapping[str, Counter[int]]:
         """Bytes that each rank sends in a step, by the kind of communication."""
-        sent: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        for work in self.compilation.program.work.values():
-            if isinstance(work, Move) and not isinstance(work.step, Assemble):
-                kind = "transfer" if isinstance(work.step, Transfer) else work.step.kind
-                for rank in work.step.ranks:
-                    sent[kind][rank] += work.step.bytes_sent(rank, work.tensor.dtype.itemsize)
-        return dict(sent)
+        return self.compilation.program.sent_bytes
 
     def draw(self, path: str | Path, title: str = "") -> None:
         """Draw the timeline of a step, as a picture (needs matplotlib)."""

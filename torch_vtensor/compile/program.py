@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
-from torch_vtensor.compile.communication import Assemble, Buffer, Communication, Placed, Step, Transfer
+from torch_vtensor.compile.communication import Assemble, Buffer, Communication, Placed, Step, Transfer, seconds_of
 from torch_vtensor.compile.contributions import Contributions
 from torch_vtensor.compile.cost import task_seconds
 from torch_vtensor.compile.dataflow import Dataflow, Exchange, GradientGroup
@@ -82,17 +83,21 @@ class Program:
     gradients: Mapping[tuple[int, LogicalTensor], tuple[str, Mask]]
     results: tuple[Result, ...]
 
+    @cached_property
+    def sent_bytes(self) -> Mapping[str, Counter[int]]:
+        """Bytes that each rank sends in a step, by the kind of communication."""
+        sent: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        for work in self.work.values():
+            if isinstance(work, Move) and not isinstance(work.step, Assemble):
+                for rank in work.step.ranks:
+                    sent[_kind_of(work.step)][rank] += work.step.bytes_sent(rank, work.tensor.dtype.itemsize)
+        return dict(sent)
+
     def __str__(self) -> str:
         """Count the jobs by kind, and list the communication by what it moves."""
         kinds = Counter(job.kind for job in self.jobs)
         rows = [", ".join(f"{count} {kind}" for kind, count in kinds.items())]
-        moved: Counter[str] = Counter()
-        for job in self.jobs:
-            work = self.work[job.name]
-            if isinstance(work, Move) and not isinstance(work.step, Assemble):
-                kind = "transfer" if isinstance(work.step, Transfer) else work.step.kind
-                moved[kind] += job.wire_bytes
-        rows += [f"  {kind}: {num_bytes:,} bytes" for kind, num_bytes in moved.items()]
+        rows += [f"  {kind}: {by_rank.total():,} bytes" for kind, by_rank in self.sent_bytes.items()]
         return "\n".join(rows)
 
 
@@ -127,7 +132,7 @@ class _Builder:
             self._add_forward(segment)
         for exchange in self._flow.exchanges:
             keys = {buffer: self._key(exchange, buffer) for buffer in _buffers(exchange.communication)}
-            self._add_steps(exchange.tensor, exchange.communication, keys, exchange.microbatch, "activation")
+            self._add_steps(exchange.tensor, exchange.communication.steps, keys, exchange.microbatch, "activation")
         outputs = {
             (reader.rank, exchange.tensor): self._key(exchange, exchange.buffer(reader))
             for exchange, reader in self._flow.returns
@@ -197,18 +202,18 @@ class _Builder:
             written = (*outputs, saved)
         forward = Forward(segment, inputs, outputs, saved)
         self._forward_of[segment] = forward
-        self._add_job(f"F {segment.name}", "F", (segment.rank,), forward, inputs, written, segment)
+        self._add_job(f"F {segment.name}", "F", forward, inputs, written, segment)
 
     def _add_steps(
         self,
         tensor: LogicalTensor,
-        communication: Communication,
+        steps: Iterable[Step],
         keys: Mapping[Buffer, str],
         microbatch: int | None,
         kind: ValueKind,
     ) -> None:
         itemsize = tensor.dtype.itemsize
-        for step in communication.steps:
+        for step in steps:
             reads = {rank: tuple(dict.fromkeys(keys[buffer] for buffer in step.reads(rank))) for rank in step.ranks}
             writes = {rank: tuple(keys[buffer] for buffer in step.writes(rank)) for rank in step.ranks}
             for rank in step.ranks:
@@ -219,10 +224,6 @@ class _Builder:
             job_kind: JobKind = (
                 "move" if isinstance(step, Assemble) else "transfer" if isinstance(step, Transfer) else "collective"
             )
-            seconds = 0.0
-            if not isinstance(step, Assemble):
-                alone = Communication({}, {}, (step,))
-                seconds = alone.seconds(itemsize, self._topology)
             self._work[name] = Move(tensor, step, keys)
             self._jobs.append(
                 Job(
@@ -233,7 +234,7 @@ class _Builder:
                     writes={rank: names for rank, names in writes.items() if names},
                     stage=self._label[tensor],
                     microbatch=microbatch,
-                    seconds=seconds,
+                    seconds=seconds_of((step,), itemsize, self._topology),
                     wire_bytes=sum(step.bytes_sent(rank, itemsize) for rank in step.ranks),
                 )
             )
@@ -315,8 +316,7 @@ class _Builder:
             tensor = arrival.exchange.tensor
             key = f"d {self._label[tensor]}{arrival.mask.region}@{segment.name}.{number}"
             view = TensorView(tensor, arrival.mask.region)
-            kind: ValueKind = "gradient" if tensor.kind == "parameter" else "activation"
-            self._add_value(key, segment.rank, view.num_bytes, kind)
+            self._add_value(key, segment.rank, view.num_bytes, _gradient_kind(tensor))
             gradients.append(key)
             self._gives[key] = f"B {segment.name}"
             assert arrival.part is not None
@@ -324,12 +324,12 @@ class _Builder:
         backward = Backward(segment, forward.saved, tuple(tangents), tuple(gradients))
         read = tuple(dict.fromkeys(key for key in (*tangents, forward.saved) if key is not None))
         written = tuple(key for key in gradients if key is not None)
-        self._add_job(f"B {segment.name}", "B", (segment.rank,), backward, read, written, segment)
+        self._add_job(f"B {segment.name}", "B", backward, read, written, segment)
 
     def _add_gradient_steps(self, exchange: Exchange) -> None:
         """Add up what each rank has of the gradient, and take it to the makers."""
         tensor, label = exchange.tensor, self._label[exchange.tensor]
-        kind: ValueKind = "gradient" if tensor.kind == "parameter" else "activation"
+        kind = _gradient_kind(tensor)
         for number, group in enumerate(exchange.groups):
             communication = group.communication
             keys: dict[Buffer, str] = {}
@@ -353,7 +353,7 @@ class _Builder:
                 if buffer.tag:
                     keys[buffer] = f"d {label}{buffer.mask}'{self._number[exchange]}.{number}.{buffer.tag}"
             self._fill_with_zeros(tensor, communication, keys, kind)
-            self._add_steps(tensor, communication, keys, exchange.microbatch, kind)
+            self._add_steps(tensor, communication.steps, keys, exchange.microbatch, kind)
             for part, buffer in communication.need.items():
                 if buffer in keys:
                     for maker in exchange.makers:
@@ -371,14 +371,14 @@ class _Builder:
                         keys[buffer] = f"zeros {self._label[tensor]}{buffer.mask}"
                         assemble = Assemble((), buffer)
                         if (rank, keys[buffer]) not in self._values:
-                            self._add_steps(tensor, Communication({}, {}, (assemble,)), keys, None, kind)
+                            self._add_steps(tensor, (assemble,), keys, None, kind)
 
     def _sum(self, given: Sequence[str], key: str, rank: int, view: TensorView, microbatch: int | None) -> str | None:
         """The key of the sum of some values, added one after the other so that no more than two are there at a time."""
         if not given:
             return None
         total, *rest = dict.fromkeys(given)
-        kind: ValueKind = "gradient" if view.tensor.kind == "parameter" else "activation"
+        kind = _gradient_kind(view.tensor)
         for number, addend in enumerate(rest):
             output = f"{key}+{number + 1}"
             self._add_value(output, rank, view.num_bytes, kind)
@@ -415,19 +415,18 @@ class _Builder:
         self,
         name: str,
         kind: JobKind,
-        ranks: tuple[int, ...],
         work: Work,
         reads: Sequence[str],
         writes: Sequence[str],
         segment: Segment,
     ) -> None:
-        (rank,) = ranks
+        rank = segment.rank
         self._work[name] = work
         self._jobs.append(
             Job(
                 name,
                 kind,
-                ranks,
+                (rank,),
                 reads={rank: tuple(dict.fromkeys(reads))} if reads else {},
                 writes={rank: tuple(writes)} if writes else {},
                 stage=str(segment.stage),
@@ -456,6 +455,10 @@ def _buffers(communication: Communication) -> set[Buffer]:
             found.update(step.reads(rank))
             found.update(step.writes(rank))
     return found
+
+
+def _gradient_kind(tensor: LogicalTensor) -> ValueKind:
+    return "gradient" if tensor.kind == "parameter" else "activation"
 
 
 def _kind_of(step: Step) -> str:

@@ -44,6 +44,10 @@ class Runtime:
         self._backward = None if passes.backward is None else Executor(program, passes.backward, rank, codes, transport)
         graph = program.flow.plan.graph
         self._outputs = tuple(dict.fromkeys(graph.outputs))
+        # What the program says of all ranks, of this one.
+        self._parts = {key: view for (owner, key), view in program.arguments.items() if owner == rank}
+        self._returned = {tensor: key for (owner, tensor), key in program.outputs.items() if owner == rank}
+        self._gradients = {tensor: key for (owner, tensor), (key, _) in program.gradients.items() if owner == rank}
         self._sharing = {tensor for _, tensor in program.gradients}
         self._seed_of = {tensor: key for (owner, key), tensor in program.seeds.items() if owner == rank}
         self.wanting = tuple(tensor for tensor in graph.inputs if tensor in program.flow.active)
@@ -69,15 +73,12 @@ class Runtime:
         """
         values: dict[str, Any] = {}
         there = {**self._captured.constants, **given}
-        for (owner, key), view in self._program.arguments.items():
-            if owner == self._rank:
-                values[key] = part_of(there[view.tensor], view.mask)
+        for key, view in self._parts.items():
+            values[key] = part_of(there[view.tensor], view.mask)
         if self._backward is None:
             self._put_seeds(values, {tensor: torch.ones((), dtype=tensor.dtype) for tensor in self._seed_of}, given)
         self._run(self._forward, values, given)
-        returned = {
-            tensor: values[key] for (owner, tensor), key in self._program.outputs.items() if owner == self._rank
-        }
+        returned = {tensor: values[key] for tensor, key in self._returned.items()}
         for overwritten, new in self._program.flow.plan.graph.mutations.items():
             given[overwritten].copy_(returned[new])
         return tuple(returned[tensor] for tensor in self._outputs), values
@@ -103,7 +104,7 @@ class Runtime:
 
     def gradients(self, values: Mapping[str, Any]) -> list[Tensor | None]:
         """The gradient of each argument that wants one, of the part that is here."""
-        found = {tensor: key for (owner, tensor), (key, _) in self._program.gradients.items() if owner == self._rank}
+        found = self._gradients
         return [values[found[tensor]] if tensor in found else None for tensor in self.wanting]
 
     def _put_seeds(self, values: dict[str, Any], of_output: Given, given: Given) -> None:

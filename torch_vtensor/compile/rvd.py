@@ -195,15 +195,7 @@ class Grid:
             return 0.0
         num_bytes = self.num_elements(layout) * itemsize
         ranks = self.slowest(hop.axes, topology)
-        match hop.kind:
-            case "all_reduce":
-                return topology.all_reduce_seconds(ranks, num_bytes)
-            case "all_gather":
-                return topology.all_gather_seconds(ranks, num_bytes * len(ranks))
-            case "all_to_all":
-                return topology.all_to_all_seconds(ranks, num_bytes)
-            case _:
-                return topology.all_gather_seconds(ranks, num_bytes)
+        return topology.collective_seconds(hop.kind, ranks, num_bytes)
 
 
 def _orders(axes: Axes) -> Iterator[Axes]:

@@ -75,3 +75,18 @@ class Topology(NamedTuple):
         """Which of these ranks share a node, as numbers that do not tell which node: nodes in order of appearance."""
         number_of: dict[int, int] = {}
         return tuple(number_of.setdefault(self.node(rank), len(number_of)) for rank in ranks)
+
+    def collective_seconds(self, kind: str, ranks: Sequence[int], num_bytes: float) -> float:
+        """Time of a collective by its name, in which each rank gives `num_bytes`."""
+        match kind:
+            case "all_reduce":
+                return self.all_reduce_seconds(ranks, num_bytes)
+            case "all_gather":
+                return self.all_gather_seconds(ranks, num_bytes * len(ranks))
+            case "all_to_all":
+                return self.all_to_all_seconds(ranks, num_bytes)
+            case "broadcast":
+                return self.broadcast_seconds(ranks, num_bytes)
+            case "reduce_scatter":
+                return self.all_gather_seconds(ranks, num_bytes)
+        raise ValueError(f"there is no collective {kind!r}")
