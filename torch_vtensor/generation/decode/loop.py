@@ -181,6 +181,7 @@ def _prepare(call: _Call, sequences: torch.Tensor) -> _Decoding | str:
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         name = type(call.model).__name__
         _log.warning("%s decodes by transformers' own loop: its step cannot be compiled: %s", name, reason)
+        _log.debug("why the step of %s cannot be compiled", name, exc_info=error)
         return _CANNOT_COMPILE
 
 

@@ -188,8 +188,10 @@ def _decode(
             value_rows = slot_pointer(values, value_addresses, slot, value_slot_stride, value_offset, HAS_ADDRESSES)
             position = tl.minimum(start + tl.arange(0, BLOCK_T), tl.maximum(stop - num_added - 1, start)).to(tl.int64)
             line_elements: tl.constexpr = 128 * 8 // keys.dtype.element_ty.primitive_bitwidth
-            key_lines = tl.arange(0, BLOCK_D // line_elements) * line_elements
-            value_lines = tl.arange(0, BLOCK_DV // line_elements) * line_elements
+            num_key_lines: tl.constexpr = (BLOCK_D + line_elements - 1) // line_elements
+            num_value_lines: tl.constexpr = (BLOCK_DV + line_elements - 1) // line_elements
+            key_lines = tl.arange(0, num_key_lines) * line_elements
+            value_lines = tl.arange(0, num_value_lines) * line_elements
             _prefetch(key_rows + head * key_head_stride + position[:, None] * key_token_stride + key_lines[None, :])
             _prefetch(
                 value_rows + head * value_head_stride + position[:, None] * value_token_stride + value_lines[None, :]
