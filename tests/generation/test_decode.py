@@ -31,9 +31,11 @@ from torch_vtensor.generation.decode import loop, program
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step as it is, except in slow tests; and programs of this test alone."""
     if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(program, "_compile", lambda forward, device: forward)
-    monkeypatch.setattr(program, "_programs", weakref.WeakKeyDictionary())
+        monkeypatch.setattr(program, "_compile", lambda forward: forward)
+        monkeypatch.setattr(program, "_compile_parts", lambda twin: None)
+    monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
     monkeypatch.setattr(loop, "_refused", weakref.WeakSet())
+    monkeypatch.setattr(loop, "_prompts_refused", weakref.WeakSet())
 
 
 @pytest.fixture
@@ -59,6 +61,11 @@ def generate(model: Any, inputs: Inputs | None = None, *, new_tokens: int = 24, 
 def compiled(model: Any, *args: Any, **options: Any) -> Any:
     with torch_vtensor.enabled(compile=True):
         return generate(model, *args, **options)
+
+
+def programs_of(model: Any) -> list[program.DecodeProgram]:
+    """All programs that were made of the model."""
+    return [each for several in program.traced_model(model)._programs.values() for each in several]
 
 
 def reasons(memory: Memory) -> dict[str, int]:
@@ -119,7 +126,9 @@ def test_every_family(family: str, batch: int, memory: Memory) -> None:
     assert torch.equal(ours, theirs)
     check_reasons(memory, {NOT_TAKEN[family]: 1} if family in NOT_TAKEN else {})
     if not reasons(memory):
-        assert memory.appends["zero-copy"] == 3, "layers appended the prompt alone"
+        # Windows shorter than the prompt; experts.
+        takes_prompt = family not in ("mistral-short-window", "gemma3", "gpt_oss", "mixtral")
+        assert memory.appends.get("zero-copy", 0) == (0 if takes_prompt else 3), "layers appended the prompt at most"
 
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -463,7 +472,7 @@ def test_a_step_that_cannot_be_compiled(
 ) -> None:
     model = copy.deepcopy(model_of("llama"))
 
-    def broken(forward: Any, device: torch.device) -> Any:
+    def broken(forward: Any) -> Any:
         def fail(*args: Any) -> Any:
             if where == "in the middle of a layer":
                 forward(*args)
@@ -496,7 +505,7 @@ def test_a_prompt_in_chunks_and_a_step_that_cannot_be_compiled(monkeypatch: pyte
     theirs = generate(model, prompt(2), prefill_chunk_size=50)
     assert torch.equal(compiled(model, prompt(2), prefill_chunk_size=50), theirs)
     monkeypatch.setattr(program, "_compile", None)
-    monkeypatch.setattr(program, "_programs", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
     assert torch.equal(compiled(model, prompt(2), prefill_chunk_size=50), theirs)
 
 
@@ -535,7 +544,7 @@ def test_a_budget_too_small_for_the_first_step(memory: Memory) -> None:
     error: Any = failure.value
     theirs = generate(model_of("llama"), prompt(1, 4), new_tokens=2)
     num_tokens = error.sequences.shape[1]
-    assert num_tokens > 4
+    assert 4 <= num_tokens <= 5
     assert torch.equal(error.sequences, theirs[:, :num_tokens])
     del error, failure
 
@@ -558,17 +567,17 @@ def test_programs_are_used_again(captures: list[Any]) -> None:
     options = {"do_sample": True, "suppress_tokens": [4, 5], "min_new_tokens": 3, "eos_token_id": 2}
     for _ in range(3):
         compiled(model, prompt(2), **options)
-    assert len(captures) == 2, "the step and the choice, once"
+    assert len(captures) == 3, "the step, the prompt and the choice, once"
     compiled(model, prompt(2), **options | {"suppress_tokens": [4, 6]})
-    assert len(captures) == 3, "another choice"
+    assert len(captures) == 4, "another choice"
     compiled(model, prompt(2), **options)
-    assert len(captures) == 3
+    assert len(captures) == 4
     compiled(model, prompt(3), **options)
-    assert len(captures) == 5, "another batch"
+    assert len(captures) == 7, "another batch"
     for temperature in range(1, 20):
         compiled(model, prompt(2), new_tokens=2, do_sample=True, temperature=temperature / 10)
-    (_, programs), *_ = program._programs.values()
-    assert max(len(each._choices) for several in programs.values() for each in several) <= 16
+    programs = programs_of(model)
+    assert max(len(each._choices) for each in programs) <= 16
 
 
 @pytest.mark.parametrize("memory", ["token-major"], indirect=True)
@@ -606,10 +615,10 @@ def test_weights_that_were_replaced(captures: list[Any]) -> None:
 def test_nothing_keeps_a_model_alive() -> None:
     model = copy.deepcopy(model_of("llama"))
     compiled(model)
-    (_, programs), *_ = program._programs.values()
-    held = [weakref.ref(model), *(weakref.ref(each) for several in programs.values() for each in several)]
+    programs = programs_of(model)
+    held = [weakref.ref(model), *map(weakref.ref, programs)]
     assert len(held) == 2
-    del model, programs, _
+    del model, programs
     gc.collect()
     assert [reference() for reference in held] == [None, None]
 
@@ -678,8 +687,8 @@ def test_a_streamer_that_fails(memory: Memory) -> None:
             generate(model, streamer=Failing(), past_key_values=cache)
         assert cache.get_seq_length() == 134, "what was streamed, but for the last token"
     assert torch.equal(compiled(model), generate(model))
-    (_, programs), *_ = program._programs.values()
-    assert sum(len(several) for several in programs.values()) == 1
+    programs = programs_of(model)
+    assert len(programs) == 1
 
 
 # Switching it on and off
@@ -688,12 +697,12 @@ def test_a_streamer_that_fails(memory: Memory) -> None:
 @pytest.mark.parametrize("memory", ["token-major"], indirect=True)
 def test_switching() -> None:
     stock, model = GenerationMixin._sample, copy.deepcopy(model_of("llama"))
-    programs = program._programs
+    traced = program._traced
 
     def is_taken() -> bool:
-        programs.clear()
+        traced.clear()
         generate(model, new_tokens=3)
-        return len(programs) > 0
+        return len(traced) > 0
 
     with torch_vtensor.enabled():
         assert not is_taken()
@@ -749,7 +758,7 @@ def test_compiled_by_inductor(family: str, memory: Memory, captures: list[Any]) 
         theirs = generate(model, prompt(batch))
         for _ in range(2):
             assert torch.equal(compiled(model, prompt(batch)), theirs)
-    assert len(captures) == 4
+    assert len(captures) == 6
     assert reasons(memory) == {}
 
 

@@ -116,8 +116,7 @@ def test_bfloat16_logits(memory: Memory) -> None:
     exact_model = copy.deepcopy(model).float()
     out = compiled(model, tokens=300, return_dict_in_generate=True)
     assert reasons(memory) == set()
-    (_, programs), *_ = program._programs.values()
-    ((captured,),) = programs.values()
+    (captured,) = [each for several in program.traced_model(model)._programs.values() for each in several]
     ids = out.sequences[:, :-1]  # whose last token the last step was for
     with torch.no_grad():
         exact = exact_model(ids).logits[:, -1]
@@ -138,12 +137,13 @@ def test_memory_grows_under_one_graph_and_another_cache_uses_it(
     monkeypatch.setattr(program, "_capture", lambda run, *args: (captures.append(run), capture(run, *args))[1])
     model = wide()
     caches = [DynamicCache(config=model.config) for _ in range(2)]
-    for index, cache in enumerate(caches):  # both alive, so at different addresses
-        tokens = 100 + 60 * index
-        theirs = generate(model, 2, tokens, new_tokens=500)
-        assert torch.equal(compiled(model, 2, tokens, new_tokens=500, past_key_values=cache), theirs)
-        assert torch_vtensor.memory(cache).committed_bytes >= 2 * (tokens + 499) * 32 * 1024 > 10 * 2**21
-    assert len(captures) == 2, "the step and the choice, once"
+    theirs = [generate(model, 2, tokens, new_tokens=500) for tokens in (100, 160)]
+    with torch_vtensor.enabled(compile=True):
+        for tokens, cache, their in zip((100, 160), caches, theirs, strict=True):  # both alive: at different addresses
+            assert torch.equal(generate(model, 2, tokens, new_tokens=500, past_key_values=cache), their)
+            assert reasons(memory) == set()
+            assert torch_vtensor.memory(cache).committed_bytes >= 2 * (tokens + 499) * 32 * 1024 > 10 * 2**21
+    assert len(captures) == 4, "the step and the choice once, and two sizes of prompts"
     assert reasons(memory) == set()
 
 

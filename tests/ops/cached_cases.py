@@ -14,6 +14,16 @@ CASES = [
     AttentionCase(lengths=(130,), heads=1, group=8, dtype=torch.float16, layout="interleaved"),
     AttentionCase(lengths=(40, 300, 7), window=16, first=(0, 250, 0), scale=0.3, room=9),
 ]
+PROMPTS = [
+    AttentionCase(lengths=(40, 24, 90), dims=(32, 32), group=4, num_rows=24, first=(3, 0, 70), room=2),
+    AttentionCase(
+        lengths=(50, 70), dims=(32, 16), group=5, num_rows=40, window=9, has_sinks=True, layout="token_major"
+    ),
+    AttentionCase(lengths=(140, 131), heads=1, dims=(24, 24), num_rows=130, softcap=5.0, layout="interleaved", room=3),
+    AttentionCase(lengths=(60, 5, 33), dims=(64, 64), num_rows=16, num_new=(1, 5, 16), layout="interleaved", room=4),
+    AttentionCase(lengths=(200, 70), dims=(64, 64), num_rows=130, num_new=(129, 7), window=20),
+]
+"""Many new tokens a sequence, as in a prompt; in some of them only a part of the rows are tokens."""
 
 
 def addressed(tensor: torch.Tensor) -> torch.Tensor:
@@ -30,12 +40,15 @@ class CachedCall:
         self.case = case
         self.given = case.arguments(device)
         keys, values, query = self.given["keys"], self.given["values"], self.given["query"]
-        stops = [(slot, slice(length - case.num_rows, length)) for slot, length in enumerate(case.lengths)]
-        self.new = tuple(torch.stack([rows[slot, :, new] for slot, new in stops]) for rows in (keys, values))
+        self.counts = case.num_new or (case.num_rows,) * len(case.lengths)
+        self.new = tuple(
+            rows.new_full((*rows.shape[:2], case.num_rows, rows.shape[3]), float("nan")) for rows in (keys, values)
+        )
         self.expected = keys.clone(), values.clone()
-        for slot, new in stops:
-            keys[slot, :, new] = float("nan")
-            values[slot, :, new] = float("nan")
+        for slot, (length, count) in enumerate(zip(case.lengths, self.counts, strict=True)):
+            for new, rows in zip(self.new, (keys, values), strict=True):
+                new[slot, :, :count] = rows[slot, :, length - count : length]
+                rows[slot, :, length - count : length] = float("nan")
         self.query, self.key, self.rotation = query, self.new[0], None
         if has_rotation:
             angles = torch.linspace(0.0, 3.0, case.num_rows * case.dims[0] // 2, device=device)
@@ -48,13 +61,14 @@ class CachedCall:
     def arguments(self) -> tuple[Any, ...]:
         """In the operator's order. The addresses among them are good for as long as this object lives."""
         given, keys, values = self.given, self.given["keys"], self.given["values"]
-        lengths = given["lengths"].int() - self.case.num_rows
+        counts = torch.tensor(self.counts, dtype=torch.int32, device=self.query.device)
+        lengths = given["lengths"].int() - counts
         firsts = torch.zeros_like(lengths) if given["first"] is None else given["first"].int()
         scale = self.case.dims[0] ** -0.5 if self.case.scale is None else self.case.scale
         return (
             self.query, self.key, self.new[1], addressed(keys), addressed(values), lengths, firsts, given["sinks"],
             *self.workspace(), 0, 0, *keys.stride()[1:3], *values.stride()[1:3], scale, self.case.window,
-            self.case.softcap, *(self.rotation or ()),
+            self.case.softcap, *(self.rotation or (None, None)), None if self.case.num_new is None else counts,
         )  # fmt: skip
 
     def workspace(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +81,8 @@ class CachedCall:
 
     def check(self, out: torch.Tensor) -> None:
         """The result is attention's; the new rows are written as they are, and nothing else changed."""
+        for slot, count in enumerate(self.counts):
+            out[slot, :, count:] = 0.0
         self.case.check(out)
         for rows, expected in zip((self.given["keys"], self.given["values"]), self.expected, strict=True):
             assert torch.equal(rows.isnan(), expected.isnan())

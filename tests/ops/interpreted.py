@@ -59,9 +59,11 @@ def kv_append() -> None:
 
 
 def cached_attention() -> None:
-    from cached_cases import CASES, CachedCall
+    from cached_cases import CASES, PROMPTS, CachedCall
 
-    from torch_vtensor.ops.decode_attention.triton import Rows, launch_rows
+    from torch_vtensor.ops.attention_triton import Rows
+    from torch_vtensor.ops.decode_attention.triton import launch_rows
+    from torch_vtensor.ops.prefill_attention.triton import launch_rows as launch_prompt
 
     for case in CASES:
         for has_rotation in (False, True):
@@ -80,6 +82,16 @@ def cached_attention() -> None:
                 call.check_rotated(out, torch.ops.torch_vtensor.cached_attention(*plain.arguments()))
             else:
                 call.check(out)
+    for case in PROMPTS:
+        call = CachedCall(case, "cpu")
+        query, key, value, key_addresses, value_addresses, lengths, firsts, sinks, *_, num_new = call.arguments()
+        keys, values = call.given["keys"], call.given["values"]
+        rows = Rows((0, *keys.stride()[1:3]), (0, *values.stride()[1:3]), key_addresses, value_addresses)
+        out = launch_prompt(
+            query, query, query, rows, lengths, case.heads, case.dims[1], num_new, firsts, case.scale, case.window,
+            sinks, case.softcap, new=(key, value),
+        )  # fmt: skip
+        call.check(out)
 
 
 def skinny_linear() -> None:

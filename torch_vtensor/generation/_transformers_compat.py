@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerateDecoderOnlyOutput
 
 __all__ = [
     "Cache",
@@ -17,6 +18,7 @@ __all__ = [
     "DynamicSlidingWindowLayer",
     "GenerationMixin",
     "continues_given_positions",
+    "decoder_output",
     "growing_layers",
     "initialize",
     "recording_shows_window_only",
@@ -39,6 +41,14 @@ def with_cache(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     if not is_left_to_model or not takes_one or model.config.is_encoder_decoder:
         return inputs
     return inputs | {"past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True))}
+
+
+def decoder_output(sequences: torch.Tensor, cache: Cache) -> Any:
+    """What generate() returns for a decoder-only model if a dictionary is asked for."""
+    fields = inspect.signature(GenerateDecoderOnlyOutput).parameters
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences, **{"cache" if "cache" in fields else "past_key_values": cache}
+    )
 
 
 def growing_layers() -> list[type[DynamicLayer]]:

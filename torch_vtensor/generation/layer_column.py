@@ -105,14 +105,17 @@ class LayerColumn:
                 store.commit_ahead()
         return keys.narrow(2, first - origin, new_stop - first), values.narrow(2, first - origin, new_stop - first)
 
-    def reach(self, first: int, stop: int, capacity: int) -> KVStore:
+    def reach(self, first: int, stop: int, num_new: int, capacity: int) -> KVStore:
         """Make the rows from ``stop`` on this column's own, with addresses up to ``capacity``, for others to write.
+
+        Args:
+            num_new: how many rows will be written soon.
 
         Effects: the column is on pages from now on. Views made before may show other memory.
         Raises: OutOfPagesError or DriverError, with the column intact.
         """
         if self.store is None:
-            self._move_to_pages(first, stop, stop + 1)
+            self._move_to_pages(first, stop, stop + num_new)
         elif stop < self._seen:
             self._make_writable(stop)
         store = old = self.store
@@ -278,8 +281,9 @@ class LayerColumn:
     def _move_to_pages(self, first: int, stop: int, new_stop: int) -> None:
         store = self.group.store(new_stop)
         store.commit(new_stop)
-        keys, values = store.views(self.index)
-        self._copy_kept(keys.narrow(2, first, stop - first), values.narrow(2, first, stop - first), first, stop)
+        if stop > first:
+            keys, values = store.views(self.index)
+            self._copy_kept(keys.narrow(2, first, stop - first), values.narrow(2, first, stop - first), first, stop)
         self._view(store)
 
     def _copy_kept(self, keys: torch.Tensor, values: torch.Tensor, first: int, stop: int) -> None:

@@ -47,6 +47,7 @@ __all__ = [
     "leaving",
     "reorder_cache",
     "reset",
+    "start_empty",
     "state_of",
     "update",
     "update_window",
@@ -134,6 +135,19 @@ def state_of(layer: DynamicLayer) -> LayerState | None:
         return None
     state.publish(layer, state.first + part.start, state.first + part.stop, layer.keys, layer.values)
     return state
+
+
+def start_empty(cache: Cache, layer: DynamicLayer, shape: KVShape) -> LayerState | None:
+    """The state of a layer of ``cache`` that has no tokens yet and is about to get such; None if it must stay stock."""
+    size = shape.batch, shape.heads, 0
+    key, value = (
+        torch.empty(*size, dim, dtype=shape.dtype, device=shape.device) for dim in (shape.key_dim, shape.value_dim)
+    )
+    _calling.cache = cache
+    try:
+        return _adopt(layer, key, value)
+    finally:
+        _calling.cache = None
 
 
 def cache_update(

@@ -8,12 +8,37 @@ positions; loads beyond the interval that any row sees are masked, and a masked 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["attend", "can_begin_early", "finish", "slot_pointer"]
+__all__ = ["Rows", "attend", "can_begin_early", "finish", "slot_pointer"]
+
+
+class Rows(NamedTuple):
+    """Where keys and values lie, in elements: strides of slots, heads and tokens, and for tables the rows' offsets.
+
+    The addresses are None for tensors; else int64 tensors [B] of each slot's address, 16-byte aligned, to which
+    ``key_offset`` and ``value_offset`` are added, and slot strides mean nothing.
+    """
+
+    key_strides: tuple[int, int, int]
+    value_strides: tuple[int, int, int]
+    key_addresses: torch.Tensor | None = None
+    value_addresses: torch.Tensor | None = None
+    key_offset: int = 0
+    value_offset: int = 0
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> Rows:
+        """Of tensors [B, H, C, D] and [B, H, C, Dv]."""
+        return cls(_strides(keys), _strides(values))
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, int, int]:
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""cached_attention: one decoding step of attention over rows that lie anywhere, new tokens written on the way.
+"""cached_attention: one step of attention over rows that lie anywhere, new tokens written on the way.
 
 An operator for captured graphs: where keys and values lie and how many there are it reads from device memory, so one
 graph serves every cache, and caches grow under it. It changes memory that no tensor of the graph stands for. That is
@@ -19,7 +19,7 @@ _library.define(
     "cached_attention(Tensor query, Tensor key, Tensor value, Tensor key_addresses, Tensor value_addresses,"
     " Tensor lengths, Tensor firsts, Tensor? sinks, Tensor partials, Tensor arrivals, int key_offset, int value_offset,"
     " int key_head_stride, int key_token_stride, int value_head_stride, int value_token_stride, float scale,"
-    " int? window, float? softcap, Tensor? cos=None, Tensor? sin=None) -> Tensor"
+    " int? window, float? softcap, Tensor? cos=None, Tensor? sin=None, Tensor? num_new=None) -> Tensor"
 )
 
 cached_attention = torch.ops.torch_vtensor.cached_attention
@@ -27,10 +27,11 @@ cached_attention = torch.ops.torch_vtensor.cached_attention
 
 Shapes:  query [B, Hq, Q, D]; key [B, H, Q, D], value [B, H, Q, Dv]; addresses [B] int64: of each slot's first token's
     keys and values in the tensors' dtype, 16-byte aligned, offsets and strides in elements; lengths [B] int32: tokens
-    before these; firsts [B] int32: the first real token (left padding); sinks [Hq]; partials, arrivals: the workspace;
-    cos, sin [B or 1, Q, D]: a rotary embedding for query and key, whose halves make the pairs.
-    Returns [B, Hq, Q, Dv].
-Effects: writes Q rows a head; rows from ``lengths`` + Q on are neither read nor written.
+    before these; firsts [B] int32: the first real token (left padding); sinks [Hq]; partials, arrivals: the workspace,
+    which Q = 1 uses; cos, sin [B or 1, Q, D]: a rotary embedding for query and key, whose halves make the pairs;
+    num_new [B] int32: how many of the Q are tokens of the sequence, default all. Returns [B, Hq, Q, Dv], of which rows
+    from ``num_new`` on mean nothing.
+Effects: writes ``num_new`` rows a head; rows from ``lengths`` + ``num_new`` on are neither read nor written.
 """
 
 
@@ -60,10 +61,12 @@ def _cuda(
     softcap: float | None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    num_new: Tensor | None = None,
 ) -> Tensor:
+    from torch_vtensor.ops.attention_triton import Rows
     from torch_vtensor.ops.decode_attention import triton
 
-    rows = triton.Rows(
+    rows = Rows(
         (0, key_head_stride, key_token_stride),
         (0, value_head_stride, value_token_stride),
         key_addresses,
@@ -71,6 +74,27 @@ def _cuda(
         key_offset,
         value_offset,
     )
+    if query.shape[2] > 1:
+        from torch_vtensor.ops.prefill_attention import triton as prefill
+
+        if cos is not None and sin is not None:
+            query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        return prefill.launch_rows(
+            query,
+            query,
+            query,
+            rows,
+            lengths,
+            key.shape[1],
+            value.shape[3],
+            first=firsts,
+            scale=scale,
+            window=window,
+            sinks=sinks,
+            softcap=softcap,
+            new=(key, value),
+            num_new=num_new,
+        )
     return triton.launch_rows(
         query,
         query,
@@ -114,22 +138,25 @@ def _cpu(
     softcap: float | None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    num_new: Tensor | None = None,
 ) -> Tensor:
-    from torch_vtensor.ops.decode_attention.cpu import decode_attention
+    from torch_vtensor.ops.prefill_attention.cpu import prefill_attention
 
     if cos is not None and sin is not None:
         query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
-    num_query = query.shape[2]
-    out = query.new_empty(*query.shape[:3], value.shape[3])
-    for slot, (length, first) in enumerate(zip(lengths.tolist(), firsts.tolist(), strict=True)):
-        stop = length + num_query
+    counts = [query.shape[2]] * len(lengths) if num_new is None else num_new.tolist()
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    for slot, (length, first, count) in enumerate(zip(lengths.tolist(), firsts.tolist(), counts, strict=True)):
+        stop = length + count
         keys = _rows(key_addresses, slot, key_offset, key[slot], stop, key_head_stride, key_token_stride)
         values = _rows(value_addresses, slot, value_offset, value[slot], stop, value_head_stride, value_token_stride)
-        keys[:, length:].copy_(key[slot])
-        values[:, length:].copy_(value[slot])
+        keys[:, length:].copy_(key[slot, :, :count])
+        values[:, length:].copy_(value[slot, :, :count])
         stops, starts = torch.tensor([[stop], [first]], device="cpu")
         one = slice(slot, slot + 1)
-        out[one] = decode_attention(query[one], keys[None], values[None], stops, starts, scale, window, sinks, softcap)
+        out[one, :, :count] = prefill_attention(
+            query[one, :, :count], keys[None], values[None], stops, None, starts, scale, window, sinks, softcap
+        )
     return out
 
 

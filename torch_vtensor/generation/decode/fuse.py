@@ -110,7 +110,8 @@ def _take_in_rotation(graph: Graph, node: Node) -> None:
     if query is None or key is None or query[1:] != key[1:]:
         return
     with graph.inserting_before(node):
-        merged = graph.call_function(cached_attention.default, (query[0], key[0], *node.args[2:], query[1], query[2]))
+        arguments = query[0], key[0], *node.args[2:], query[1], query[2]
+        merged = graph.call_function(cached_attention.default, arguments, dict(node.kwargs))
     merged.meta = dict(node.meta)
     node.replace_all_uses_with(merged)
     graph.erase_node(node)

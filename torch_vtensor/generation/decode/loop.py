@@ -1,4 +1,8 @@
-"""The decoding loop that stands for transformers' own: same results, two graph launches a token, no waiting."""
+"""The decoding loop that stands for transformers' own: same results, two graph launches a token, no waiting.
+
+The prompt is taken up by graphs as well, unless it is for transformers: where the cache has layers of an unknown kind,
+or a sliding window would drop some of it at once.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,13 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTime
 
 from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
 from torch_vtensor.generation import layers as cache_layers
-from torch_vtensor.generation._transformers_compat import with_cache
-from torch_vtensor.generation.decode.program import DecodeProgram, Placement, acquire_program
+from torch_vtensor.generation._transformers_compat import DynamicLayer, decoder_output, with_cache
+from torch_vtensor.generation.decode.program import DecodeProgram, Placement, Traced, traced_model
+from torch_vtensor.generation.decode.prompt import Part, parts_of
 from torch_vtensor.generation.decode.sampling import Sampling, sampling_of
 from torch_vtensor.generation.decode.step import LayerRows
 from torch_vtensor.generation.decode.support import end_tokens_of, why_stock, windows_of
-from torch_vtensor.generation.kv_store import KVStore
+from torch_vtensor.generation.kv_store import KVShape, KVStore
 
 __all__ = ["sample"]
 
@@ -41,7 +46,7 @@ def sample(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """``GenerationMixin._sample``: the prompt and the first token by transformers, all others by captured graphs.
+    """``GenerationMixin._sample`` by captured graphs; some prompts, with the first token, by transformers.
 
     Calls that the captured loop cannot take go to ``stock``, counted with the reason.
     Raises: OutOfPagesError, with the tokens so far in its ``sequences``; the cache keeps all of them but the last.
@@ -64,7 +69,16 @@ def sample(
             **given,
         )  # fmt: skip
     assert isinstance(sampling, Sampling) and firsts is not None
-    call = _Call(model, stopping_criteria, sampling, streamer, firsts, model_kwargs)
+    windows = windows_of(model)
+    assert windows is not None
+    call = _Call(model, stopping_criteria, sampling, streamer, firsts, windows, model_kwargs)
+    if _takes_prompt(call, input_ids):
+        with torch.inference_mode(False), torch.no_grad(), _current(model.device):
+            decoding = _prepare(call, input_ids, _prompt_of(call, input_ids, generation_config.prefill_chunk_size))
+            if isinstance(decoding, _Decoding):
+                with decoding:
+                    sequences = _decode(call, decoding, input_ids)
+                return decoder_output(sequences, call.cache) if generation_config.return_dict_in_generate else sequences
     one_token = StoppingCriteriaList([MaxLengthCriteria(max_length=input_ids.shape[1] + 1)])
     try:
         output = stock(model, input_ids, logits_processor, one_token, generation_config, False, None, **model_kwargs)
@@ -75,7 +89,7 @@ def sample(
     if streamer is not None:
         streamer.put(sequences[:, -1].cpu())
     with torch.inference_mode(False), torch.no_grad(), _current(model.device):
-        decoding = _prepare(call, sequences)
+        decoding = _prepare(call, sequences, None)
         if isinstance(decoding, _Decoding):
             with decoding:
                 return _with_sequences(output, _decode(call, decoding, sequences))
@@ -101,6 +115,9 @@ _log = logging.getLogger(__name__)
 _refused: weakref.WeakSet[Any] = weakref.WeakSet()
 """Models whose step could not be compiled."""
 _CANNOT_COMPILE = "the model's step cannot be compiled"
+_prompts_refused: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Models whose prompts could not be taken up by graphs; their steps are another matter."""
+_PROMPT_IS_STOCK = "prompts are for transformers"
 
 
 class _Call(NamedTuple):
@@ -111,6 +128,7 @@ class _Call(NamedTuple):
     sampling: Sampling
     streamer: Any
     firsts: list[int]
+    windows: list[int | None]
     inputs: dict[str, Any]
 
     @property
@@ -133,60 +151,112 @@ class _Placed(NamedTuple):
     groups: list[_Group]
 
 
-class _Decoding(AbstractContextManager["_Decoding"]):
-    """A program that is this call's alone, and the cache that it continues."""
+class _Prompt(NamedTuple):
+    """Tokens [B, N] and positions [B, N] that are to be taken up, in ``parts``."""
 
-    def __init__(self, program: DecodeProgram, placed: _Placed) -> None:
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    parts: list[Part]
+
+
+class _Decoding(AbstractContextManager["_Decoding"]):
+    """A program that is this call's alone, the cache that it continues, and the prompt if it is not there yet."""
+
+    def __init__(self, program: DecodeProgram, placed: _Placed, prompt: _Prompt | None) -> None:
         self.program = program
         self.placed = placed
+        self.prompt = prompt
         self.choose: Callable[[], None]
 
     def __exit__(self, *exception: object) -> None:
         self.program.release()
 
 
-def _prepare(call: _Call, sequences: torch.Tensor) -> _Decoding | str:
-    """Everything up to the first captured step of ``sequences`` [B, L + 1], of which the cache holds L tokens.
+def _takes_prompt(call: _Call, input_ids: torch.Tensor) -> bool:
+    """Whether the prompt can be taken up by graphs as well."""
+    cache, windows = call.cache, call.windows
+    num_tokens = input_ids.shape[1] - cache.get_seq_length()
+    if call.model in _refused or call.model in _prompts_refused or len(cache.layers) != len(windows) or num_tokens < 1:
+        return False
+    positions = call.inputs.get("position_ids")
+    if positions is not None and positions.shape[1] < num_tokens:
+        return False
+    if num_tokens > min((window for window in windows if window is not None), default=num_tokens):
+        return False  # of the longest part of it no window would keep anything
+    return all(_is_empty(layer) or cache_layers.state_of(layer) is not None for layer in cache.layers)
 
-    Returns why there can be none, if so.
+
+def _is_empty(layer: Any) -> bool:
+    return isinstance(layer, DynamicLayer) and layer.get_seq_length() == 0
+
+
+def _prompt_of(call: _Call, input_ids: torch.Tensor, max_part: int | None) -> _Prompt:
+    """The tokens that the cache does not hold yet, at most ``max_part`` of a sequence at once."""
+    num_cached = call.cache.get_seq_length()
+    tokens = input_ids[:, num_cached:]
+    positions = call.inputs.get("position_ids")
+    if positions is None:
+        counted = torch.arange(num_cached, input_ids.shape[1], device=tokens.device)
+        positions = (counted - torch.tensor(call.firsts, device=tokens.device)[:, None]).clamp_min(0)
+    return _Prompt(tokens, positions[:, -tokens.shape[1] :], parts_of(tokens.shape[1], len(tokens), max_part))
+
+
+def _prepare(call: _Call, sequences: torch.Tensor, prompt: _Prompt | None) -> _Decoding | str:
+    """Everything up to the first captured graph that continues ``sequences`` [B, L].
+
+    Args:
+        prompt: the last of their tokens, which the cache does not hold yet; None if it holds all but the last one,
+            which the model has chosen.
+
+    Returns why there can be no captured graph, if so.
     """
     if call.model in _refused:
         return _CANNOT_COMPILE
     max_new = call.criteria.max_length - sequences.shape[1]
+    num_rows = 1 if prompt is None else prompt.tokens.shape[1]
     try:
-        placed = _place(call, max_new)
-        for group in placed.groups if placed is not None else ():
-            _commit(group, 1)
-    except OutOfPagesError as error:
-        _keep_text(error, sequences, 1)
-        raise
-    except (DriverError, ForkedProcessError) as error:
-        return f"memory driver: {type(error).__name__}"
-    if placed is None:
-        return "a layer of the cache is in stock memory"
-    try:
-        program = acquire_program(call.model, len(sequences), placed.layers, len(placed.groups))
+        traced = traced_model(call.model)
+        if prompt is not None and not traced.takes_prompts:
+            return _PROMPT_IS_STOCK
+        placed = _place(call, traced, num_rows, max_new)
+        if placed is None:
+            return "a layer of the cache is in stock memory"
+        for group in placed.groups:
+            _commit(group, num_rows)
+        program = traced.acquire_program(len(sequences), placed.layers, len(placed.groups))
         with ExitStack() as undo:
-            decoding = undo.enter_context(_Decoding(program, placed))
+            decoding = undo.enter_context(_Decoding(program, placed, prompt))
             program.place([group.placement for group in placed.groups])
-            program.start(sequences, _positions(call, sequences), max_new, call.sampling)
-            program.warm_up()
+            newest = _newest_positions(call, sequences) if prompt is None else prompt.positions[:, -1]
+            program.start(sequences, newest, max_new, call.sampling)
+            if prompt is None:
+                program.close_ended(sequences, call.sampling)
+            program.warm_up(() if prompt is None else prompt.parts)
             decoding.choose = program.choice(call.sampling)
             undo.pop_all()
         return decoding
+    except OutOfPagesError as error:
+        _keep_text(error, sequences, 1 if prompt is None else 0)
+        raise
+    except (DriverError, ForkedProcessError) as error:
+        return f"memory driver: {type(error).__name__}"
     except torch.OutOfMemoryError:
         return "no memory to compile the model's step"
     except Exception as error:  # whatever torch.compile or the model's own code may raise
-        _refused.add(call.model)
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         name = type(call.model).__name__
+        if prompt is not None:
+            _prompts_refused.add(call.model)
+            _log.info("prompts of %s are taken up by transformers: %s", name, reason, exc_info=error)
+            return _PROMPT_IS_STOCK
+        _refused.add(call.model)
         _log.warning("%s decodes by transformers' own loop: its step cannot be compiled: %s", name, reason)
         _log.debug("why the step of %s cannot be compiled", name, exc_info=error)
         return _CANNOT_COMPILE
 
 
-def _positions(call: _Call, sequences: torch.Tensor) -> torch.Tensor:
-    """The positions [B] of the newest tokens."""
+def _newest_positions(call: _Call, sequences: torch.Tensor) -> torch.Tensor:
+    """The positions [B] of the newest tokens, which the model has chosen."""
     given = call.inputs.get("position_ids")
     if given is not None:
         next_positions: torch.Tensor = given[:, -1] + 1
@@ -260,25 +330,35 @@ def _decode(call: _Call, decoding: _Decoding, sequences: torch.Tensor) -> torch.
 def _run(call: _Call, decoding: _Decoding, sequences: torch.Tensor) -> int:
     """Decode until every sequence has ended; returns the number of new tokens, which the cache then accounts for."""
     max_new = call.criteria.max_length - sequences.shape[1]
-    program, groups = decoding.program, decoding.placed.groups
+    program, groups, prompt = decoding.program, decoding.placed.groups, decoding.prompt
     ends = _Ends(program)
-    ends.record(has_tokens=False)  # the first token may have been the last
-    num_steps = 0
+    num_chosen, num_rows = 0, 0
+    num_known = 1 if prompt is None else 0  # new tokens among ``sequences``
     try:
-        while ends.look(call.streamer) and num_steps < max_new and not _out_of_time(call.criteria):
+        if prompt is not None:
+            program.run_prompt(*prompt)
+            decoding.choose()
+            num_chosen, num_rows = 1, prompt.tokens.shape[1]
+        ends.record(has_tokens=prompt is not None)  # the first token may have been the last
+        while ends.look(call.streamer) and num_chosen < max_new and not _out_of_time(call.criteria):
+            num_rows += 1
             for group in groups:
-                _commit(group, num_steps + 1)
+                _commit(group, num_rows)
             program.run_step()
             decoding.choose()
-            num_steps += 1
+            num_chosen += 1
             ends.record()
         ends.look(call.streamer, wait_for_all=True)
     except OutOfPagesError as error:
         ends.look(call.streamer, wait_for_all=True)
-        _keep_text(error, torch.cat([sequences, program.chosen[:, : ends.num_new]], dim=1), ends.num_new + 1)
+        sequences = torch.cat([sequences, program.chosen[:, : ends.num_new]], dim=1)
+        _keep_text(error, sequences, ends.num_new + num_known)
         raise
     finally:
-        _account(call.cache, decoding.placed, ends.num_new)
+        num_kept = ends.num_new  # all tokens but the newest
+        if prompt is not None and num_chosen > 0:
+            num_kept += prompt.tokens.shape[1] - 1
+        _account(call.cache, decoding.placed, num_kept)
     return ends.num_new
 
 
@@ -346,25 +426,28 @@ def _first_tokens(input_ids: torch.Tensor, inputs: dict[str, Any]) -> list[int] 
     return numbers if ok else None
 
 
-def _place(call: _Call, max_new: int) -> _Placed | None:
+def _place(call: _Call, traced: Traced, num_rows: int, max_new: int) -> _Placed | None:
     """Bring every layer to where the device can append to it: pages, addresses for all that is to come, its own.
+
+    Args:
+        num_rows, max_new: how many rows are written next, and tokens then at most.
 
     None if a layer is not in our memory.
     """
     cache = call.cache
     num_cached = cache.get_seq_length()
-    windows = windows_of(call.model)
-    assert windows is not None
-    if len(cache.layers) != len(windows):
+    if len(cache.layers) != len(call.windows):
         return None
     groups: dict[tuple[int, int, int], int] = {}
     made: list[_Group] = []
     rows: list[LayerRows] = []
-    for layer, window in zip(cache.layers, windows, strict=True):
+    for layer, window, shape in zip(cache.layers, call.windows, traced.shapes, strict=True):
         state = cache_layers.state_of(layer)
+        if state is None and _is_empty(layer):
+            state = cache_layers.start_empty(cache, layer, KVShape(len(call.firsts), *shape, call.model.device))
         if state is None:
             return None
-        store = state.column.reach(state.first, state.stop, state.stop + max_new)
+        store = state.column.reach(state.first, state.stop, num_rows, state.stop + num_rows + max_new)
         state.publish(layer, state.first, state.stop, *state.column.views(state.first, state.stop))
         key, value = store.places(state.column.index)
         at = (id(store), state.first, state.stop)

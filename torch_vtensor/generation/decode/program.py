@@ -1,7 +1,8 @@
 """DecodeProgram: one batch size of one model as captured graphs, kept from call to call.
 
 Two graphs a token: the model's step, compiled by inductor, and the choice of the next token, which also moves every
-length and position on. Both read where a cache lies from device memory, so the next call only writes new addresses.
+length and position on; and for prompts one graph for each of a few sizes of what is taken up at once. All read where a
+cache lies from device memory, so the next call only writes new addresses.
 """
 
 from __future__ import annotations
@@ -9,17 +10,27 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
 from torch_vtensor.generation.decode.fuse import fuse
+from torch_vtensor.generation.decode.prompt import Part
 from torch_vtensor.generation.decode.sampling import Sampling
-from torch_vtensor.generation.decode.step import GroupRows, LayerRows, Step, make_forward, route_attention
+from torch_vtensor.generation.decode.step import (
+    GroupRows,
+    LayerRows,
+    LayerShape,
+    Step,
+    layer_shapes,
+    prompt_forward,
+    step_forward,
+    twin_of,
+)
 
-__all__ = ["DecodeProgram", "Placement", "acquire_program"]
+__all__ = ["DecodeProgram", "Placement", "Traced", "traced_model"]
 
 Graph = Callable[[], None]
 _MAX_CHOICES = 16
@@ -37,17 +48,24 @@ class Placement(NamedTuple):
     firsts: list[int]
 
 
+class _PromptGraph(NamedTuple):
+    """A part of a prompt as a captured graph, and where it reads tokens and positions [B, T]."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    graph: Graph
+
+
 class DecodeProgram:
-    """Captured decoding of ``batch`` sequences by ``model``.
+    """Captured decoding of ``batch`` sequences by a model.
 
     Args:
-        model: of which its tensors alone are kept.
+        traced: the model, of which its tensors alone are kept.
         layers, num_groups: the layout of its caches.
     """
 
-    def __init__(self, model: Any, batch: int, layers: tuple[LayerRows, ...], num_groups: int) -> None:
-        route_attention()
-        device = model.device
+    def __init__(self, traced: Traced, batch: int, layers: tuple[LayerRows, ...], num_groups: int) -> None:
+        device = traced.twin.device
         self.batch = batch
         self.device = device
         self._lock = threading.Lock()  # held by the call whose sequences are being decoded
@@ -67,9 +85,17 @@ class DecodeProgram:
             for _ in range(num_groups)
         )
         self.step = Step(layers, groups, *_workspace(batch, layers, device))
-        self._forward = _compile(make_forward(model), device)
+        self._forward = _compile(step_forward(traced.twin))
+        self._prompt_forward = traced.prompt
+        # One pool for all graphs: they run one after the other, and what they leave is copied out of it.
+        self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._graph: Graph | None = None
         self.logits: torch.Tensor | None = None
+        # Of prompts:
+        self._last = torch.zeros(1, **ints)
+        self._num_new = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._num_added = torch.zeros((), dtype=torch.int32, device=device)
+        self._prompts: dict[int, _PromptGraph] = {}
         # Of the choice of tokens:
         self.is_open = torch.ones(batch, dtype=torch.bool, device=device)
         self.length = torch.zeros((), **ints)
@@ -116,15 +142,56 @@ class DecodeProgram:
         self.positions.copy_(positions[:, None])
         self.length.fill_(sequences.shape[1])
         self.num_chosen.zero_()
-        self.is_open.copy_(sampling.remains_open(sequences[:, -1], torch.ones_like(self.is_open)))
+        self.is_open.fill_(True)
 
-    def warm_up(self) -> None:
-        """Compile and capture the model's step. The rows behind each sequence must have memory; they are written to."""
-        if self._graph is not None:
-            return
+    def close_ended(self, sequences: torch.Tensor, sampling: Sampling) -> None:
+        """Note which of ``sequences`` [B, L] have ended with their last tokens."""
+        self.is_open.copy_(sampling.remains_open(sequences[:, -1], self.is_open))
+
+    def warm_up(self, parts: Sequence[Part] = ()) -> None:
+        """Compile and capture the model's step, and what takes up these parts of a prompt, as far as not done before.
+
+        The row behind each sequence must have memory; it is written to.
+        """
         began = time.perf_counter()
-        self._graph = _capture(self._run_forward, self.device)
-        self.warm_up_s = time.perf_counter() - began
+        if self._graph is None:
+            self._graph = _capture(self._run_forward, self.device, self._memory)
+        for size in {part.size for part in parts} - self._prompts.keys():
+            self._prompts[size] = self._capture_prompt(size)
+        self.warm_up_s += time.perf_counter() - began
+
+    def run_prompt(self, tokens: torch.Tensor, positions: torch.Tensor, parts: Sequence[Part]) -> None:
+        """Take up a prompt: rows are appended, and ``logits`` are left for the token after it.
+
+        Shapes: tokens, positions [B, N]; the parts cover all of N.
+        """
+        for part in parts:
+            prompt, taken = self._prompts[part.size], slice(part.start, part.stop)
+            num_tokens = part.stop - part.start
+            prompt.tokens[:, :num_tokens].copy_(tokens[:, taken])
+            prompt.positions[:, :num_tokens].copy_(positions[:, taken])
+            self._last.fill_(num_tokens - 1)
+            self._num_new.fill_(num_tokens)
+            # The choice of a token moves lengths on by one more.
+            self._num_added.fill_(num_tokens - (part.stop == tokens.shape[1]))
+            prompt.graph()
+
+    def _capture_prompt(self, size: int) -> _PromptGraph:
+        tokens, positions = (self.tokens.new_zeros(self.batch, size) for _ in range(2))
+
+        step = self.step._replace(num_new=self._num_new)
+
+        def run_forward() -> None:
+            self._leave(self._prompt_forward(tokens, positions, self._mask, step, self._last))
+
+        def run() -> None:
+            run_forward()
+            for group in self.step.groups:
+                group.lengths.add_(self._num_added)
+
+        self._last.zero_()
+        self._num_new.fill_(1)
+        return _PromptGraph(tokens, positions, _capture(run, self.device, self._memory, run_forward))
 
     def choice(self, sampling: Sampling) -> Graph:
         """The captured choice of the next token; one that was captured before, if it is the same."""
@@ -135,7 +202,7 @@ class DecodeProgram:
                 assert self.logits is not None
                 sampling.choose(sampling.scores(self.logits, self.history, self.length), self.is_open)
 
-            graph = _capture(lambda: self._choose(sampling), self.device, rehearse)
+            graph = _capture(lambda: self._choose(sampling), self.device, self._memory, rehearse)
         if sampling.signature is not None:
             self._choices[sampling.signature] = graph  # the last one used comes last
             if len(self._choices) > _MAX_CHOICES:
@@ -148,8 +215,12 @@ class DecodeProgram:
         self._graph()
 
     def _run_forward(self) -> None:
-        logits = self._forward(self.tokens, self.positions, self._mask, self.step)
-        self.logits = logits
+        self._leave(self._forward(self.tokens, self.positions, self._mask, self.step))
+
+    def _leave(self, logits: torch.Tensor) -> None:
+        if self.logits is None:
+            self.logits = torch.empty_like(logits)  # while rehearsing, so that it is not part of a graph's memory
+        self.logits.copy_(logits)
 
     def _choose(self, sampling: Sampling) -> None:
         assert self.logits is not None
@@ -167,40 +238,72 @@ class DecodeProgram:
             group.lengths.add_(1)
 
 
-_Tensors = tuple[int, ...]
-_programs: weakref.WeakKeyDictionary[Any, tuple[_Tensors, dict[Any, list[DecodeProgram]]]] = weakref.WeakKeyDictionary()
-"""The programs of a model by batch and layout, and the addresses of the model's tensors that they read."""
-_programs_lock = threading.Lock()
+class Traced:
+    """A model as it is traced, with all programs that were made of it.
 
-
-def acquire_program(model: Any, batch: int, layers: tuple[LayerRows, ...], num_groups: int) -> DecodeProgram:
-    """A program for so many sequences in caches of this layout, the caller's alone until it is released.
-
-    One made before, if it is free and reads the tensors that the model has now, captured or not yet.
+    Raises: whatever the model's own code may raise, if it cannot be run over rows at addresses.
     """
-    key = (batch, layers, num_groups)
-    tensors = _tensors_of(model)
-    with _programs_lock:
-        read, by_key = _programs.get(model, ((), {}))
-        if read != tensors:
-            by_key = {}
-            _programs[model] = tensors, by_key
-        programs = by_key.setdefault(key, [])
-        for program in programs:
-            if program.acquire():
-                return program
-        program = DecodeProgram(model, batch, layers, num_groups)
-        program.acquire()
-        programs.append(program)
-        return program
+
+    def __init__(self, model: Any) -> None:
+        self._tensors = _tensors_of(model)
+        self.twin = twin_of(model)
+        self.shapes: list[LayerShape] = layer_shapes(self.twin)
+        self.takes_prompts = not any("Experts" in type(module).__name__ for module in model.modules())
+        """Whether graphs may take up prompts: experts choose their kernels by the number of tokens."""
+        self._programs: dict[Any, list[DecodeProgram]] = {}
+        self._lock = threading.Lock()
+
+    @cached_property
+    def prompt(self) -> Callable[..., torch.Tensor]:
+        """Of all batch sizes and numbers of tokens."""
+        twin = twin_of(self.twin)
+        _compile_parts(twin)
+        return prompt_forward(twin)
+
+    def is_of_today(self) -> bool:
+        """Whether the model still has the tensors that programs read, at the same addresses."""
+        return all(where.get(name) is it and _address(it) == address for where, name, it, address in self._tensors)
+
+    def acquire_program(self, batch: int, layers: tuple[LayerRows, ...], num_groups: int) -> DecodeProgram:
+        """A program for so many sequences in caches of this layout, the caller's alone until it is released.
+
+        One made before, if it is free, captured or not yet.
+        """
+        with self._lock:
+            programs = self._programs.setdefault((batch, layers, num_groups), [])
+            for program in programs:
+                if program.acquire():
+                    return program
+            program = DecodeProgram(self, batch, layers, num_groups)
+            program.acquire()
+            programs.append(program)
+            return program
 
 
-def _tensors_of(model: Any) -> _Tensors:
-    """What changes when the model is moved, converted or resized; captured graphs go on reading the old tensors."""
-    return tuple(
-        tensor.data_ptr() if type(tensor) in (torch.Tensor, torch.nn.Parameter) else id(tensor)
-        for tensor in chain(model.parameters(), model.buffers())
-    )
+_traced: weakref.WeakKeyDictionary[Any, Traced] = weakref.WeakKeyDictionary()
+_traced_lock = threading.Lock()
+
+
+def traced_model(model: Any) -> Traced:
+    """The model as it is traced; made anew where it was moved, converted, resized or otherwise changed its tensors."""
+    with _traced_lock:
+        known = _traced.get(model)
+        if known is None or not known.is_of_today():
+            known = _traced[model] = Traced(model)
+        return known
+
+
+def _tensors_of(model: Any) -> list[tuple[dict[str, Any], str, Any, int]]:
+    """All tensors and modules below the model: where they are found, by which name, and their addresses."""
+    found = []
+    for module in model.modules():
+        for where in (module._parameters, module._buffers, module._modules):
+            found += [(where, name, it, _address(it)) for name, it in where.items() if it is not None]
+    return found
+
+
+def _address(it: Any) -> int:
+    return it.data_ptr() if type(it) in (torch.Tensor, torch.nn.Parameter) else 0
 
 
 def _on(device: torch.device, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
@@ -221,7 +324,7 @@ def _workspace(batch: int, layers: tuple[LayerRows, ...], device: torch.device) 
     return make_workspace(batch, heads, value_dim, device)
 
 
-def _compile(forward: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
+def _compile(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     # A code object of its own: dynamo counts recompilations by code object, and every batch size is meant to be one.
     forward.__code__ = forward.__code__.replace()
 
@@ -234,8 +337,37 @@ def _compile(forward: Callable[..., torch.Tensor], device: torch.device) -> Call
     return torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
 
 
-def _capture(run: Callable[[], None], device: torch.device, rehearse: Callable[[], None] | None = None) -> Graph:
+def _compile_parts(twin: Any) -> None:
+    """Have inductor make what stands between the matrix products of a prompt, as far as it is modules of their own.
+
+    The same code of all layers is compiled once, for all sizes. All layers as one graph of symbolic sizes would save a
+    few launches more, but took 80 seconds for the 32 of a Llama-3-8B where this takes five.
+    """
+    for layers in [module for module in twin.modules() if isinstance(module, torch.nn.ModuleList)]:
+        for layer in filter(_attends, layers):
+            for part in _parts_beside_attention(layer):
+                part.forward = torch.compile(part.forward, dynamic=True)
+
+
+def _parts_beside_attention(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    for child in module.children():
+        if _attends(child):
+            yield from _parts_beside_attention(child)
+        elif not isinstance(child, (torch.nn.Linear, torch.nn.Dropout, torch.nn.Identity)):
+            yield child
+
+
+def _attends(module: torch.nn.Module) -> bool:
+    return any(hasattr(each, "layer_idx") for each in module.modules())
+
+
+def _capture(
+    run: Callable[[], None], device: torch.device, memory: Any, rehearse: Callable[[], None] | None = None
+) -> Graph:
     """``run`` as a captured graph; without a GPU, ``run`` itself. ``rehearse`` is what to do before, ``run`` if None.
+
+    Args:
+        memory: the handle of the pool that the graph's own tensors come from.
 
     Effects: the random state is as before.
     """
@@ -258,6 +390,6 @@ def _capture(run: Callable[[], None], device: torch.device, rehearse: Callable[[
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.set_rng_state(random, device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
         run()
     return graph.replay

@@ -1,4 +1,4 @@
-"""One decoding step of a transformers model over rows at addresses: what torch.compile traces.
+"""One step of a transformers model over rows at addresses, for one token or a part of a prompt: what is compiled.
 
 The model is called with its own code. Its cache hands the new keys and values on, its attention function appends them
 to the rows that the cache reserved and attends to all of them there. Where the rows lie and how many tokens each
@@ -8,6 +8,7 @@ sequence has is data (`Step`), so what was traced and captured once is right for
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain
@@ -20,7 +21,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from torch_vtensor.generation._transformers_compat import DynamicCache
 from torch_vtensor.ops.cached_attention import cached_attention
 
-__all__ = ["ATTENTION", "LayerRows", "Step", "make_forward", "route_attention"]
+__all__ = [
+    "ATTENTION",
+    "GroupRows",
+    "LayerRows",
+    "LayerShape",
+    "Step",
+    "layer_shapes",
+    "prompt_forward",
+    "step_forward",
+    "twin_of",
+]
 
 ATTENTION = "torch_vtensor_step"
 """The name under which transformers finds our attention function while a step is traced."""
@@ -35,6 +46,15 @@ class LayerRows(NamedTuple):
     key_strides: tuple[int, int]
     value_strides: tuple[int, int]
     window: int | None
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+
+class LayerShape(NamedTuple):
+    """What one layer keeps of a token: keys [heads, key_dim] and values [heads, value_dim]."""
+
     heads: int
     key_dim: int
     value_dim: int
@@ -57,6 +77,7 @@ class Step(NamedTuple):
     groups: tuple[GroupRows, ...]
     partials: torch.Tensor
     arrivals: torch.Tensor
+    num_new: torch.Tensor | None = None  # [B], of a prompt's part: how many of its tokens count
 
 
 class _NewTokens(DynamicCache):
@@ -88,11 +109,14 @@ def _attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    torch_vtensor_step: Step | None = None,
+    torch_vtensor_step: Step | dict[int, LayerShape] | None = None,
     torch_vtensor_cache: _NewTokens | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [B, Hq, Q, D], new key and value [B, H, Q, D]; returns [B, Q, Hq, D]."""
+    """transformers' attention interface: query [B, Hq, Q, D], new key and value [B, H, Q, D]; returns [B, Q, Hq, D].
+
+    With a dictionary for a step, it only notes there what each layer keeps.
+    """
     if torch_vtensor_step is None or torch_vtensor_cache is None:
         raise RuntimeError("this model does not hand keyword arguments on to its attention")
     step = torch_vtensor_step
@@ -100,11 +124,16 @@ def _attention(
     if given_key is not key or given_value is not value:
         raise RuntimeError(f"layer {module.layer_idx} attends to something else than the keys and values that it keeps")
     torch_vtensor_cache.num_appended += 1
+    if isinstance(step, dict):
+        step[module.layer_idx] = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
+        batch, heads, num_query, _ = query.shape
+        return query.new_zeros(batch, num_query, heads, value.shape[3]), None
     layer = step.layers[module.layer_idx]
     if kwargs.get("sliding_window", layer.window) != layer.window:
         raise RuntimeError(f"layer {module.layer_idx} attends to another window than its cache layer keeps")
-    rows = (layer.heads, 1, layer.key_dim), (layer.heads, 1, layer.value_dim)
-    if (key.shape[1:], value.shape[1:]) != rows or not key.dtype == value.dtype == query.dtype == layer.dtype:
+    kept = layer.heads, layer.key_dim, layer.heads, layer.value_dim
+    given = key.shape[1], key.shape[3], value.shape[1], value.shape[3]
+    if given != kept or not key.dtype == value.dtype == query.dtype == layer.dtype:
         raise RuntimeError(f"layer {module.layer_idx} has keys and values that do not fit the tokens before them")
     group = step.groups[layer.group]
     out = cached_attention(
@@ -125,21 +154,23 @@ def _attention(
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         layer.window,
         softcap,
+        num_new=step.num_new,
     )
     return out.transpose(1, 2), None
 
 
-def route_attention() -> None:
+def _route_attention() -> None:
     """Make `ATTENTION` known to transformers."""
     if ATTENTION not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         AttentionInterface.register(ATTENTION, _attention)
 
 
-def _twin_of(model: Any) -> Any:
+def twin_of(model: Any) -> Any:
     """The model's modules and configurations once more, over the same tensors, attending by `ATTENTION`.
 
     The model itself stays as it is: other threads may be using it. Nothing in the twin keeps the model alive.
     """
+    _route_attention()
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     with getattr(model, "_optimize_model_for_decode", nullcontext)():
         twin = copy.deepcopy(model, tensors)
@@ -149,28 +180,65 @@ def _twin_of(model: Any) -> Any:
     return twin
 
 
-def make_forward(model: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Step], torch.Tensor]:
+def layer_shapes(twin: Any) -> list[LayerShape]:
+    """What every layer of the model keeps, found by running one token through it.
+
+    Raises: RuntimeError if a layer attends to something else than what it keeps.
+    """
+    tokens = torch.zeros(1, 1, dtype=torch.int64, device=twin.device)
+    shapes: dict[int, LayerShape] = {}
+    _call(twin, tokens, tokens, torch.ones(1, 1, 1, 1, dtype=torch.bool, device=twin.device), shapes)
+    return [shapes[index] for index in sorted(shapes)]
+
+
+def step_forward(twin: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Step], torch.Tensor]:
     """A function of tokens [B, 1], positions [B, 1], a mask [B, 1, 1, 1] that is not looked at, and a step: the logits.
 
     The mask has four dims, which transformers takes for prepared and hands on.
     """
-    twin = _twin_of(model)
 
     def forward(tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, step: Step) -> torch.Tensor:
-        cache = _NewTokens()
-        out = twin(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            torch_vtensor_step=step,
-            torch_vtensor_cache=cache,
-        )
-        if cache.given or cache.num_appended != len(step.layers):
-            raise RuntimeError(f"{cache.num_appended} of {len(step.layers)} layers attended by the function asked for")
-        logits: torch.Tensor = out.logits
+        logits: torch.Tensor = _call(twin, tokens, positions, mask, step).logits
         return logits[:, -1].float()
 
     return forward
+
+
+def prompt_forward(twin: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Step, torch.Tensor], torch.Tensor]:
+    """As `step_forward`, for T tokens a sequence, of which ``last`` [1] is the one whose logits [B, V] are wanted."""
+    takes_last = "logits_to_keep" in inspect.signature(twin.forward).parameters
+
+    def forward(
+        tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, step: Step, last: torch.Tensor
+    ) -> torch.Tensor:
+        more = {"logits_to_keep": last} if takes_last else {}
+        logits: torch.Tensor = _call(twin, tokens, positions, mask, step, **more).logits
+        return (logits[:, -1] if takes_last else logits.index_select(1, last)[:, 0]).float()
+
+    return forward
+
+
+def _call(
+    twin: Any,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    mask: torch.Tensor,
+    step: Step | dict[int, LayerShape],
+    **more: Any,
+) -> Any:
+    cache = _NewTokens()
+    out = twin(
+        input_ids=tokens,
+        position_ids=positions,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        return_dict=True,
+        torch_vtensor_step=step,
+        torch_vtensor_cache=cache,
+        **more,
+    )
+    num_layers = len(step) if isinstance(step, dict) else len(step.layers)
+    if cache.given or cache.num_appended != num_layers:
+        raise RuntimeError(f"{cache.num_appended} of {num_layers} layers attended by the function asked for")
+    return out

@@ -49,7 +49,8 @@ def why_stock(
         return "the model's attention is not exchangeable"
     if getattr(model, "hf_device_map", None) or why_no_driver(model.device.type):
         return "the model is on several devices, or on one without a memory driver"
-    if any(module.training for module in model.modules()):
+    modules = list(model.modules())
+    if any(module.training for module in modules):
         return "the model is in training mode (call model.eval())"
     if hasattr(model, "peft_config"):
         return "the model has adapters (merge them)"
@@ -63,7 +64,7 @@ def why_stock(
     unknown = sorted(name for name, value in inputs.items() if name not in _KNOWN_INPUTS and value is not None)
     if unknown:
         return f"the model takes more than tokens ({', '.join(unknown)})"
-    if any(_is_foreign(hook) for module in model.modules() for hook in _hooks_of(module)):
+    if any(_is_foreign(hook) for module in modules for hook in _hooks_of(module)):
         return "the model has forward hooks"
     position_ids = inputs.get("position_ids")
     if position_ids is not None and position_ids.dim() != 2:

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from torch_vtensor.ops.attention_triton import attend, can_begin_early, finish, slot_pointer
+from torch_vtensor.ops.attention_triton import Rows, attend, can_begin_early, finish, slot_pointer
 
-__all__ = ["Rows", "Workspace", "launch", "launch_rows", "make_workspace"]
+__all__ = ["Workspace", "launch", "launch_rows", "make_workspace"]
 
 _LOG2E = 1.4426950408889634
 _GRANULE_TOKENS = 16
@@ -82,6 +82,7 @@ def _decode(
     cos,
     sin,
     lengths,
+    num_new,
     firsts,
     sinks,
     out,
@@ -132,6 +133,7 @@ def _decode(
     HAS_ADDRESSES: tl.constexpr,
     HAS_NEW: tl.constexpr,
     HAS_ROTATION: tl.constexpr,
+    HAS_NUM_NEW: tl.constexpr,
     HAS_FIRSTS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -148,12 +150,18 @@ def _decode(
 
     # The line: sequence b has granules[b] granules in each of its HEADS heads.
     slots = tl.arange(0, BLOCK_SLOTS)
-    all_lengths = tl.load(lengths + slots, mask=slots < num_slots, other=0).to(tl.int32) + num_added
+    all_lengths = tl.load(lengths + slots, mask=slots < num_slots, other=0).to(tl.int32)
+    all_new = tl.zeros([BLOCK_SLOTS], tl.int32) + num_query
+    if HAS_NUM_NEW:
+        all_new = tl.load(num_new + slots, mask=slots < num_slots, other=0).to(tl.int32)
+        all_lengths += all_new
+    else:
+        all_lengths += num_added
     all_starts = tl.zeros([BLOCK_SLOTS], tl.int32)
     if HAS_FIRSTS:
         all_starts = tl.load(firsts + slots, mask=slots < num_slots, other=0).to(tl.int32)
     if HAS_WINDOW:
-        all_starts = tl.maximum(all_starts, all_lengths - num_query + 1 - window)
+        all_starts = tl.maximum(all_starts, all_lengths - all_new + 1 - window)
     granules = tl.cdiv(tl.maximum(all_lengths - all_starts, 1), 16)
     if FIXED_SPLIT:
         granules = tl.cdiv(granules, split_granules)
@@ -216,16 +224,19 @@ def _decode(
             place, end, slots, ends, granules, all_lengths, all_starts, granule_tokens, HEADS, FIXED_SPLIT
         )
         slot64 = slot.to(tl.int64)
+        slot_new = num_query
+        if HAS_NUM_NEW:
+            slot_new = tl.load(num_new + slot).to(tl.int32)
         key_rows = slot_pointer(keys, key_addresses, slot, key_slot_stride, key_offset, HAS_ADDRESSES)
         value_rows = slot_pointer(values, value_addresses, slot, value_slot_stride, value_offset, HAS_ADDRESSES)
         key_rows += head * key_head_stride
         value_rows += head * value_head_stride
         if HAS_NEW:
-            if stop > length - num_query:
+            if stop > length - slot_new:
                 # The part that a new token falls in writes it, before it reads it like any other.
                 new = tl.arange(0, BLOCK_Q)
-                position = length - num_query + new
-                is_mine = (new < num_query) & (position >= start) & (position < stop)
+                position = length - slot_new + new
+                is_mine = (new < slot_new) & (position >= start) & (position < stop)
                 new_key = tl.load(
                     (new_keys + slot64 * new_key_slot_stride + head * new_key_head_stride)
                     + new[:, None] * new_key_token_stride
@@ -269,7 +280,7 @@ def _decode(
             )
             turns = slot64 * rotation_slot_stride + row_query[:, None] * rotation_token_stride + d[None, :]
             q = _rotated(q, other, cos + turns, sin + turns, d, row_ok, D)
-        row_last = length - num_query + row_query
+        row_last = length - slot_new + row_query
         row_first = tl.zeros([BLOCK_M], tl.int32)
         if HAS_FIRSTS:
             row_first += tl.load(firsts + slot).to(tl.int32)
@@ -398,21 +409,6 @@ class _Config(NamedTuple):
     programs_per_sm: int
 
 
-class Rows(NamedTuple):
-    """Where keys and values lie, in elements: strides of slots, heads and tokens, and for tables the rows' offsets.
-
-    The addresses are None for tensors; else int64 tensors [B] of each slot's address, 16-byte aligned, to which
-    ``key_offset`` and ``value_offset`` are added, and slot strides mean nothing.
-    """
-
-    key_strides: tuple[int, int, int]
-    value_strides: tuple[int, int, int]
-    key_addresses: torch.Tensor | None = None
-    value_addresses: torch.Tensor | None = None
-    key_offset: int = 0
-    value_offset: int = 0
-
-
 class Workspace(NamedTuple):
     """Device memory for partial results. One that is used again and again must not be used by two streams at once.
 
@@ -449,10 +445,6 @@ def _config(dtype: torch.dtype, block_d: int, block_m: int, batch: int) -> _Conf
     return _Config(64, 4, 2, 2) if batch == 1 else _Config(64, 4, 3, 2)
 
 
-def _strides(tensor: torch.Tensor) -> tuple[int, int, int]:
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
-
-
 def launch(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -466,7 +458,7 @@ def launch(
     split_tokens: int | None = None,
 ) -> torch.Tensor:
     """``decode_attention`` on tensors."""
-    rows = Rows(_strides(keys), _strides(values))
+    rows = Rows.of(keys, values)
     num_heads, capacity, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
     return launch_rows(
         query, keys, values, rows, lengths, num_heads, value_dim, capacity, first, scale, window, sinks, softcap,
@@ -490,6 +482,7 @@ def launch_rows(
     softcap: float | None = None,
     split_tokens: int | None = None,
     new: tuple[torch.Tensor, torch.Tensor] | None = None,
+    num_new: torch.Tensor | None = None,
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
     workspace: Workspace | None = None,
     out: torch.Tensor | None = None,
@@ -505,6 +498,8 @@ def launch_rows(
         capacity: no length is above it.
         new: keys [B, H, Q, D] and values [B, H, Q, Dv] of the query's tokens, which are written to their rows first;
             ``lengths`` are then those before them.
+        num_new: [B], how many of the Q rows of ``new`` are tokens, read on the device; default: all. Of the others'
+            outputs nothing can be said.
         rotation: cos and sin [B or 1, Q, D] of a rotary embedding that query and new keys still need.
         workspace: to use instead of new memory; from ``make_workspace``.
         early: start while the kernel before is still running, where the device can. ``lengths``, ``first`` and the
@@ -553,6 +548,7 @@ def launch_rows(
         cos,
         sin,
         lengths,
+        placeholder if num_new is None else num_new,
         placeholder if first is None else first,
         placeholder if sinks is None else sinks,
         out,
@@ -603,6 +599,7 @@ def launch_rows(
         HAS_ADDRESSES=rows.key_addresses is not None,
         HAS_NEW=new is not None,
         HAS_ROTATION=rotation is not None,
+        HAS_NUM_NEW=num_new is not None,
         HAS_FIRSTS=first is not None,
         HAS_SINKS=sinks is not None,
         HAS_SOFTCAP=softcap is not None,

@@ -6,13 +6,19 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["launch"]
+from torch_vtensor.ops.attention_triton import Rows, slot_pointer
+
+__all__ = ["launch", "launch_rows"]
+
+_NO_CAPACITY = 2**31 - 1
 
 
 @triton.jit
 def _append(
     keys,
     values,
+    key_addresses,
+    value_addresses,
     new_keys,
     new_values,
     lengths,
@@ -20,6 +26,8 @@ def _append(
     num_tokens,
     num_heads,
     capacity,
+    key_offset,
+    value_offset,
     key_slot_stride,
     key_head_stride,
     key_token_stride,
@@ -37,6 +45,7 @@ def _append(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    HAS_ADDRESSES: tl.constexpr,
     HAS_NUM_NEW: tl.constexpr,
 ):
     """One token of one sequence a program."""
@@ -47,6 +56,8 @@ def _append(
     position = tl.load(lengths + slot).to(tl.int64) + token
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
+    key_rows = slot_pointer(keys, key_addresses, slot, key_slot_stride, key_offset, HAS_ADDRESSES)
+    value_rows = slot_pointer(values, value_addresses, slot, value_slot_stride, value_offset, HAS_ADDRESSES)
     for first_head in range(0, num_heads, BLOCK_H):
         head = (first_head + tl.arange(0, BLOCK_H))[:, None].to(tl.int64)
         is_there = (head < num_heads) & (token < num_tokens) & (position < capacity)
@@ -67,12 +78,12 @@ def _append(
             mask=is_there & (dv[None, :] < DV),
         )
         tl.store(
-            keys + slot * key_slot_stride + position * key_token_stride + head * key_head_stride + d[None, :],
+            key_rows + position * key_token_stride + head * key_head_stride + d[None, :],
             key,
             mask=is_there & (d[None, :] < D),
         )
         tl.store(
-            values + slot * value_slot_stride + position * value_token_stride + head * value_head_stride + dv[None, :],
+            value_rows + position * value_token_stride + head * value_head_stride + dv[None, :],
             value,
             mask=is_there & (dv[None, :] < DV),
         )
@@ -87,6 +98,20 @@ def launch(
     num_new: torch.Tensor | None = None,
 ) -> None:
     """``kv_append`` on tensors."""
+    launch_rows(keys, values, Rows.of(keys, values), key, value, lengths, num_new, keys.shape[2])
+
+
+def launch_rows(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: Rows,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: torch.Tensor,
+    num_new: torch.Tensor | None = None,
+    capacity: int = _NO_CAPACITY,
+) -> None:
+    """``kv_append`` on rows that lie anywhere: of ``keys`` and ``values`` only the dtype matters then."""
     batch, num_heads, num_tokens, dim = key.shape
     value_dim = value.shape[3]
     if key.numel() == 0:
@@ -95,15 +120,19 @@ def launch(
     _append[(batch * num_tokens,)](
         keys,
         values,
+        lengths if rows.key_addresses is None else rows.key_addresses,
+        lengths if rows.value_addresses is None else rows.value_addresses,
         key,
         value,
         lengths,
         lengths if num_new is None else num_new,
         num_tokens,
         num_heads,
-        keys.shape[2],
-        *keys.stride()[:3],
-        *values.stride()[:3],
+        capacity,
+        rows.key_offset,
+        rows.value_offset,
+        *rows.key_strides,
+        *rows.value_strides,
         *key.stride()[:3],
         *value.stride()[:3],
         D=dim,
@@ -111,5 +140,6 @@ def launch(
         BLOCK_H=min(triton.next_power_of_2(num_heads), max(1, 2048 // max(block_d, block_dv))),
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
+        HAS_ADDRESSES=rows.key_addresses is not None,
         HAS_NUM_NEW=num_new is not None,
     )

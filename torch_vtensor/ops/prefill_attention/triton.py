@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_vtensor.ops.attention_triton import attend, finish
+from torch_vtensor.ops.attention_triton import Rows, attend, finish, slot_pointer
 from torch_vtensor.ops.decode_attention import triton as decode
+from torch_vtensor.ops.kv_append import triton as append
 
-__all__ = ["launch"]
+__all__ = ["launch", "launch_rows"]
 
 _LOG2E = 1.4426950408889634
 _MAX_SPLIT_TOKENS = 128
@@ -24,6 +25,8 @@ def _prefill(
     query,
     keys,
     values,
+    key_addresses,
+    value_addresses,
     lengths,
     num_new,
     firsts,
@@ -39,6 +42,8 @@ def _prefill(
     out_slot_stride,
     out_head_stride,
     out_token_stride,
+    key_offset,
+    value_offset,
     key_slot_stride,
     key_head_stride,
     key_token_stride,
@@ -54,6 +59,8 @@ def _prefill(
     BLOCK_T: tl.constexpr,
     STAGES: tl.constexpr,
     CAUSAL: tl.constexpr,
+    HAS_ADDRESSES: tl.constexpr,
+    HAS_NEW: tl.constexpr,
     HAS_NUM_NEW: tl.constexpr,
     HAS_FIRSTS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -68,6 +75,8 @@ def _prefill(
     num_tokens = num_query
     if HAS_NUM_NEW:
         num_tokens = tl.load(num_new + slot).to(tl.int32)
+    if HAS_NEW:
+        length += num_tokens
     slot_first = 0
     if HAS_FIRSTS:
         slot_first = tl.load(firsts + slot).to(tl.int32)
@@ -114,8 +123,10 @@ def _prefill(
         mask=row_ok[:, None] & (d[None, :] < D),
         other=0.0,
     )
-    key_rows = keys + slot * key_slot_stride + head * key_head_stride
-    value_rows = values + slot * value_slot_stride + head * value_head_stride
+    key_rows = slot_pointer(keys, key_addresses, slot, key_slot_stride, key_offset, HAS_ADDRESSES)
+    value_rows = slot_pointer(values, value_addresses, slot, value_slot_stride, value_offset, HAS_ADDRESSES)
+    key_rows += head * key_head_stride
+    value_rows += head * value_head_stride
     highest = tl.full([BLOCK_M], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -158,23 +169,62 @@ def launch(
     causal: bool = True,
 ) -> torch.Tensor:
     """``prefill_attention`` on tensors."""
+    rows = Rows.of(keys, values)
+    return launch_rows(
+        query, keys, values, rows, lengths, keys.shape[1], values.shape[3], num_new, first, scale, window, sinks,
+        softcap, causal,
+    )  # fmt: skip
+
+
+def launch_rows(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: Rows,
+    lengths: torch.Tensor,
+    num_heads: int,
+    value_dim: int,
+    num_new: torch.Tensor | None = None,
+    first: torch.Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    causal: bool = True,
+    new: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """``prefill_attention`` on rows that lie anywhere.
+
+    Args:
+        keys, values: tensors whose strides ``rows`` gives; only their dtype matters where it has addresses.
+        num_new: [B], how many of the T rows are tokens; default: all. The others' outputs are 0, or, with ``new``,
+            unspecified.
+        new: keys [B, H, T, D] and values [B, H, T, Dv] of the query's tokens, which are written to their rows first;
+            ``lengths`` are then those before them.
+    """
     batch, query_heads, num_query, dim = query.shape
-    num_heads, value_dim = keys.shape[1], values.shape[3]
     group = query_heads // num_heads
     block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
     block_m, block_t, num_warps, num_stages = _config(query.dtype, max(block_d, block_dv))
     num_blocks = triton.cdiv(num_query * group, block_m)
-    if causal and num_new is None and num_query <= _MAX_SPLIT_TOKENS:
+    if causal and (num_new is None or new is not None) and num_query <= _MAX_SPLIT_TOKENS:
         num_programs = batch * num_heads * num_blocks
         if num_programs < torch.cuda.get_device_properties(query.device).multi_processor_count:
-            return decode.launch(query, keys, values, lengths, first, scale, window, sinks, softcap)
+            return decode.launch_rows(
+                query, keys, values, rows, lengths, num_heads, value_dim, 0, first, scale, window, sinks, softcap,
+                new=new, num_new=num_new,
+            )  # fmt: skip
     out = query.new_empty(batch, query_heads, num_query, value_dim)
     if out.numel() == 0:
         return out
+    if new is not None:
+        append.launch_rows(keys, values, rows, *new, lengths, num_new)
     _prefill[(num_blocks, num_heads, batch)](
         query,
         keys,
         values,
+        lengths if rows.key_addresses is None else rows.key_addresses,
+        lengths if rows.value_addresses is None else rows.value_addresses,
         lengths,
         lengths if num_new is None else num_new,
         lengths if first is None else first,
@@ -186,8 +236,10 @@ def launch(
         window or 0,
         *query.stride()[:3],
         *out.stride()[:3],
-        *keys.stride()[:3],
-        *values.stride()[:3],
+        rows.key_offset,
+        rows.value_offset,
+        *rows.key_strides,
+        *rows.value_strides,
         GROUP=group,
         D=dim,
         DV=value_dim,
@@ -197,6 +249,8 @@ def launch(
         BLOCK_T=block_t,
         STAGES=num_stages,
         CAUSAL=causal,
+        HAS_ADDRESSES=rows.key_addresses is not None,
+        HAS_NEW=new is not None,
         HAS_NUM_NEW=num_new is not None,
         HAS_FIRSTS=first is not None,
         HAS_SINKS=sinks is not None,
