@@ -38,8 +38,8 @@ dec-L3-b32-R16k dec-L3-b128-R8k dec-MHA-b32-R4k dec-L3-b32-S32k dec-YI-b32-S32k 
 ext-L3-b1-4k+16 ext-L3-b1-16k+128 ext-L3-b1-16k+2k ext-L3-b8-4k+2k ext-L3-b16-4k+128 ext-L3-b16-16k+128
 ext-YI-b8-16k+128 ext-L3-b32-4k+16 ext-L3-b8-R16k+512 ext-L3-b32-P16k+16
 pre-L3-b1-512 pre-L3-b1-2k pre-L3-b1-8k pre-L3-b1-32k pre-MHA-b1-8k pre-L3-b8-2k pre-L3-b16-R2k
-""".split()
-QUICK_POINTS = "dec-L3-b8-1k dec-L3-b32-R4k ext-L3-b1-4k+16 pre-L3-b1-2k pre-L3-b4-R1k".split()
+"""
+QUICK_POINTS = "dec-L3-b8-1k dec-L3-b32-R4k ext-L3-b1-4k+16 pre-L3-b1-2k pre-L3-b4-R1k"
 CPU_POINTS = "dec-L3-b1-1k dec-L3-b4-R1k dec-YI-b4-P512 ext-L3-b1-512+16 ext-YI-b2-R256+32 pre-L3-b1-256 pre-L3-b2-R64"
 HOST_POINTS = ("dec-L3-b8-1k", "pre-L3-b1-2k")
 KINDS = {"dec": "Decode", "ext": "Extend", "pre": "Prefill"}
@@ -96,9 +96,9 @@ def main() -> None:
     head = (
         f"Read ceiling {bandwidth / 1e9:,.0f} GB/s, bfloat16 matmul {flops / 1e9:,.0f} GFLOP/s, smallest timed kernel "
         f"{idle.median * 1e6:.1f} us, all measured in this run. bfloat16, head dim 128, causal. Times: median of "
-        f"{stopwatch.repeats}, on a GPU with the L2 cache emptied before each, us. Of roof: the part of the time that reading the "
-        "point's bytes once, or its operations, would take at these speeds. Ratio: time over the fastest correct other "
-        "contender on any layout; below 1 ours is faster."
+        f"{stopwatch.repeats}, on a GPU with the L2 cache emptied before each, us. Of roof: the part of the time that "
+        "reading the point's bytes once, or its operations, would take at these speeds. Ratio: time over the fastest "
+        "correct other contender on any layout; below 1 ours is faster."
     )
     parts = [head, *(section(kind, results, roofs) for kind in KINDS), host, left_out(results)]
     path = report.write("attention", device, "\n\n".join(filter(None, parts)), arguments.out)
@@ -107,9 +107,9 @@ def main() -> None:
 
 def select(device: torch.device, patterns: str | None, quick: bool) -> list[str]:
     """The names of the points to measure."""
-    names = CPU_POINTS.split() if device.type == "cpu" else POINTS
+    names = (CPU_POINTS if device.type == "cpu" else QUICK_POINTS if quick else POINTS).split()
     if patterns is None:
-        return QUICK_POINTS if quick and device.type == "cuda" else names
+        return names
     chosen = []
     for pattern in patterns.split(","):
         chosen += fnmatch.filter(names, pattern) or [pattern]

@@ -465,10 +465,11 @@ def launch(
 ) -> torch.Tensor:
     """``decode_attention`` on tensors."""
     rows = Rows(_strides(keys), _strides(values))
+    batch, query_heads, num_query, _ = query.shape
     num_heads, capacity, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
     return launch_rows(
         query, keys, values, rows, lengths, num_heads, value_dim, capacity, first, scale, window, sinks, softcap,
-        split_tokens,
+        split_tokens, out=query.new_empty(batch, num_query, query_heads, value_dim).transpose(1, 2),
     )  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def launch(
         num_programs = batch * num_heads * num_blocks
         if num_programs < torch.cuda.get_device_properties(query.device).multi_processor_count:
             return decode.launch(query, keys, values, lengths, first, scale, window, sinks, softcap)
-    out = query.new_empty(batch, query_heads, num_query, value_dim)
+    out = query.new_empty(batch, num_query, query_heads, value_dim).transpose(1, 2)
     if out.numel() == 0:
         return out
     _prefill[(num_blocks, num_heads, batch)](
