@@ -10,12 +10,12 @@ import torch
 from attention_cases import AttentionCase
 
 from torch_vtensor.ops import decode_attention, implementations, prefill_attention
-from torch_vtensor.ops.attention_choice import NAMES, Case, choose, regime_of, why_not
+from torch_vtensor.ops.attention_choice import MEASURED, NAMES, Case, choose, regime_of, why_not
 
 H100 = torch.device("cuda", 0)
-DECODE = Case("decode", H100, torch.bfloat16, 128, 128, 8, 8, 1, 4096, True, False, ())
+DECODE = Case("decode", H100, torch.bfloat16, 128, 128, 8, 32, 8, 1, 4096, True, False, ())
 EXTEND = DECODE._replace(op="prefill", num_rows=64)
-PREFILL = EXTEND._replace(num_rows=4096)
+PREFILL = EXTEND._replace(num_rows=8192, num_tokens=8192)
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +27,38 @@ def on_a_hopper_without_fa3(monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
 WHERE = {"cudnn": None, "flash": None, "fa3": "flash_attn_interface is not installed"}
 
 
-@pytest.mark.parametrize("case", [DECODE, EXTEND, PREFILL], ids=["decode", "extend", "prefill"])
-def test_the_fastest_that_can_do_it_is_chosen(case: Case) -> None:
-    ratios = regime_of(case).ratios
-    able = [name for name in ratios if why_not(name, case) is None]
-    assert choose(case) == min(able, key=ratios.__getitem__, default="triton")
+@pytest.mark.parametrize(
+    ("case", "chosen"),
+    [
+        (DECODE, "flash"),
+        (DECODE._replace(num_tokens=65536), "triton"),
+        (DECODE._replace(dim=64), "triton"),  # unlike the values
+        (EXTEND, "triton"),
+        (PREFILL._replace(batch=1), "triton"),
+        (PREFILL, "cudnn"),
+        (PREFILL._replace(options=("softcap",)), "triton"),
+    ],
+)
+def test_who_is_chosen(case: Case, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(case) == chosen
+    monkeypatch.setitem(WHERE, "fa3", None)
+    assert choose(case) == ("fa3" if case.num_rows > 1 and not case.options else chosen)
+
+
+def test_regimes_order_who_they_measured() -> None:
+    for regime in MEASURED:
+        rows, tokens = regime.example
+        assert regime_of(DECODE._replace(num_rows=rows, num_tokens=tokens)) is regime
+        assert set(regime.order) <= regime.ratios.keys() < set(NAMES)
+        times = [regime.ratios[name] for name in regime.order]
+        assert times == sorted(times)
+        assert regime.order[-1] == "triton"
+
+
+def test_work_is_counted() -> None:
+    assert DECODE.nbytes == 8 * 8 * 4096 * 2 * 128 * 2
+    assert DECODE._replace(num_rows=3, num_tokens=5).flops == 4 * 8 * 32 * 128 * (3 + 4 + 5)
+    assert DECODE._replace(num_rows=3, num_tokens=5, causal=False).flops == 4 * 8 * 32 * 128 * 15
 
 
 @pytest.mark.parametrize(
@@ -42,7 +69,7 @@ def test_the_fastest_that_can_do_it_is_chosen(case: Case) -> None:
         ("flash", DECODE._replace(dtype=torch.float32), "torch.float32 is not of 16 bits"),
         ("cudnn", PREFILL._replace(value_dim=64), "head dims 128 and 64"),
         ("cudnn", PREFILL._replace(dim=256, value_dim=256), "up to 128"),
-        ("flash", PREFILL._replace(num_rows=5000), "some rows see nothing"),
+        ("flash", PREFILL._replace(num_rows=9000), "some rows see nothing"),
         ("cudnn", EXTEND, "aligns them with the first token"),
         ("flash", DECODE._replace(batch=0), "nothing to do"),
         ("fa3", DECODE, "flash_attn_interface is not installed"),

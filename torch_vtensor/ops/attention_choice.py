@@ -31,6 +31,7 @@ class Case(NamedTuple):
     dim: int
     value_dim: int
     batch: int
+    query_heads: int
     heads: int
     num_rows: int
     num_tokens: int
@@ -66,6 +67,7 @@ class Case(NamedTuple):
             query.shape[3],
             values.shape[3],
             query.shape[0],
+            query.shape[1],
             keys.shape[1],
             query.shape[2],
             keys.shape[2],
@@ -74,20 +76,72 @@ class Case(NamedTuple):
             tuple(name for name, option in options if option is not None),
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Of keys and values."""
+        return self.batch * self.heads * self.num_tokens * (self.dim + self.value_dim) * self.dtype.itemsize
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of what the rows see."""
+        hidden = self.num_rows * (self.num_rows - 1) // 2 if self.causal else 0
+        seen = self.num_rows * self.num_tokens - hidden
+        return 2 * self.batch * self.query_heads * (self.dim + self.value_dim) * seen
+
 
 class Regime(NamedTuple):
-    """Calls of one kind, such as one of ``rows`` rows, and each implementation's time over the fastest's there."""
+    """Calls of one kind: how long each implementation took over the fastest of torch's and ours, and who is chosen.
+
+    ``order`` is that of choice: the first that can do a call does it. ``example`` is such a call's rows and tokens.
+    """
 
     name: str
-    rows: int
     covers: Callable[[Case], bool]
     ratios: dict[str, float]
+    order: tuple[str, ...]
+    example: tuple[int, int]
 
 
+# Times on the device: benchmarks/results/attention_h100-80gb-hbm3_2026-11-26.md, geometric means over the uniform
+# points in the layout of our caches. FlashAttention-3's: by its times over cuDNN's and flash's on an H200, 2026-11-22.
+# On the host a call of flash takes 60 us and of triton 140, more than a small decode takes on the device. cuDNN plans 50
+# ms for every length that it has not seen, which is worth it for the longest prompts alone, where 32 layers save more.
 MEASURED = (
-    Regime("decode: one row", 1, lambda case: case.num_rows == 1, {}),
-    Regime("extend: rows over a prefix", 128, lambda case: case.num_rows < case.num_tokens, {}),
-    Regime("prefill: rows alone", 8192, lambda case: True, {}),
+    Regime(
+        "decode below 0.5 GB",
+        lambda case: case.num_rows == 1 and case.nbytes < 0.5e9,
+        {"cudnn": 1.0, "fa3": 1.09, "flash": 1.15, "triton": 1.22},
+        ("flash", "triton"),
+        (1, 8192),
+    ),
+    Regime(
+        "decode from 0.5 GB",
+        lambda case: case.num_rows == 1,
+        {"cudnn": 1.0, "triton": 1.03, "fa3": 1.09, "flash": 1.11},
+        ("triton",),
+        (1, 65536),
+    ),
+    Regime(
+        "extend: rows over a prefix",
+        lambda case: case.num_rows < case.num_tokens,
+        {"fa3": 0.49, "triton": 1.04, "flash": 1.38},
+        ("fa3", "triton"),
+        (128, 8192),
+    ),
+    Regime(
+        "prefill below 2 TFLOP",
+        lambda case: case.flops < 2e12,
+        {"fa3": 0.83, "cudnn": 1.0, "triton": 1.41, "flash": 1.82},
+        ("fa3", "triton"),
+        (2048, 2048),
+    ),
+    Regime(
+        "prefill from 2 TFLOP",
+        lambda case: True,
+        {"fa3": 0.83, "cudnn": 1.0, "triton": 1.33, "flash": 1.80},
+        ("fa3", "cudnn", "triton"),
+        (32768, 32768),
+    ),
 )
 
 
@@ -129,7 +183,7 @@ def implementations(
     split_tokens: int | None = None,
     causal: bool = True,
 ) -> Implementations:
-    """Say who can do a call of an attention operator, how fast each is, and who is chosen.
+    """Say who can do a call of an attention operator, how fast each is on the device, and who is chosen.
 
     Args:
         op: "decode" or "prefill"; the others are those of ``decode_attention`` or ``prefill_attention``.
@@ -149,7 +203,7 @@ def implementations(
 
 
 def choose(case: Case, forced: str | None = None) -> str:
-    """The implementation of a call: the forced one, or the fastest that can do it.
+    """The implementation of a call: the forced one, or the first in its regime's order that can do it.
 
     Raises: ValueError if the forced one cannot do it.
     """
@@ -164,8 +218,7 @@ def choose(case: Case, forced: str | None = None) -> str:
         return forced
     if case.device.type == "cpu":
         return "cpu"
-    ratios = regime_of(case).ratios
-    return next((name for name in sorted(ratios, key=ratios.__getitem__) if why_not(name, case) is None), "triton")
+    return next((name for name in regime_of(case).order if why_not(name, case) is None), "triton")
 
 
 def regime_of(case: Case) -> Regime:
