@@ -104,8 +104,8 @@ class Regime(NamedTuple):
 
 # Times on the device: benchmarks/results/attention_h100-80gb-hbm3_2026-11-26.md, geometric means over the uniform
 # points in the layout of our caches. FlashAttention-3's: by its times over cuDNN's and flash's on an H200, 2026-11-22.
-# On the host a call of flash takes 60 us and of triton 140, more than a small decode takes on the device. cuDNN plans 50
-# ms for every length that it has not seen, which is worth it for the longest prompts alone, where 32 layers save more.
+# On the host a call of flash takes 60 us and of triton 140, more than a small decode takes on the device. cuDNN plans
+# 50 ms for every length that it has not seen: worth it for the longest prompts alone, where 32 layers save more.
 MEASURED = (
     Regime(
         "decode below 0.5 GB",
