@@ -49,11 +49,11 @@ def install() -> None:
     functions: dict[str, Any] = AttentionInterface._global_mapping
     masks: dict[str, Any] = AttentionMaskInterface._global_mapping
     _replace(functions, "sdpa", _routed(functions["sdpa"], False))
-    for name in ("sdpa", "eager"):
-        _replace(masks, name, describing(masks[name], name == "eager"))
+    _replace(masks, "sdpa", describing(masks["sdpa"], False))
     stock = getattr(AttentionInterface, "get_interface", None)
-    if stock is None:  # before 5.1 models do not ask for their eager function
+    if stock is None:  # early versions do not look eager functions up
         return
+    _replace(masks, "eager", describing(masks["eager"], True))
 
     @functools.wraps(stock)
     def get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:

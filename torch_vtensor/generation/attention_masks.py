@@ -36,14 +36,16 @@ class Pattern(NamedTuple):
     segments: tuple[tuple[tuple[int, int], ...], ...] | None
 
 
+_SHAPE_QUESTIONS = {"__get__", "dim", "size", "numel", "is_floating_point", "__len__", "__repr__"}
+"""What is asked of a tensor by these functions (attributes are gotten) does not need its numbers."""
+
+
 class VisibleTokens(torch.Tensor):
     """A mask [B, 1, T, N] that is not filled before it is looked at."""
 
     pattern: Pattern | None
     """What it says; None once somebody has changed it."""
     make: Callable[..., torch.Tensor | None]
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -81,6 +83,13 @@ class VisibleTokens(torch.Tensor):
     def as_stock(self) -> torch.Tensor | None:
         """What transformers' attention function takes in its place."""
         return self.given if self.pattern is not None else self.filled
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ not in _SHAPE_QUESTIONS:  # filled here: masks made by vmap cannot be inside a dispatch
+            tree_map_only(cls, lambda mask: mask.filled, (args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
