@@ -228,6 +228,9 @@ def left_out(results: dict[Point, list[Result]]) -> str:
 def ours(point: Point, tensors: Tensors) -> Action:
     """torch_vtensor's operators."""
     query, keys, values, lengths, num_new = tensors
+    if point.kind == "dec" and point.is_shared:
+        slots = torch.arange(len(point.lengths), dtype=torch.int32, device=query.device)
+        return lambda: decode_attention(query, keys, values, lengths, groups=slots[None], num_shared=lengths - 1)
     if point.kind == "dec":
         return lambda: decode_attention(query, keys, values, lengths)
     if len(set(point.num_new)) > 1:

@@ -157,3 +157,38 @@ def test_every_implementation_is_right(case: AttentionCase, layout: str) -> None
             assert out.transpose(1, 2).is_contiguous()
             tried += 1
     assert tried >= 2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("layout", ["head_major", "interleaved"])
+@pytest.mark.parametrize(("num_rows", "first"), [(1, None), (2, (3, 3, 0, 3, 0))])
+def test_a_shared_prefix_gives_what_every_slot_by_itself_gives(
+    num_rows: int, first: tuple[int, ...] | None, layout: str, device: str
+) -> None:
+    case = AttentionCase(
+        lengths=(700, 950, 40, 701, 640), heads=2, group=4, num_rows=num_rows, dims=(128, 128), first=first,
+        dtype=torch.bfloat16, layout=layout, has_sinks=True,
+    )  # fmt: skip
+    arguments = case.arguments(device)
+    arguments.pop("num_new")
+    for rows in (arguments["keys"], arguments["values"]):
+        for slot, leader, shared in ((1, 0, 690), (3, 0, 690), (4, 2, 33)):
+            rows[slot, :, :shared] = rows[leader, :, :shared].clone()
+    groups = torch.tensor([[0, 1, 3], [2, 4, -1]], dtype=torch.int32, device=device)
+    num_shared = torch.tensor([690, 690, 33, 690, 33], dtype=torch.int32, device=device)
+    if first is not None:
+        arguments["first"][4] = 0
+    alone = decode_attention(**arguments)
+    out = decode_attention(**arguments, groups=groups, num_shared=num_shared)
+    torch.testing.assert_close(out, alone, rtol=2e-2, atol=2e-2)
+
+
+def test_groups_that_do_not_fit_are_named() -> None:
+    arguments = cpu_arguments(1)
+    groups, num_shared = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="belong together"):
+        decode_attention(**arguments, groups=groups)
+    with pytest.raises(ValueError, match=r"groups have shape \[1, 2\], torch.int64"):
+        decode_attention(**arguments, groups=groups.long(), num_shared=num_shared)
+    with pytest.raises(ValueError, match=r"num_shared have shape \[1\]"):
+        decode_attention(**arguments, groups=groups, num_shared=num_shared[:1])

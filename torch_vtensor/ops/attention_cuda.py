@@ -25,18 +25,24 @@ def decode_attention(
     softcap: float | None = None,
     split_tokens: int | None = None,
     implementation: str | None = None,
+    groups: torch.Tensor | None = None,
+    num_shared: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the public function."""
     case = Case.of(
         "decode", query, keys, values, lengths, first=first, window=window, sinks=sinks, softcap=softcap,
         split_tokens=split_tokens,
     )  # fmt: skip
-    name = choose(case, implementation)
+    shares = groups is not None and groups.numel() > 0 and window is None and split_tokens is None
+    name = choose(case, "triton" if shares and implementation is None else implementation)
     if name != "triton":
         return _run(name, query, keys, values, scale, causal=True)
+    from torch_vtensor.ops.decode_attention import prefix_triton
     from torch_vtensor.ops.decode_attention.triton import launch
 
     lengths = _lengths(keys) if lengths is None else lengths
+    if shares and groups is not None and num_shared is not None:
+        return prefix_triton.launch(query, keys, values, lengths, groups, num_shared, first, scale, sinks, softcap)
     return launch(query, keys, values, lengths, first, scale, window, sinks, softcap, split_tokens)
 
 

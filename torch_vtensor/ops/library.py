@@ -26,7 +26,7 @@ _SCHEMAS = (
     " -> ()",
     "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor? lengths=None, Tensor? first=None,"
     " float? scale=None, SymInt? window=None, Tensor? sinks=None, float? softcap=None, SymInt? split_tokens=None,"
-    " str? implementation=None) -> Tensor",
+    " str? implementation=None, Tensor? groups=None, Tensor? num_shared=None) -> Tensor",
     "prefill_attention(Tensor query, Tensor keys, Tensor values, Tensor? lengths=None, Tensor? num_new=None,"
     " Tensor? first=None, float? scale=None, SymInt? window=None, Tensor? sinks=None, float? softcap=None,"
     " bool causal=True, str? implementation=None) -> Tensor",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from torch_vtensor.ops.arguments import check_attention, check_no_gradient
+from torch_vtensor.ops.arguments import check_attention, check_no_gradient, check_per_sequence
 
 __all__ = ["decode_attention"]
 
@@ -22,6 +22,8 @@ def decode_attention(
     softcap: float | None = None,
     split_tokens: int | None = None,
     implementation: str | None = None,
+    groups: torch.Tensor | None = None,
+    num_shared: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend with the last Q tokens of every sequence, which are in keys and values already, over all of its tokens.
 
@@ -40,10 +42,14 @@ def decode_attention(
             the batch; default: parts chosen for speed.
         implementation: the one to take, by its name in ``implementations("decode", ...)``; default: the fastest that
             can do the call.
+        groups: slots whose first tokens are the same, a group a row, -1 behind its last; no slot is in two. Our kernels
+            then read these tokens once, from the group's first slot, where there is no window and no ``split_tokens``.
+        num_shared: for each slot how many; the same for a whole group, 0 outside of groups, at most lengths - Q.
 
     Shapes:  query [B, Hq, Q, D], Hq a multiple of H, Q small (``prefill_attention`` is made for many); keys
              [B, H, C, D], values [B, H, C, Dv]; any strides with a contiguous last dim; lengths, first [B], int32 or
-             int64; sinks [Hq]; returns [B, Hq, Q, Dv], whose memory is [B, Q, Hq, Dv].
+             int64; sinks [Hq]; groups [G, K] and num_shared [B], int32; returns [B, Hq, Q, Dv], whose memory is
+             [B, Q, Hq, Dv].
     Effects: reads no token outside a sequence's visible ones. Never waits for the device. bfloat16, float16 and float32
              are summed in float32, float64 (CPU) in float64.
     Raises:  ValueError, TypeError for arguments that do not fit (lengths outside [0, C]: on the CPU only), and for an
@@ -53,10 +59,31 @@ def decode_attention(
     check_attention(query, keys, values, lengths, first, window, sinks, softcap)
     if split_tokens is not None and split_tokens < 1:
         raise ValueError(f"split_tokens is {split_tokens}; it must be at least 1, or None to have it chosen")
+    if (groups is None) != (num_shared is None):
+        raise ValueError("groups and num_shared belong together: give both, or neither")
+    if groups is not None and num_shared is not None:
+        check_per_sequence(num_shared, "num_shared", keys)
+        if groups.dim() != 2 or groups.dtype is not torch.int32 or groups.device != keys.device:
+            raise ValueError(
+                f"groups have shape {list(groups.shape)}, {groups.dtype} on {groups.device}; they must be [G, K] slots "
+                f"in torch.int32 on {keys.device}"
+            )
     check_no_gradient(
         "decode_attention", "call it under torch.no_grad(), or train with prefill_attention", query, keys, values, sinks
     )
     out: torch.Tensor = torch.ops.torch_vtensor.decode_attention(
-        query, keys, values, lengths, first, scale, window, sinks, softcap, split_tokens, implementation
+        query,
+        keys,
+        values,
+        lengths,
+        first,
+        scale,
+        window,
+        sinks,
+        softcap,
+        split_tokens,
+        implementation,
+        groups,
+        num_shared,
     )
     return out

@@ -22,8 +22,13 @@ def decode_attention(
     softcap: float | None = None,
     split_tokens: int | None = None,
     implementation: str | None = None,
+    groups: torch.Tensor | None = None,
+    num_shared: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See the public function. ``split_tokens`` gives each sequence calls of its own, whatever its batch."""
+    """See the public function.
+
+    ``split_tokens`` gives each sequence calls of its own, whatever its batch; ``groups`` change nothing.
+    """
     if implementation is not None:
         choose(Case.of("decode", query, keys, values, lengths, first=first), implementation)
     scoring = attention_cpu.scoring(query, keys, scale, window, sinks, softcap)

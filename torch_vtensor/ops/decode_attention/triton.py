@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_vtensor.ops.attention_triton import attend, can_begin_early, finish, slot_pointer
 
-__all__ = ["Rows", "Workspace", "launch", "launch_rows", "make_workspace"]
+__all__ = ["Prefix", "Rows", "Workspace", "launch", "launch_rows", "make_workspace"]
 
 _LOG2E = 1.4426950408889634
 _GRANULE_TOKENS = 16
@@ -87,6 +87,8 @@ def _decode(
     out,
     partials,
     arrivals,
+    states,
+    num_shared,
     num_slots,
     num_query,
     num_added,
@@ -136,6 +138,7 @@ def _decode(
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
     FIXED_SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
@@ -154,6 +157,8 @@ def _decode(
         all_starts = tl.load(firsts + slots, mask=slots < num_slots, other=0).to(tl.int32)
     if HAS_WINDOW:
         all_starts = tl.maximum(all_starts, all_lengths - num_query + 1 - window)
+    if HAS_PREFIX:
+        all_starts = tl.maximum(all_starts, tl.load(num_shared + slots, mask=slots < num_slots, other=0).to(tl.int32))
     granules = tl.cdiv(tl.maximum(all_lengths - all_starts, 1), 16)
     if FIXED_SPLIT:
         granules = tl.cdiv(granules, split_granules)
@@ -273,6 +278,16 @@ def _decode(
             row_first += tl.load(firsts + slot).to(tl.int32)
         if HAS_WINDOW:
             row_first = tl.maximum(row_first, row_last - window + 1)
+        highest = tl.full([BLOCK_M], -1.0e30, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        if HAS_PREFIX:
+            # What begins a head goes on from what its prefix gave.
+            goes_on = row_ok & (place == head_begin) & (tl.load(num_shared + slot) > 0)
+            state = states + ((slot64 * HEADS + head) * (num_query * GROUP) + row) * (BLOCK_DV + 2)
+            highest = tl.load(state, mask=goes_on, other=-1.0e30)
+            total = tl.load(state + 1, mask=goes_on, other=0.0)
+            acc = tl.load(state[:, None] + 2 + dv[None, :], mask=goes_on[:, None], other=0.0)
         highest, total, acc = attend(
             q,
             key_rows,
@@ -285,9 +300,9 @@ def _decode(
             value_token_stride,
             scale_log2,
             softcap,
-            tl.full([BLOCK_M], -1.0e30, tl.float32),
-            tl.zeros([BLOCK_M], tl.float32),
-            tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
+            highest,
+            total,
+            acc,
             D,
             DV,
             BLOCK_D,
@@ -411,6 +426,13 @@ class Rows(NamedTuple):
     value_offset: int = 0
 
 
+class Prefix(NamedTuple):
+    """What the first tokens of each slot gave already, from prefix_triton: ``num_shared`` [B] of them, 0 for none."""
+
+    states: torch.Tensor
+    num_shared: torch.Tensor
+
+
 class Workspace(NamedTuple):
     """Device memory for partial results. One that is used again and again must not be used by two streams at once.
 
@@ -494,6 +516,7 @@ def launch_rows(
     out: torch.Tensor | None = None,
     early: bool = False,
     config: _Config | None = None,
+    prefix: Prefix | None = None,
 ) -> torch.Tensor:
     """``decode_attention`` on rows that lie anywhere.
 
@@ -508,6 +531,7 @@ def launch_rows(
         workspace: to use instead of new memory; from ``make_workspace``.
         early: start while the kernel before is still running, where the device can. ``lengths``, ``first`` and the
             addresses are then read before that kernel is done and must not be written by it.
+        prefix: tokens that need not be read any more.
     """
     batch, query_heads, num_query, dim = query.shape
     group = query_heads // num_heads
@@ -557,6 +581,8 @@ def launch_rows(
         out,
         workspace.partials,
         workspace.arrivals,
+        workspace.partials if prefix is None else prefix.states,
+        placeholder if prefix is None else prefix.num_shared,
         batch,
         num_query,
         0 if new is None else num_query,
@@ -606,6 +632,7 @@ def launch_rows(
         HAS_SINKS=sinks is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=window is not None,
+        HAS_PREFIX=prefix is not None,
         FIXED_SPLIT=split_tokens is not None,
         PRECISION="ieee" if query.dtype is torch.float32 else "tf32",
         EARLY=early,
