@@ -18,8 +18,9 @@ from tiny_models import FAMILIES, SHORT_WINDOW, model_of, prompt, sizes
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 import torch_vtensor
+from torch_vtensor import ops
 from torch_vtensor.allocator import pools
-from torch_vtensor.generation import attention
+from torch_vtensor.generation import attention, kv_store
 from torch_vtensor.generation.attention_masks import VisibleTokens, describing
 
 HAS_INTERFACE = hasattr(AttentionInterface, "get_interface")
@@ -238,6 +239,44 @@ def test_an_encoder_with_padding_on_the_right() -> None:
     torch.testing.assert_close(ours[mask.bool()], stock[mask.bool()], rtol=1e-3, atol=1e-3)
     if HAS_INTERFACE:
         assert attention.counters == {"fast": 2}
+
+
+def test_slots_in_the_same_pages_are_told_to_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt whose slots were multiplied is read once: groups hold as long as nobody writes into shared pages."""
+    monkeypatch.setattr(kv_store, "TOKEN_MAJOR_DEVICES", {"cpu"})
+    monkeypatch.setattr(attention, "_SHARES_READS", {"cpu"})
+    monkeypatch.setattr(attention, "_LEAST_SAVED_BYTES", 1)
+    told = []
+
+    def decode_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        told.append((kwargs.get("groups"), kwargs.get("num_shared")))
+        return ops.decode_attention(query, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "decode_attention", decode_attention)
+    model, ids = model_of("llama"), prompt(2)["input_ids"]
+
+    def step(cache: Any, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=ids, past_key_values=cache).logits[:, -1]
+        return logits
+
+    with torch.no_grad():
+        answers = []
+        for fast in (None, "fast"):
+            with torch_vtensor.enabled(attention=fast):
+                cache = transformers.DynamicCache(config=model.config)
+                step(cache, ids)
+                cache.batch_repeat_interleave(3)
+                answers.append([step(cache, torch.arange(6)[:, None] + token) for token in (3, 20)])
+                cache.crop(-92)  # to 40 tokens
+                answers[-1].append(step(cache, torch.arange(6)[:, None] + 30))
+                del cache
+        check_same(*answers)
+    groups, num_shared = told[0]
+    assert groups.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert len(set(num_shared.tolist())) == 1
+    assert 40 < num_shared[0] <= 130
+    assert told[3][0] is groups, "one table serves all layers and steps"
+    assert told[-1][1] is None or told[-1][1].max() <= 40, "what was written apart is shared no longer"
 
 
 def test_explain_says_who_attends() -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from torch_vtensor.generation import layers
 from torch_vtensor.generation._torch_compat import is_traced
 from torch_vtensor.generation._transformers_compat import (
     AttentionInterface,
@@ -24,6 +26,7 @@ from torch_vtensor.generation._transformers_compat import (
     is_plain_eager,
 )
 from torch_vtensor.generation.attention_masks import Pattern, VisibleTokens, describing
+from torch_vtensor.generation.kv_store import KVStore
 from torch_vtensor.ops import decode_attention, prefill_attention
 
 __all__ = ["counters", "install", "remove", "what_layer_does"]
@@ -39,6 +42,10 @@ _HARMLESS = {
     "position_ids", "return_dict", "scaling", "sliding_window", "use_cache", "dropout", "softcap", "s_aux",
 }  # fmt: skip
 """Arguments of an attention function that masks say already, or that are dealt with here."""
+_SHARES_READS = {"cuda"}
+"""Devices whose kernels read a prefix once for all slots that share it."""
+_LEAST_SAVED_BYTES = 8 * 2**20  # of one layer: two more launches cost about as much as reading this
+_tables: weakref.WeakKeyDictionary[KVStore, tuple[Any, dict[str, Any]]] = weakref.WeakKeyDictionary()
 _installed: list[Callable[[], None]] = []
 
 
@@ -205,8 +212,38 @@ def _attend(
         return _attend_segments(query, key, value, pattern, options)
     options |= {"first": pattern.first, "window": pattern.window}
     if num_rows == 1:
+        if key.device.type in _SHARES_READS and pattern.window is None:
+            options |= _shared(key)
         return decode_attention(query, key, value, pattern.stop, **options)
     return prefill_attention(query, key, value, pattern.stop, causal=pattern.causal, **options)
+
+
+def _shared(key: torch.Tensor) -> dict[str, Any]:
+    """Which slots have their first tokens in the same pages, for decode_attention, where reading them once saves much.
+
+    Effects: copies a table to the device when pages were shared anew or written apart; no wait for it.
+    """
+    store = layers.store_behind(key)
+    if store is None:
+        return {}
+    prefixes = tuple(
+        (slots, min(tokens, key.shape[2] - 1))
+        for slots, tokens in store.shared_prefixes()
+        if (len(slots) - 1) * tokens * store.shape.token_bytes >= _LEAST_SAVED_BYTES
+    )
+    if not prefixes:
+        return {}
+    known = _tables.get(store)
+    if known is None or known[0] != prefixes:
+        most = max(len(slots) for slots, _ in prefixes)
+        groups = [[*slots, *[-1] * (most - len(slots))] for slots, _ in prefixes]
+        counts = [0] * key.shape[0]
+        for slots, tokens in prefixes:
+            for slot in slots:
+                counts[slot] = tokens
+        tables = [torch.tensor(numbers, dtype=torch.int32, device=key.device) for numbers in (groups, counts)]
+        known = _tables[store] = prefixes, {"groups": tables[0], "num_shared": tables[1]}
+    return known[1]
 
 
 def _attend_segments(
