@@ -1,4 +1,4 @@
-"""generate() with DynamicCache, StaticCache (compiled) and torch_vtensor, eager and compiled: speed and memory.
+"""generate() with DynamicCache, StaticCache (compiled) and torch_vtensor, eager, with fast attention and compiled.
 
     python benchmarks/bench_generate.py [--device cuda] [--points 1x1024,8x32768] [--modes dynamic,vtensor] [--quick]
 
@@ -35,11 +35,14 @@ STATIC_POINTS = {"1x1024"}  # each shape costs up to a minute of compiling
 MODES = {
     "dynamic": "DynamicCache",
     "vtensor": "torch_vtensor",
+    "fast": 'torch_vtensor, attention="fast"',
     "compiled": "torch_vtensor, compiled",
     "static": "StaticCache, compiled",
 }
+OURS = ("vtensor", "fast", "compiled")
 WARM_UP_TOKENS = 64
 NOTED_WARM_UP_S = 5
+LONG_PROMPT_TOKENS = 64 * 1024  # of all sequences: more are taken up in parts, whose activations fit beside the cache
 PROFILED_STEPS = 3
 
 
@@ -210,7 +213,7 @@ def merge(runs: list[Run]) -> Run:
 def row(point: str, mode: str, result: Run, baseline: Run | None) -> tuple[object, ...]:
     """One line of the table."""
     step = report.timing(result.steps_s)
-    ours = mode in ("vtensor", "compiled")
+    ours = mode in OURS
     main = [call for call, _ in result.calls]
     background = [call for _, call in result.calls]
     return (
@@ -272,6 +275,8 @@ def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: in
 
     def generate(prompt: torch.Tensor, num_tokens: int, probe: Probe) -> Any:
         options: dict[str, Any] = {"cache_implementation": "static"} if mode == "static" else {}
+        if prompt.numel() > LONG_PROMPT_TOKENS:
+            options["prefill_chunk_size"] = LONG_PROMPT_TOKENS // len(prompt)
         if mode == "compiled":
             options["streamer"] = CompiledProbe(probe)
         else:
@@ -286,21 +291,21 @@ def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: in
         )
 
     context: Any = contextlib.nullcontext()
-    if mode in ("vtensor", "compiled"):
-        context = torch_vtensor.enabled(compile=mode == "compiled")
+    if mode in OURS:
+        context = torch_vtensor.enabled(compile=mode == "compiled", attention="fast" if mode == "fast" else None)
     with context:
         began = time.perf_counter()
         if warm_up and mode == "static":  # it compiles for this very length
             generate(prompt, new_tokens, Probe(device))
         elif warm_up:
-            generate(prompt[:, :WARM_UP_TOKENS], 4, Probe(device))
+            generate(prompt if mode == "compiled" else prompt[:, :WARM_UP_TOKENS], 4, Probe(device))
         report.synchronize(device)
         warm_up_s = time.perf_counter() - began
         clean(device)
         scheduler = default_scheduler(device)
         before, waits = used_bytes(device), scheduler.num_device_waits
         allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        eager = mode in ("dynamic", "vtensor")
+        eager = mode in ("dynamic", "vtensor", "fast")
         profiled = eager and device.type == "cuda" and new_tokens >= 4 * PROFILED_STEPS
         probe = Probe(device, new_tokens - PROFILED_STEPS - 2 if profiled else None)
         start = time.perf_counter()

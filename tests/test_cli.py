@@ -221,3 +221,10 @@ def test_plan_says_what_is_wrong(
     small = ["--set", "num_hidden_layers=1", "--set", "hidden_size=32", "--set", "intermediate_size=32"]
     assert main(["plan", *arguments, *small, "--sequence", "8"]) == status
     assert message in capsys.readouterr().err
+
+
+def test_attention_says_who_is_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attention", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith("cpu       cpu") for line in lines) == 5
+    assert any(line.startswith("decode below 0.5 GB") and "1.00" in line for line in lines)

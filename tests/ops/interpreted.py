@@ -5,9 +5,12 @@ No bfloat16: the interpreter multiplies matrices of it as the integers that it k
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from attention_cases import AttentionCase
+
+from torch_vtensor.ops.decode_attention.reference import decode_attention as decode_reference
 
 DECODE = [
     AttentionCase(lengths=(33, 1, 0), dtype=torch.float32, dims=(16, 16), room=5),
@@ -25,6 +28,16 @@ PREFILL = [
 ]
 
 
+Groups = tuple[tuple[int, ...], ...]
+SHARED: list[tuple[AttentionCase, Groups, tuple[int, ...]]] = [
+    (AttentionCase(lengths=(70, 90, 66), dims=(16, 16), heads=1, room=3), ((0, 1, 2),), (65, 65, 65)),
+    (AttentionCase(lengths=(40, 180, 150, 33), dims=(16, 32), group=2), ((2, 1), (3, 0)), (32, 140, 140, 32)),
+    (AttentionCase(lengths=(20, 300, 290), heads=1, dims=(24, 24), num_rows=3, has_sinks=True, softcap=4.0), ((1, 2),),
+     (0, 280, 280)),
+    (AttentionCase(lengths=(90, 80), heads=1, group=1, dims=(16, 16), first=(7, 7)), ((1, 0),), (70, 70)),
+]  # fmt: skip
+
+
 def decode_attention() -> None:
     from torch_vtensor.ops.decode_attention.triton import launch
 
@@ -34,6 +47,38 @@ def decode_attention() -> None:
         for split_tokens in (None, 32):
             scale = case.dims[0] ** -0.5
             case.check(launch(*tensors, scale, case.window, a["sinks"], case.softcap, split_tokens))
+
+
+def shared_prefix() -> None:
+    from torch_vtensor.ops.decode_attention.prefix_triton import launch
+
+    for case, groups, num_shared in SHARED:
+        a = shared(case.arguments(), groups, num_shared)
+        table = torch.full((len(groups), 4), -1, dtype=torch.int32)
+        for row, slots in enumerate(groups):
+            table[row, : len(slots)] = torch.tensor(slots)
+        counts = torch.tensor(num_shared, dtype=torch.int32)
+        keys, values = (poisoned(a[name], groups, num_shared) for name in ("keys", "values"))
+        out = launch(
+            a["query"], keys, values, a["lengths"], table, counts, a["first"], case.scale, a["sinks"], case.softcap
+        )
+        torch.testing.assert_close(out, decode_reference(**a), rtol=1e-5, atol=1e-5)
+
+
+def shared(arguments: dict[str, Any], groups: Groups, num_shared: tuple[int, ...]) -> dict[str, Any]:
+    """The arguments with the same first tokens in all members of a group."""
+    for slots in groups:
+        for rows in (arguments["keys"], arguments["values"]):
+            rows[list(slots), :, : num_shared[slots[0]]] = rows[slots[0], :, : num_shared[slots[0]]].clone()
+    return {name: tensor for name, tensor in arguments.items() if name != "num_new"}
+
+
+def poisoned(rows: torch.Tensor, groups: Groups, num_shared: tuple[int, ...]) -> torch.Tensor:
+    """As a proof that a prefix is read from the first member alone: NaN in the others'."""
+    rows = rows.clone()
+    for slots in groups:
+        rows[list(slots[1:]), :, : num_shared[slots[0]]] = float("nan")
+    return rows
 
 
 def prefill_attention() -> None:

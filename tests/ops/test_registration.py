@@ -48,7 +48,8 @@ def test_shapes_without_running() -> None:
         query, keys = torch.empty(3, 8, 5, 64, dtype=torch.bfloat16), torch.empty(3, 2, 10**9, 64, dtype=torch.bfloat16)
         values, lengths = torch.empty(3, 2, 10**9, 40, dtype=torch.bfloat16), torch.empty(3, dtype=torch.int32)
         for out in (decode_attention(query, keys, values, lengths), prefill_attention(query, keys, values, lengths)):
-            assert (out.shape, out.dtype, out.is_contiguous()) == ((3, 8, 5, 40), torch.bfloat16, True)
+            assert (out.shape, out.dtype) == ((3, 8, 5, 40), torch.bfloat16)
+            assert out.transpose(1, 2).is_contiguous()
         assert kv_append(keys, values, keys[:, :, :2], values[:, :, :2], lengths) is None
 
 

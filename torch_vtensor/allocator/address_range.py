@@ -10,6 +10,7 @@ A range has one or more equal strips that grow in step, each from its own start:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -133,6 +134,21 @@ class AddressRange:
                 if any(strip[index].num_refs > 1 for strip in self._pages):
                     return self._bounds[index + 1]
             return 0
+
+    def common_heads(self) -> list[tuple[list[int], int]]:
+        """Strips that begin with the same pages, and the offset up to which they do."""
+        with self.pool.lock:
+            by_first: dict[int, list[int]] = {}
+            for strip, pages in enumerate(self._pages):
+                if pages:
+                    by_first.setdefault(id(pages[0]), []).append(strip)
+            heads = []
+            for strips in by_first.values():
+                if len(strips) > 1:
+                    side_by_side = zip(*(self._pages[strip] for strip in strips), strict=True)
+                    common = itertools.takewhile(lambda pages: all(page is pages[0] for page in pages), side_by_side)
+                    heads.append((strips, self._bounds[sum(1 for _ in common)]))
+            return heads
 
     def empty(self) -> None:
         """Unmap everything and drop the pages. The device must be done with them.

@@ -69,6 +69,7 @@ class VTensor:
         self.length = 0
         self._seen_rows = 0  # a live view made earlier may show rows below this
         self._shared_bytes = 0  # offsets below this may be mapped by another tensor
+        self._common: tuple[tuple[AddressRange, int], tuple[tuple[tuple[int, ...], int], ...]] | None = None
         self._base: torch.Tensor | None = None
         self._base_rows = 0
         self._hold: RangeHold | None = self.scheduler.reserve(
@@ -94,6 +95,15 @@ class VTensor:
         if self._shared_bytes:  # those it was shared with may have ended since
             self._shared_bytes = min(self._shared_bytes, self._range.exclusive_from())
         return -(-self._shared_bytes // self.row_bytes)
+
+    def common_prefixes(self) -> tuple[tuple[tuple[int, ...], int], ...]:
+        """Strips whose first rows are the same memory, and how many rows: rows that none of them can have written."""
+        range_ = self._range
+        key = range_, range_.head_bytes  # what a range begins with changes in no other way
+        if self._common is None or self._common[0] != key:
+            heads = [] if range_.head_bytes else range_.common_heads()
+            self._common = key, tuple((tuple(strips), nbytes // self.row_bytes) for strips, nbytes in heads)
+        return self._common[1]
 
     @property
     def head_bytes(self) -> int:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationMixin, cache_utils
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, cache_utils, masking_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
 __all__ = [
+    "AttentionInterface",
+    "AttentionMaskInterface",
     "Cache",
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "GenerationMixin",
+    "MaskParts",
+    "attentions_are_wanted",
     "continues_given_positions",
     "decoder_output",
+    "first_row_of",
     "growing_layers",
     "initialize",
+    "is_plain_eager",
+    "mask_device",
+    "mask_parts",
     "recording_shows_window_only",
     "with_cache",
 ]
@@ -86,3 +96,125 @@ def recording_shows_window_only() -> bool:
     stock_update(layer, tokens, tokens)
     returned, _ = stock_update(layer, tokens[:, :, :1], tokens[:, :, :1])
     return bool(returned.shape[2] == 3)
+
+
+class MaskParts(NamedTuple):
+    """What a mask function says: whether rows see later tokens, a window, and numbers of packed sequences [B, T]."""
+
+    causal: bool
+    window: int | None
+    packed: torch.Tensor | None
+
+
+def mask_parts(function: Callable[..., Any]) -> MaskParts | None:
+    """Take a mask function of masking_utils apart; None if it says something else too, or is somebody else's."""
+    found: dict[str, Any] = {}
+    if not _collect(function, found) or not found.keys() & {"causal", "bidirectional"}:
+        return None
+    if ("window" in found and "causal" not in found) or ("remapped" in found and "packed" not in found):
+        return None
+    return MaskParts("causal" in found, found.get("window"), found.get("packed"))
+
+
+def _collect(function: Any, found: dict[str, Any]) -> bool:
+    """Add what ``function`` says to what was found; False where that cannot be said so."""
+    if function is masking_utils.causal_mask_function:
+        found["causal"] = True
+        return True
+    if function is getattr(masking_utils, "bidirectional_mask_function", None):
+        found["bidirectional"] = True
+        return True
+    code: Any = getattr(function, "__code__", None)
+    kind = _mask_codes().get(code)
+    if kind is None or kind in found:
+        return False
+    inside = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
+    if kind == "and":
+        return all(_collect(part, found) for part in inside["mask_functions"])
+    if kind == "remapped":
+        found[kind] = True
+        return _collect(inside["mask_function"], found)
+    found[kind] = inside["sliding_window" if kind == "window" else "packed_sequence_mask"]
+    return True
+
+
+@cache
+def _mask_codes() -> dict[Any, str]:
+    """What the functions that masking_utils' factories make say, by their code."""
+    nothing, causal = torch.empty(0, 0), masking_utils.causal_mask_function
+    made = {
+        "and": masking_utils.and_masks(causal),
+        "window": masking_utils.sliding_window_overlay(1),
+        "packed": masking_utils.packed_sequence_mask_function(nothing),
+    }
+    if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+        made["remapped"] = masking_utils.remap_positions_for_packed_sequence(causal, nothing)
+    return {function.__code__: kind for kind, function in made.items()}
+
+
+def first_row_of(mask_arguments: dict[str, Any]) -> int:
+    """The position of a mask's first row.
+
+    Effects: before 5.17 it is on the device, and read where the rows are not all that there is.
+    """
+    if "q_length" in mask_arguments:
+        offset = mask_arguments.get("q_offset", 0)
+        return offset if isinstance(offset, int) else -1  # on the device: a cache of fixed size
+    positions = mask_arguments["cache_position"]
+    if positions.shape[0] == mask_arguments["kv_length"] + mask_arguments.get("kv_offset", 0):
+        return 0
+    return int(positions[0])
+
+
+def mask_device(mask_arguments: dict[str, Any]) -> torch.device:
+    """Where a mask is wanted."""
+    if "cache_position" in mask_arguments:
+        device: torch.device = mask_arguments["cache_position"].device
+        return device
+    return torch.device(mask_arguments.get("device", "cpu"))
+
+
+@cache
+def is_plain_eager(function: Callable[..., Any]) -> bool:
+    """Whether a model's ``eager_attention_forward`` is a softmax with at most what our operators know: sinks, a cap.
+
+    transformers copies these functions into every model's file: those that are the same have the same code.
+    """
+    return any(_says_same(function, known) for known in _plain_eager_functions())
+
+
+@cache
+def _plain_eager_functions() -> tuple[Callable[..., Any], ...]:
+    names = "llama", "mistral", "bert", "gemma3", "gpt_oss", "whisper", "gpt2"
+    functions = []
+    for name in names:
+        try:
+            module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        except ImportError:
+            continue
+        functions.append(getattr(module, "eager_attention_forward", None))
+    return tuple(function for function in functions if function is not None)
+
+
+def _says_same(one: Any, other: Any) -> bool:
+    parts = "co_code", "co_consts", "co_names", "co_varnames"
+    codes = getattr(one, "__code__", None), getattr(other, "__code__", None)
+    return None not in codes and all(getattr(codes[0], part) == getattr(codes[1], part) for part in parts)
+
+
+@cache
+def _collector() -> Any:
+    try:
+        capturing = importlib.import_module("transformers.utils.output_capturing")
+    except ImportError:
+        return None
+    return capturing._active_collector
+
+
+def attentions_are_wanted() -> bool:
+    """Whether the running forward collects attention weights; where this version does not tell, that it may."""
+    collector = _collector()
+    if collector is None:
+        return True
+    collected = collector.get()
+    return collected is not None and any("attentions" in key for key in collected)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch_vtensor.allocator.pools import set_default_budget
+from torch_vtensor.generation import attention as fast_attention
 from torch_vtensor.generation import layers
 from torch_vtensor.generation._transformers_compat import (
     Cache,
@@ -41,6 +42,7 @@ _lock = threading.RLock()
 _switched_on = False
 _blocks: set[object] = set()
 _compiles: set[object] = set()  # who of those asked for compiled decoding
+_attends: set[object] = set()  # who of those asked for fast attention
 _budgets: dict[object, int] = {}  # the budgets that they asked for, the latest last
 _stock: list[tuple[type, str, Any]] = []  # what was replaced; None where the class had no method of its own
 
@@ -62,7 +64,7 @@ REPLACEMENTS = {(owner, name): _replacement(owner, name, ours) for owner, name, 
 """The method that stands for each one of transformers', made while transformers' own are in place."""
 
 
-def enable(*, compile: bool = False, budget_bytes: int | None = None) -> None:
+def enable(*, compile: bool = False, attention: str | None = None, budget_bytes: int | None = None) -> None:
     """Give every HuggingFace ``generate()`` loop in this process growable KV memory, without changing its results.
 
     From now on the layers of every ``DynamicCache``, existing ones included, append in place. Calling it again only
@@ -72,18 +74,23 @@ def enable(*, compile: bool = False, budget_bytes: int | None = None) -> None:
         compile: decode by captured graphs of the compiled model wherever that is possible: greedy search and sampling
             of decoder-only models. The first call for a model and batch size compiles, which takes about half a minute.
             Sums are rounded in another order than by the stock kernels.
+        attention: "fast" lets every model of transformers' attention registry attend by ``torch_vtensor.ops``, in
+            forwards without gradients, wherever a mask or a model asks for nothing that those lack; ``stats()`` counts
+            where they did, and why not. Sums are rounded in another order. Default: transformers' own attention.
         budget_bytes: the most physical memory a device may hold for caches, explicit ones included; of several budgets
             asked for the latest holds. Default: as before, at first TORCH_VTENSOR_BUDGET_BYTES or what the device has.
 
-    Raises: ValueError for a budget of less than one byte.
+    Raises: ValueError for a budget of less than one byte, or another ``attention``.
     """
     global _switched_on
+    _check_attention(attention)
     sample = _load_sample() if compile else None
     with _lock:
         _set_budget(_SWITCH, budget_bytes)
         _install()
         _switched_on = True
         _set_compile(_SWITCH, sample)
+        _set_attention(_SWITCH, attention)
 
 
 def disable() -> None:
@@ -96,15 +103,17 @@ def disable() -> None:
         _switched_on = False
         _blocks.clear()
         _compiles.clear()
+        _set_attention(None, None)
         for who in list(_budgets):
             _drop_budget(who)
         _remove()
 
 
 @contextmanager
-def enabled(*, compile: bool = False, budget_bytes: int | None = None) -> Iterator[None]:
+def enabled(*, compile: bool = False, attention: str | None = None, budget_bytes: int | None = None) -> Iterator[None]:
     """``enable()`` for a block. Blocks may nest and overlap between threads; the last one out puts things back."""
     block = object()
+    _check_attention(attention)
     sample = _load_sample() if compile else None
     try:
         with _lock:
@@ -112,11 +121,13 @@ def enabled(*, compile: bool = False, budget_bytes: int | None = None) -> Iterat
             _blocks.add(block)
             _install()
             _set_compile(block, sample)
+            _set_attention(block, attention)
         yield
     finally:
         with _lock:
             _blocks.discard(block)  # disable() may have ended it
             _compiles.discard(block)
+            _set_attention(block, None)
             _drop_budget(block)
             if not _blocks and not _switched_on:
                 _remove()
@@ -152,6 +163,24 @@ def _replacement_of_sample(stock: Callable[..., Any], ours: Callable[..., Any]) 
         return ours(stock, self, *args, **kwargs) if _compiles else stock(self, *args, **kwargs)
 
     return method
+
+
+def _check_attention(attention: str | None) -> None:
+    if attention not in (None, "fast"):
+        raise ValueError(f"attention is {attention!r}; it is 'fast', or None for transformers' own")
+
+
+def _set_attention(who: object, attention: str | None) -> None:
+    """Note that ``who`` (None: everybody) wants this attention, and have it as long as anybody does."""
+    if attention is not None:
+        _attends.add(who)
+        fast_attention.install()
+        return
+    if who is None:
+        _attends.clear()
+    _attends.discard(who)
+    if not _attends:
+        fast_attention.remove()
 
 
 def _set_budget(who: object, budget_bytes: int | None) -> None:

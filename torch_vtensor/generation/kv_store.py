@@ -187,6 +187,10 @@ class KVStore:
         base = self.vtensors[place.vtensor].data_ptr
         return [base + slot * slot_bytes for slot in range(self.shape.batch)]
 
+    def shared_prefixes(self) -> tuple[tuple[tuple[int, ...], int], ...]:
+        """Slots whose first tokens lie in the same pages, and how many tokens; where layers lie side by side."""
+        return self.vtensors[0].common_prefixes() if is_token_major(self.shape.device) else ()
+
     @property
     def first(self) -> int:
         """The first token that still has memory."""

@@ -32,7 +32,7 @@ from torch_vtensor.generation._transformers_compat import (
     initialize,
     recording_shows_window_only,
 )
-from torch_vtensor.generation.kv_store import KVShape, is_token_major
+from torch_vtensor.generation.kv_store import KVShape, KVStore, is_token_major
 from torch_vtensor.generation.layer_column import LayerColumn, LayerGroup
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "reset",
     "start_empty",
     "state_of",
+    "store_behind",
     "update",
     "update_window",
     "why_no_driver",
@@ -355,7 +356,16 @@ def _append(layer: DynamicLayer, state: LayerState, key: torch.Tensor, value: to
     keys, values = state.column.append(key, value, state.first, state.stop)
     counters["zero-copy"] += 1
     state.publish(layer, state.first, state.stop + key.shape[2], keys, values)
+    _calling.appended = weakref.ref(layer)
     return keys, values
+
+
+def store_behind(keys: torch.Tensor) -> KVStore | None:
+    """The pages that ``keys`` show from the first token on, if they are what this thread's last append returned."""
+    reference = getattr(_calling, "appended", None)
+    layer = None if reference is None else reference()
+    state = None if layer is None else _states.get(layer)
+    return state.column.store if state is not None and state.keys is keys and state.first == 0 else None
 
 
 def _append_window(

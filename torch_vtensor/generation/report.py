@@ -9,7 +9,7 @@ import torch
 from torch_vtensor.allocator.page_pool import PoolStats
 from torch_vtensor.allocator.pools import all_schedulers
 from torch_vtensor.allocator.torch_pool import release_idle
-from torch_vtensor.generation import layers
+from torch_vtensor.generation import attention, layers
 from torch_vtensor.generation._transformers_compat import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from torch_vtensor.settings import format_bytes
 
@@ -17,10 +17,14 @@ __all__ = ["Explanation", "LayerExplanation", "Stats", "empty_cache", "explain",
 
 
 class Stats(NamedTuple):
-    """Every device's memory, and how many appends of cache layers were zero-copy or stock, by reason."""
+    """Every device's memory, and how many appends of cache layers were zero-copy or stock, by reason.
+
+    ``attention`` counts the calls of attention while attention="fast" was on, in the same way.
+    """
 
     devices: dict[torch.device, PoolStats]
     appends: dict[str, int]
+    attention: dict[str, int]
 
     def __str__(self) -> str:
         lines = []
@@ -33,16 +37,18 @@ class Stats(NamedTuple):
                 for name, call in pool.driver_calls.items()
             ]
         lines += [f"appends {reason}: {count}" for reason, count in self.appends.items()]
+        lines += [f"attention {reason}: {count}" for reason, count in self.attention.items()]
         return "\n".join(lines) or "nothing was allocated yet"
 
 
 class LayerExplanation(NamedTuple):
-    """What one layer of a model's cache will do."""
+    """What one layer of a model's cache will do; its attention will be "fast", "stock", or "stock: " and why."""
 
     layer: int
     kind: str
     zero_copy: bool
     reason: str
+    attention: str
 
 
 class Explanation(tuple[LayerExplanation, ...]):
@@ -52,15 +58,21 @@ class Explanation(tuple[LayerExplanation, ...]):
 
     def __str__(self) -> str:
         rows = [
-            f"{entry.layer:>5}  {'zero-copy' if entry.zero_copy else 'stock':<9}  {entry.kind}: {entry.reason}"
+            f"{entry.layer:>5}  {'zero-copy' if entry.zero_copy else 'stock':<9}  "
+            f"{entry.attention.partition(':')[0]:<9}  {entry.kind}: {entry.reason}"
             for entry in self
         ]
-        return "\n".join(["layer  memory     kind", *rows])
+        reasons = dict.fromkeys(f"attention {entry.attention}" for entry in self if ":" in entry.attention)
+        return "\n".join(["layer  memory     attention  kind", *rows, *reasons])
 
 
 def stats() -> Stats:
     """Exact figures of this process's memory, by device, and of what the cache layers did."""
-    return Stats({device: scheduler.stats() for device, scheduler in all_schedulers().items()}, dict(layers.counters))
+    return Stats(
+        {device: scheduler.stats() for device, scheduler in all_schedulers().items()},
+        dict(layers.counters),
+        dict(attention.counters),
+    )
 
 
 def trim(device: torch.device | str | None = None) -> int:
@@ -93,7 +105,7 @@ def empty_cache() -> None:
 
 
 def explain(model: Any) -> Explanation:
-    """Say for each layer of ``model``'s cache whether it will be zero-copy or stock, and why.
+    """Say for each layer of ``model``'s cache whether it will be zero-copy or stock, and why; and so its attention.
 
     Args:
         model: a transformers model, or its config.
@@ -104,18 +116,21 @@ def explain(model: Any) -> Explanation:
     if not hasattr(config, "get_text_config"):
         raise TypeError(f"explain takes a transformers model or config, not a {type(model).__name__}")
     if reason := _why_all_stock(model):
-        return Explanation([LayerExplanation(0, type(model).__name__, False, reason)])
+        attends = attention.what_layer_does(model, None)
+        return Explanation([LayerExplanation(0, type(model).__name__, False, reason, attends)])
     entries = []
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
     for index, layer in enumerate(DynamicCache(config=config).layers):
         kind = type(layer).__name__
+        attends = attention.what_layer_does(model, kinds[index] if index < len(kinds) else None)
         if not isinstance(layer, DynamicLayer):
-            entries.append(LayerExplanation(index, kind, False, "keeps no keys and values that grow"))
+            entries.append(LayerExplanation(index, kind, False, "keeps no keys and values that grow", attends))
         elif _owner_of_update(type(layer)) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            entries.append(LayerExplanation(index, kind, False, "has an update() of its own"))
+            entries.append(LayerExplanation(index, kind, False, "has an update() of its own", attends))
         else:
             window = getattr(layer, "sliding_window", None)
             more = f"; pages before the window of {window} go back" if window else ""
-            entries.append(LayerExplanation(index, kind, True, f"appends in place{more}"))
+            entries.append(LayerExplanation(index, kind, True, f"appends in place{more}", attends))
     return Explanation(entries)
 
 

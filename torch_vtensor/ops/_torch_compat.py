@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["flash_attention_cpu"]
+__all__ = ["cudnn_attention", "flash_attention", "flash_attention_cpu"]
 
 
 def flash_attention_cpu(
@@ -25,3 +25,29 @@ def flash_attention_cpu(
         query, keys, values, 0.0, is_causal, attn_mask=mask, scale=scale
     )
     return out, logsumexp
+
+
+def flash_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, is_causal: bool, scale: float
+) -> torch.Tensor:
+    """The flash kernel of scaled_dot_product_attention on CUDA, whatever backends are allowed or preferred.
+
+    Shapes: query [B, Hq, T, D]; keys, values [B, H, N, D]; ``is_causal`` aligns lower right. Returns [B, Hq, T, D].
+    """
+    out: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, keys, values, 0.0, is_causal, return_debug_mask=False, scale=scale
+    )[0]
+    return out
+
+
+def cudnn_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, is_causal: bool, scale: float
+) -> torch.Tensor:
+    """The cuDNN kernel of scaled_dot_product_attention, whatever backends are allowed or preferred.
+
+    Shapes: as ``flash_attention``'s, but ``is_causal`` aligns upper left.
+    """
+    out: torch.Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, keys, values, None, False, 0.0, is_causal, return_debug_mask=False, scale=scale
+    )[0]
+    return out

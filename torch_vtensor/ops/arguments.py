@@ -23,7 +23,7 @@ def check_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    lengths: torch.Tensor,
+    lengths: torch.Tensor | None,
     first: torch.Tensor | None,
     window: int | None,
     sinks: torch.Tensor | None,
@@ -47,7 +47,8 @@ def check_attention(
         )
     _check_alike(query, keys, "query", "keys")
     _check_rows_contiguous(query, "query")
-    check_per_sequence(lengths, "lengths", keys)
+    if lengths is not None:
+        check_per_sequence(lengths, "lengths", keys)
     if first is not None:
         check_per_sequence(first, "first", keys)
     if window is not None and window < 1:

@@ -47,7 +47,7 @@ def attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    lengths: torch.Tensor,
+    lengths: torch.Tensor | None,
     num_new: torch.Tensor | None,
     first: torch.Tensor | None,
     scoring: Scoring,
@@ -55,9 +55,10 @@ def attend(
 ) -> torch.Tensor:
     """Attention of [B, H*G, T, D] over [B, H, C, D], each sequence by itself or (default) alike neighbours together."""
     heads = keys.shape[1]
-    out = query.new_zeros((*query.shape[:3], values.shape[3]))
+    batch, query_heads, num_rows, _ = query.shape
+    out = query.new_zeros(batch, num_rows, query_heads, values.shape[3]).transpose(1, 2)
     query_BHGTD, out_BHGTD = query.unflatten(1, (heads, -1)), out.unflatten(1, (heads, -1))
-    spans = _spans(query.shape[2], keys.shape[2], lengths, num_new, first)
+    spans = _spans(batch, num_rows, keys.shape[2], lengths, num_new, first)
     for slots, span in _runs(spans, one_by_one):
         _attend_span(query_BHGTD[slots], keys[slots], values[slots], out_BHGTD[slots], span, scoring)
     return out
@@ -83,11 +84,17 @@ def scoring(
 
 
 def _spans(
-    num_rows: int, capacity: int, lengths: torch.Tensor, num_new: torch.Tensor | None, first: torch.Tensor | None
+    batch: int,
+    num_rows: int,
+    capacity: int,
+    lengths: torch.Tensor | None,
+    num_new: torch.Tensor | None,
+    first: torch.Tensor | None,
 ) -> list[_Span]:
-    counts = [num_rows] * lengths.shape[0] if num_new is None else num_new.tolist()
-    firsts = [0] * lengths.shape[0] if first is None else first.tolist()
-    spans = [_Span(*numbers) for numbers in zip(lengths.tolist(), counts, firsts, strict=True)]
+    stops = [capacity] * batch if lengths is None else lengths.tolist()
+    counts = [num_rows] * batch if num_new is None else num_new.tolist()
+    firsts = [0] * batch if first is None else first.tolist()
+    spans = [_Span(*numbers) for numbers in zip(stops, counts, firsts, strict=True)]
     for b, span in enumerate(spans):
         if not 0 <= span.length <= capacity:
             raise ValueError(

@@ -7,11 +7,11 @@ A device's implementation is imported when it is first used: importing this impo
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from torch_vtensor.ops import attention_cuda
 from torch_vtensor.ops.decode_attention.cpu import decode_attention as _decode_attention_cpu
 from torch_vtensor.ops.kv_append.cpu import kv_append as _kv_append_cpu
 from torch_vtensor.ops.prefill_attention import autograd
@@ -24,13 +24,13 @@ NAMESPACE = "torch_vtensor"
 _SCHEMAS = (
     "kv_append(Tensor(a!) keys, Tensor(b!) values, Tensor key, Tensor value, Tensor lengths, Tensor? num_new=None)"
     " -> ()",
-    "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor lengths, Tensor? first=None,"
-    " float? scale=None, SymInt? window=None, Tensor? sinks=None, float? softcap=None, SymInt? split_tokens=None)"
-    " -> Tensor",
-    "prefill_attention(Tensor query, Tensor keys, Tensor values, Tensor lengths, Tensor? num_new=None,"
+    "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor? lengths=None, Tensor? first=None,"
+    " float? scale=None, SymInt? window=None, Tensor? sinks=None, float? softcap=None, SymInt? split_tokens=None,"
+    " str? implementation=None, Tensor? groups=None, Tensor? num_shared=None) -> Tensor",
+    "prefill_attention(Tensor query, Tensor keys, Tensor values, Tensor? lengths=None, Tensor? num_new=None,"
     " Tensor? first=None, float? scale=None, SymInt? window=None, Tensor? sinks=None, float? softcap=None,"
-    " bool causal=True) -> Tensor",
-    "prefill_attention_backward(Tensor grad, Tensor query, Tensor keys, Tensor values, Tensor lengths,"
+    " bool causal=True, str? implementation=None) -> Tensor",
+    "prefill_attention_backward(Tensor grad, Tensor query, Tensor keys, Tensor values, Tensor? lengths=None,"
     " Tensor? first=None, float? scale=None, SymInt? window=None, Tensor? sinks=None, float? softcap=None,"
     " bool causal=True) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -42,20 +42,17 @@ for _schema in _SCHEMAS:
     _library.define(_schema, tags=_TAGS)
 
 
-def _on_first_call(op: str) -> Callable[..., Any]:
-    """The Triton implementation of ``op``, imported when it is called."""
-
-    def launch(*arguments: Any) -> Any:
-        return importlib.import_module(f"torch_vtensor.ops.{op}.triton").launch(*arguments)
-
-    return launch
+def _kv_append_cuda(*arguments: Any) -> None:
+    """Imported when it is called, as triton is."""
+    importlib.import_module("torch_vtensor.ops.kv_append.triton").launch(*arguments)
 
 
 _library.impl("kv_append", _kv_append_cpu, "CPU")
 _library.impl("decode_attention", _decode_attention_cpu, "CPU")
 _library.impl("prefill_attention", _prefill_attention_cpu, "CPU")
-for _op in ("kv_append", "decode_attention", "prefill_attention"):
-    _library.impl(_op, _on_first_call(_op), "CUDA")
+_library.impl("kv_append", _kv_append_cuda, "CUDA")
+_library.impl("decode_attention", attention_cuda.decode_attention, "CUDA")
+_library.impl("prefill_attention", attention_cuda.prefill_attention, "CUDA")
 _library.impl("prefill_attention_backward", autograd.backward, "CompositeExplicitAutograd")
 
 
@@ -64,7 +61,8 @@ def _kv_append_fake(*arguments: torch.Tensor | None) -> None:
 
 
 def _attention_fake(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    return query.new_empty((*query.shape[:3], values.shape[3]))
+    batch, query_heads, num_rows, _ = query.shape
+    return query.new_empty(batch, num_rows, query_heads, values.shape[3]).transpose(1, 2)
 
 
 def _prefill_attention_backward_fake(

@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_vtensor.ops.attention_triton import Rows, attend, can_begin_early, finish, slot_pointer
 
-__all__ = ["Workspace", "launch", "launch_rows", "make_workspace"]
+__all__ = ["Prefix", "Workspace", "launch", "launch_rows", "make_workspace"]
 
 _LOG2E = 1.4426950408889634
 _GRANULE_TOKENS = 16
@@ -88,6 +88,8 @@ def _decode(
     out,
     partials,
     arrivals,
+    states,
+    num_shared,
     num_slots,
     num_query,
     num_added,
@@ -138,6 +140,7 @@ def _decode(
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
     FIXED_SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
@@ -162,6 +165,8 @@ def _decode(
         all_starts = tl.load(firsts + slots, mask=slots < num_slots, other=0).to(tl.int32)
     if HAS_WINDOW:
         all_starts = tl.maximum(all_starts, all_lengths - all_new + 1 - window)
+    if HAS_PREFIX:
+        all_starts = tl.maximum(all_starts, tl.load(num_shared + slots, mask=slots < num_slots, other=0).to(tl.int32))
     granules = tl.cdiv(tl.maximum(all_lengths - all_starts, 1), 16)
     if FIXED_SPLIT:
         granules = tl.cdiv(granules, split_granules)
@@ -286,6 +291,16 @@ def _decode(
             row_first += tl.load(firsts + slot).to(tl.int32)
         if HAS_WINDOW:
             row_first = tl.maximum(row_first, row_last - window + 1)
+        highest = tl.full([BLOCK_M], -1.0e30, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+        if HAS_PREFIX:
+            # What begins a head goes on from what its prefix gave.
+            goes_on = row_ok & (place == head_begin) & (tl.load(num_shared + slot) > 0)
+            state = states + ((slot64 * HEADS + head) * (num_query * GROUP) + row) * (BLOCK_DV + 2)
+            highest = tl.load(state, mask=goes_on, other=-1.0e30)
+            total = tl.load(state + 1, mask=goes_on, other=0.0)
+            acc = tl.load(state[:, None] + 2 + dv[None, :], mask=goes_on[:, None], other=0.0)
         highest, total, acc = attend(
             q,
             key_rows,
@@ -298,9 +313,9 @@ def _decode(
             value_token_stride,
             scale_log2,
             softcap,
-            tl.full([BLOCK_M], -1.0e30, tl.float32),
-            tl.zeros([BLOCK_M], tl.float32),
-            tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
+            highest,
+            total,
+            acc,
             D,
             DV,
             BLOCK_D,
@@ -409,6 +424,13 @@ class _Config(NamedTuple):
     programs_per_sm: int
 
 
+class Prefix(NamedTuple):
+    """What the first tokens of each slot gave already, from prefix_triton: ``num_shared`` [B] of them, 0 for none."""
+
+    states: torch.Tensor
+    num_shared: torch.Tensor
+
+
 class Workspace(NamedTuple):
     """Device memory for partial results. One that is used again and again must not be used by two streams at once.
 
@@ -459,10 +481,11 @@ def launch(
 ) -> torch.Tensor:
     """``decode_attention`` on tensors."""
     rows = Rows.of(keys, values)
+    batch, query_heads, num_query, _ = query.shape
     num_heads, capacity, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
     return launch_rows(
         query, keys, values, rows, lengths, num_heads, value_dim, capacity, first, scale, window, sinks, softcap,
-        split_tokens,
+        split_tokens, out=query.new_empty(batch, num_query, query_heads, value_dim).transpose(1, 2),
     )  # fmt: skip
 
 
@@ -488,6 +511,7 @@ def launch_rows(
     out: torch.Tensor | None = None,
     early: bool = False,
     config: _Config | None = None,
+    prefix: Prefix | None = None,
 ) -> torch.Tensor:
     """``decode_attention`` on rows that lie anywhere.
 
@@ -504,6 +528,7 @@ def launch_rows(
         workspace: to use instead of new memory; from ``make_workspace``.
         early: start while the kernel before is still running, where the device can. ``lengths``, ``first`` and the
             addresses are then read before that kernel is done and must not be written by it.
+        prefix: tokens that need not be read any more.
     """
     batch, query_heads, num_query, dim = query.shape
     group = query_heads // num_heads
@@ -554,6 +579,8 @@ def launch_rows(
         out,
         workspace.partials,
         workspace.arrivals,
+        workspace.partials if prefix is None else prefix.states,
+        placeholder if prefix is None else prefix.num_shared,
         batch,
         num_query,
         0 if new is None else num_query,
@@ -604,6 +631,7 @@ def launch_rows(
         HAS_SINKS=sinks is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=window is not None,
+        HAS_PREFIX=prefix is not None,
         FIXED_SPLIT=split_tokens is not None,
         PRECISION="ieee" if query.dtype is torch.float32 else "tf32",
         EARLY=early,

@@ -13,7 +13,7 @@ def prefill_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    lengths: torch.Tensor,
+    lengths: torch.Tensor | None = None,
     *,
     num_new: torch.Tensor | None = None,
     first: torch.Tensor | None = None,
@@ -22,6 +22,7 @@ def prefill_attention(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     causal: bool = True,
+    implementation: str | None = None,
 ) -> torch.Tensor:
     """Attend with many new tokens of every sequence, in keys and values already, over its prefix and themselves.
 
@@ -29,7 +30,8 @@ def prefill_attention(
     max(first[b], p - window + 1) to p. Rows that see nothing, and rows from num_new[b] on, give 0.
 
     Args:
-        lengths: tokens of each sequence, the new ones included. Read on the device, at most C.
+        lengths: tokens of each sequence, the new ones included. Read on the device, at most C. None says on the host
+            already that all have C tokens, which more implementations can serve.
         num_new: how many of the T rows are tokens of the sequence; default: all.
         first: first token of each sequence that counts (left padding); default 0.
         scale: of the dot products; default D ** -0.5.
@@ -37,14 +39,17 @@ def prefill_attention(
         sinks: a logit for each query head that takes part in the softmax's sum only.
         softcap: scaled scores s become softcap * tanh(s / softcap).
         causal: False lets every row see all of [first[b], lengths[b]).
+        implementation: the one to take, by its name in ``implementations("prefill", ...)``; default: the fastest that
+            can do the call.
 
     Shapes:  query [B, Hq, T, D], Hq a multiple of H; keys [B, H, C, D], values [B, H, C, Dv]; any strides with a
-             contiguous last dim; lengths, num_new, first [B], int32 or int64; sinks [Hq]; returns [B, Hq, T, Dv].
+             contiguous last dim; lengths, num_new, first [B], int32 or int64; sinks [Hq]; returns [B, Hq, T, Dv],
+             whose memory is [B, T, Hq, Dv].
     Effects: reads no token outside a sequence's visible ones. Never waits for the device. bfloat16, float16 and float32
              are summed in float32, float64 (CPU) in float64. Where the new tokens are all that there is (C = T, no
              num_new), query, keys, values and sinks get gradients.
     Raises:  ValueError, TypeError for arguments that do not fit (lengths outside [0, C], num_new outside [0, T]: on the
-             CPU only); RuntimeError if a gradient is asked for in any other case.
+             CPU only), or an ``implementation`` that cannot do the call; RuntimeError for a gradient in any other case.
     Source:  online softmax as in FlashAttention (arXiv 2205.14135).
     """
     check_attention(query, keys, values, lengths, first, window, sinks, softcap)
@@ -53,6 +58,6 @@ def prefill_attention(
     if window is not None and not causal:
         raise ValueError(f"window is {window} with causal=False; a window ends at the row itself: drop one of the two")
     out: torch.Tensor = torch.ops.torch_vtensor.prefill_attention(
-        query, keys, values, lengths, num_new, first, scale, window, sinks, softcap, causal
+        query, keys, values, lengths, num_new, first, scale, window, sinks, softcap, causal, implementation
     )
     return out

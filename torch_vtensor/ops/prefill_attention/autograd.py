@@ -26,7 +26,7 @@ def save_call(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
     Raises: RuntimeError where the call has a prefix or padding rows, for which no gradient is defined.
     """
-    query, keys, values, lengths, num_new, first, scale, window, sinks, softcap, causal = inputs
+    query, keys, values, lengths, num_new, first, scale, window, sinks, softcap, causal, _ = inputs
     if num_new is not None or keys.shape[2] != query.shape[2]:
         raise RuntimeError(
             f"prefill_attention has no gradient with {keys.shape[2]} tokens of room, {query.shape[2]} rows and num_new "
@@ -45,7 +45,7 @@ def backward_of_call(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None,
         grad, query, keys, values, lengths, first, scale, window, sinks, softcap, causal
     )
     grad_sinks = None if sinks is None else grads[3].to(sinks.dtype)
-    return *grads[:3], None, None, None, None, None, grad_sinks, None, None
+    return *grads[:3], None, None, None, None, None, grad_sinks, None, None, None
 
 
 def empty_sinks_grad(query: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ def backward(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    lengths: torch.Tensor,
+    lengths: torch.Tensor | None = None,
     first: torch.Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
@@ -71,6 +71,8 @@ def backward(
     heads, num_tokens, dtype = keys.shape[1], keys.shape[2], _accumulate(query.dtype)
     group = query_heads // heads
     scale = dim**-0.5 if scale is None else scale
+    if lengths is None:
+        lengths = torch.full((batch,), num_tokens, device=query.device)
     # Tokens that no row sees, and rows that see no token, may hold anything: NaN times 0 would spoil the sums.
     token_N = torch.arange(num_tokens, device=query.device)
     unused_BN = token_N >= lengths[:, None]

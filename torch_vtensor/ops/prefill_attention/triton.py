@@ -214,7 +214,7 @@ def launch_rows(
                 query, keys, values, rows, lengths, num_heads, value_dim, 0, first, scale, window, sinks, softcap,
                 new=new, num_new=num_new,
             )  # fmt: skip
-    out = query.new_empty(batch, query_heads, num_query, value_dim)
+    out = query.new_empty(batch, num_query, query_heads, value_dim).transpose(1, 2)
     if out.numel() == 0:
         return out
     if new is not None:
