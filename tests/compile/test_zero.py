@@ -10,6 +10,7 @@ from test_plans import Make, compiled_by_name, moved
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from virtual import assert_plan_is_right, capture_call
 
 import torch_vtensor.compile as ss
 from torch_vtensor.compile import Mesh, virtual_world
@@ -23,28 +24,30 @@ from torch_vtensor.compile.segment import Segment
 
 # What is given whole, in shards or for microbatches, over the batch alone or with heads and stages cut as well.
 ALONE = ["zero1", "zero1/2", "zero2/2", "zero3", "zero3/2"]
-COMPOSED = {
-    "zero1+tp2": 4,
+COMPOSED = {"zero1+tp2": 4, "zero3+pp2+1f1b/2": 4, "zero3+pp2+zb/2": 4}
+COMPOSED_SLOW = {
     "zero2+tp2+pp2+1f1b/2": 8,
     "zero3+tp2": 4,
     "zero3+sp2": 4,
     "zero1+pp2+1f1b/2": 4,
     "zero2+pp2+1f1b/2": 4,
-    "zero3+pp2+1f1b/2": 4,
-    "zero3+pp2+zb/2": 4,
     "zero3+coshard2": 2,
 }
 
 
+def slow(*values: Any) -> list[Any]:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.mark.parametrize("name", ALONE)
-@pytest.mark.parametrize("make", [gpt2, tied_llama, t5])
+@pytest.mark.parametrize("make", [tied_llama, *slow(gpt2, t5)])
 def test_shards_compute_what_one_process_does(make: Make, name: str) -> None:
     compiled_by_name(make, name, world=2)
 
 
-@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize("name", [*COMPOSED, *slow(*COMPOSED_SLOW)])
 def test_compositions_compute_what_one_process_does(name: str) -> None:
-    compiled_by_name(tied_llama, name, world=COMPOSED[name])
+    compiled_by_name(tied_llama, name, world={**COMPOSED, **COMPOSED_SLOW}[name])
 
 
 def test_each_rank_stores_a_shard_of_what_it_reads() -> None:
@@ -75,8 +78,6 @@ def test_zero3_gathers_again_what_backward_needs() -> None:
 
 
 def compile_model(model: nn.Module, name: str) -> Compilation:
-    from virtual import capture_call
-
     plan = named(name, 2)
     call = capture_call(lambda x: model(x).square().sum(), torch.randn(4, 6, dtype=torch.double))
     return compile_plan(call.captured, plan, Mesh((0, 1), plan.axes), trains=True)
@@ -204,6 +205,15 @@ def test_explain_shows_what_gathered_parameters_take() -> None:
     assert "parameter" in page
     assert "all_gather" in page
     assert "reduce_scatter" in page
+
+
+@pytest.mark.slow
+def test_inductor_generates_code_that_reads_parameters_anew() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 6)) for _ in range(2))).double()
+    plan, x = named("zero3/2", 2), torch.randn(4, 6, dtype=torch.double)
+    assert_plan_is_right(
+        model, lambda x: model(x).square().mean(), (x,), plan, Mesh((0, 1), plan.axes), codegen="inductor"
+    )
 
 
 def test_names_that_mean_nothing_are_refused() -> None:
