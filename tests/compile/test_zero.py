@@ -167,6 +167,38 @@ def is_gather(compilation: Compilation, name: str) -> bool:
     return name.startswith("all_gather") and compilation.program.work[name].tensor.kind == "parameter"  # type: ignore[union-attr]
 
 
+def test_backward_apart_from_forward_gathers_for_itself() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2))).double()
+    x = torch.randn(4, 6, dtype=torch.double)
+    plan = named("zero3/2", 2)
+    call = capture_call(lambda x: model(x), x)
+    compilation = compile_plan(call.captured, plan, Mesh((0, 1), plan.axes), trains=True)
+    program, passes = compilation.program, compilation.passes
+    assert passes.backward is not None
+    assert program.again
+    assert program.again.isdisjoint(passes.forward.jobs)
+    assert program.again <= passes.backward.jobs.keys()
+
+    values: dict[int, dict[str, Any]] = {0: {}, 1: {}}
+    given = dict(zip(call.captured.arguments, call.arguments, strict=True))
+    for (rank, key), view in program.arguments.items():
+        values[rank][key] = part_of(given[view.tensor].detach(), view.mask)
+    code = {segment: CodeGenerator("eager", {})(segment) for segment in program.segments}
+    virtual_world.run_all(program, passes.forward, values, code.__getitem__, torch.device("cpu"))
+    parameters = {view.tensor: view for view in program.arguments.values() if view.tensor.kind == "parameter"}
+    for held in values.values():
+        kept = [value for value in held.values() if isinstance(value, Tensor)]
+        assert not any(value.shape == (6, 6) for value in kept), "a whole weight waits for backward"
+    for (rank, key), tensor in program.seeds.items():
+        values[rank][key] = torch.ones(tensor.shape, dtype=tensor.dtype)
+    virtual_world.run_all(program, passes.backward, values, code.__getitem__, torch.device("cpu"))
+    model(x).sum().backward()
+    expected = dict(model.named_parameters())
+    assert len(program.gradients) == 2 * len(parameters)
+    for (rank, tensor), (key, mask) in program.gradients.items():
+        torch.testing.assert_close(values[rank][key], part_of(expected[tensor.name].grad, mask))
+
+
 # ----------------------------------------------------------------------------------------------------- what it takes
 
 
