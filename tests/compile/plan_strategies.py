@@ -25,10 +25,11 @@ REFUSALS = re.compile(
 
 
 class RandomPlan:
-    """A plan that decides at random, and remembers what it decided."""
+    """A plan that decides at random, and remembers what it decided; `in_units`: also how stored parameters move."""
 
-    def __init__(self, choose: random.Random) -> None:
+    def __init__(self, choose: random.Random, *, in_units: bool = False) -> None:
         self._choose = choose
+        self._in_units = in_units
         self.num_ranks = choose.choice([1, 2, 2, 3, 4])
         self.log: list[str] = []
 
@@ -107,10 +108,14 @@ class RandomPlan:
         return ranks[:count]
 
     def _store(self, graph: Graph, mesh: Mesh) -> None:
-        ranks = self._ranks(mesh) if self._choose.random() < 0.6 else None
+        ranks: list[int] | None = self._ranks(mesh)
         pattern = self._choose.choice(["*", "*weight*", "*head*", "*embedding*", "*layers*"])
-        units = self._units(graph) if self._choose.random() < 0.5 else ()
-        how = {"each_microbatch": self._choose.random() < 0.5, "anew": self._choose.random() < 0.5}
+        units: Sequence[Tasks] = ()
+        how: dict[str, bool] = {}
+        if self._in_units:
+            ranks = ranks if self._choose.random() < 0.6 else None
+            units = self._units(graph) if self._choose.random() < 0.5 else ()
+            how = {"each_microbatch": self._choose.random() < 0.5, "anew": self._choose.random() < 0.5}
         self.log.append(f"store {pattern} on {ranks}, {len(units)} units, {how}")
         store(graph, ranks, pattern, units=units, **how)
 
