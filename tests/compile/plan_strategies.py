@@ -20,15 +20,16 @@ _T = TypeVar("_T")
 # Why a plan out of random calls may be refused: it asks for an order that cannot be, or for more pieces than there are.
 REFUSALS = re.compile(
     r"indices cannot be cut into|are cut differently|closes the circle: drop it"
-    r"|lies inside|no (?:gpipe|1f1b) order fits|have no addend in common"
+    r"|lies inside|no (?:gpipe|1f1b|zb) order fits|have no addend in common"
 )
 
 
 class RandomPlan:
-    """A plan that decides at random, and remembers what it decided."""
+    """A plan that decides at random, and remembers what it decided; `in_units`: also how stored parameters move."""
 
-    def __init__(self, choose: random.Random) -> None:
+    def __init__(self, choose: random.Random, *, in_units: bool = False) -> None:
         self._choose = choose
+        self._in_units = in_units
         self.num_ranks = choose.choice([1, 2, 2, 3, 4])
         self.log: list[str] = []
 
@@ -56,7 +57,7 @@ class RandomPlan:
         if not graph.ranks:
             op_assign(graph.tasks, self._ranks(mesh))
         if micro is not None and place == self._stages and choose.random() < 0.7:
-            kind = choose.choice(["gpipe", "one_f_one_b"])
+            kind = choose.choice(["gpipe", "one_f_one_b", "zero_bubble"])
             self.log.append(kind)
             getattr(order, kind)(micro)
 
@@ -107,10 +108,23 @@ class RandomPlan:
         return ranks[:count]
 
     def _store(self, graph: Graph, mesh: Mesh) -> None:
-        ranks = self._ranks(mesh)
+        ranks: list[int] | None = self._ranks(mesh)
         pattern = self._choose.choice(["*", "*weight*", "*head*", "*embedding*", "*layers*"])
-        self.log.append(f"store {pattern} on {ranks}")
-        store(graph, ranks, pattern)
+        units: Sequence[Tasks] = ()
+        how: dict[str, bool] = {}
+        if self._in_units:
+            ranks = ranks if self._choose.random() < 0.6 else None
+            units = self._units(graph) if self._choose.random() < 0.5 else ()
+            how = {"each_microbatch": self._choose.random() < 0.5, "anew": self._choose.random() < 0.5}
+        self.log.append(f"store {pattern} on {ranks}, {len(units)} units, {how}")
+        store(graph, ranks, pattern, units=units, **how)
+
+    def _units(self, graph: Graph) -> list[Tasks]:
+        """The program in a row of stretches, some tasks in none."""
+        operators = list(dict.fromkeys(task.operator for task in graph.tasks))
+        bounds = sorted(self._choose.randrange(len(operators)) for _ in range(self._choose.randint(2, 4)))
+        stretches = [set(operators[start:stop]) for start, stop in itertools.pairwise(bounds)]
+        return [Tasks(graph, [task for task in graph.tasks if task.operator in some]) for some in stretches]
 
     # ------------------------------------------------------------------ what
 

@@ -2,7 +2,7 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from plan_models import Case, Optimizer, Step
 from plan_strategies import random_order
 from torch import Tensor
 
-from torch_vtensor.compile.codegen import Code, CodeGenerator
+from torch_vtensor.compile.codegen import CodeGenerator, Recorded
 from torch_vtensor.compile.dataflow import find_dataflow
+from torch_vtensor.compile.executor import Code
 from torch_vtensor.compile.mesh import Mesh
 from torch_vtensor.compile.parameters import part_of
 from torch_vtensor.compile.pieces import local_call
@@ -20,6 +21,7 @@ from torch_vtensor.compile.plan import record
 from torch_vtensor.compile.primitives import PlanFunction
 from torch_vtensor.compile.program import Program, build_program
 from torch_vtensor.compile.schedules import Schedule, check, order_jobs
+from torch_vtensor.compile.schedules.job import JobKind
 from torch_vtensor.compile.segment import Segment, find_segments
 from torch_vtensor.compile.stages import find_constraints, find_turns
 from torch_vtensor.compile.task_graph import Slot, Task
@@ -104,7 +106,35 @@ def interpret(segment: Segment) -> Code:
                     made[view.tensor, view.mask] = tensor
         return [made[view.tensor, view.mask] for view in segment.departures]
 
-    return Code(segment, function)
+    return Interpreted(segment, function)
+
+
+class Interpreted(Recorded):
+    """Recorded by autograd, which cannot do half of it: dI computes all gradients, and keeps those that dW is for."""
+
+    def __init__(self, segment: Segment, function: Callable[..., Sequence[Tensor]]) -> None:
+        super().__init__(segment, function)
+        self._parts = segment.parts
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Any]]:
+        outputs, saved = super().forward(inputs)
+        return outputs, [*saved, *(None for _ in self._parts)][: len(self._parts)]
+
+    def backward(
+        self,
+        part: JobKind,
+        saved: Sequence[Any],
+        inputs: Sequence[Tensor | None],
+        tangents: Sequence[Tensor | None],
+    ) -> tuple[Sequence[Tensor | None], Any]:
+        if part == "dW":
+            gradients = saved[-1]
+        else:
+            for leaf, again in zip(saved[0][0], inputs, strict=True):
+                assert again is None or torch.equal(leaf, again)
+            gradients, _ = super().backward(part, saved[:1], inputs, tangents)
+        mine = [gradient if index in self._parts[part] else None for index, gradient in enumerate(gradients)]
+        return mine, gradients
 
 
 def run_steps(planned: Planned, optimizer: str = "sgd", num_steps: int = 2, *, emits: bool = False) -> None:

@@ -127,6 +127,29 @@ class Evoformer(nn.Module):
         return msa_BSRM.square().mean() + pair_BRRZ.square().mean()
 
 
+class Recycling(nn.Module):
+    """Goes through its blocks three times, each time from what the last one made, and learns from the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.norm_m, self.norm_z = nn.LayerNorm(16), nn.LayerNorm(8)
+
+    def forward(self, msa_BSRM: Tensor, pair_BRRZ: Tensor) -> Tensor:
+        m, z = torch.zeros_like(msa_BSRM), torch.zeros_like(pair_BRRZ)
+        for number in range(3):
+            with torch.set_grad_enabled(number == 2):
+                m, z = msa_BSRM + self.norm_m(m), pair_BRRZ + self.norm_z(z)
+                for block in self.blocks:
+                    m, z = block(m, z)
+        return m.square().mean() + z.square().mean()
+
+
+def recycling() -> Example:
+    model = _prepared(Recycling())
+    return Example(model, lambda msa, pair: model(msa, pair), (_normal(4, 3, 5, 16), _normal(4, 5, 5, 8)))
+
+
 def evoformer() -> Example:
     model = _prepared(Evoformer())
     return Example(model, lambda msa, pair: model(msa, pair), (_normal(4, 3, 5, 16), _normal(4, 5, 5, 8)))

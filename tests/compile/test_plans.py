@@ -29,11 +29,12 @@ from torch_vtensor.compile.program import Forward, Move
 
 Make = Callable[[], Example]
 
-SINGLE = ["single", "dp2", "tp2", "sp2", "gpipe/2", "1f1b/4", "coshard2", "chunked_loss4"]
+SINGLE = ["single", "dp2", "tp2", "sp2", "gpipe/2", "1f1b/4", "zb/4", "coshard2", "chunked_loss4"]
 COMPOSED = {
     "dp2+tp2": 4,
     "dp2+1f1b/2": 4,
     "tp2+1f1b/2": 4,
+    "tp2+zb/2": 4,
     "dp2+sp2+gpipe/2": 8,
     "tp2+coshard2": 2,
     "1f1b/2+chunked_loss2": 2,
@@ -167,10 +168,10 @@ def test_pieces_on_one_device_move_nothing_and_are_recomputed(name: str) -> None
 
 
 def passes(compilation: Compilation, rank: int) -> str:
-    """The rank's passes through which gradients flow, in order: digits forward, letters backward."""
+    """The rank's passes through which gradients flow, in order: digits forward, letters backward, capitals dW."""
     flowing = {segment.name: segment for segment in compilation.program.segments if segment.flows}
     found = [
-        ("0123456789" if action.kind == "F" else "abcdefghij")[action.microbatch]
+        {"F": "0123456789", "dW": "ABCDEFGHIJ"}.get(action.kind, "abcdefghij")[action.microbatch]
         for action in compilation.schedule.compute_actions(rank)
         if action.microbatch is not None and action.name.split(" ", 1)[1] in flowing
     ]
@@ -182,6 +183,7 @@ def passes(compilation: Compilation, rank: int) -> str:
     [
         ("gpipe/4", ["0123abcd", "0123abcd"]),
         ("1f1b/4", ["01a2b3cd", "0a1b2c3d"]),
+        ("zb/4", ["01aA2bB3cCdD", "0a1bA2cB3dCD"]),
     ],
 )
 def test_a_pipeline_runs_in_its_order(name: str, orders: list[str]) -> None:
@@ -258,6 +260,10 @@ def test_a_model_without_vocabulary_is_not_interlaced() -> None:
         ("dp2+tp2", 4, {"dp": 2, "tp": 2}),
         ("tp2+dp", 8, {"dp": 4, "tp": 2}),
         ("1f1b/8", 4, {"pp": 4}),
+        ("zero3/4", 4, {"dp": 4}),
+        ("zero2+tp2+pp2+1f1b/8", 8, {"pp": 2, "dp": 2, "tp": 2}),
+        ("pp4+zb/8", 4, {"pp": 4}),
+        ("3f1b/4", 2, {"pp": 2}),
         ("sp2+dp2+interleaved*2/8", 16, {"pp": 4, "dp": 2, "tp": 2}),
         ("pp2+gpipe+dp", 8, {"pp": 2, "dp": 4}),
         ("coshard4+chunked_loss", 1, {}),
@@ -276,9 +282,11 @@ def test_a_name_gives_a_mesh(name: str, world: int, axes: dict[str, int]) -> Non
         ("dp2+", 2, "unknown part ''"),
         ("dp2+dp2", 4, "'dp' twice"),
         ("tp2+sp2", 4, "exclude each other"),
-        ("zero1+tp2", 4, "exclude each other"),
+        ("zero1+dp2", 4, "one of dp, zero1, zero2, zero3"),
+        ("zero1+zero2", 4, "exclude each other"),
+        ("zero2/4+1f1b/2", 4, "Say them there, as in 'zero1.1f1b/8'"),
         ("gpipe+1f1b", 4, "choose one pipeline of gpipe, 1f1b"),
-        ("single+dp2", 2, "'single' and 'zero1' alone"),
+        ("single+dp2", 2, "'single' alone"),
         ("tp2+chunked_loss2", 2, "along the vocabulary, over ranks, and along the batch"),
         ("pp2+dp2", 4, "in no order; add one of gpipe, 1f1b"),
         ("dp+tp", 4, "leaves the sizes of dp and tp open, so that 4 ranks"),
@@ -287,7 +295,7 @@ def test_a_name_gives_a_mesh(name: str, world: int, axes: dict[str, int]) -> Non
         ("coshard2", 2, "is for one rank, and the world has 2 ranks"),
         ("dp0", 2, "'dp0', whose numbers mean nothing"),
         ("dp2/4", 2, "'dp2/4', whose numbers mean nothing"),
-        ("gpipe4", 2, "1f1b/8 for microbatches"),
+        ("gpipe4", 2, "1f1b/8 or zero2/8 for microbatches"),
     ],
 )
 def test_a_name_that_means_nothing_is_refused(name: str, world: int, message: str) -> None:

@@ -15,7 +15,7 @@ NUM_MODELS, NUM_MODELS_AT_NIGHT = 12, 120
 
 def try_plan(model: int, choose: random.Random, shuffle: random.Random | None, optimizer: str) -> bool:
     """Plan, check, run two steps and compare; whether the plan was one that can run."""
-    case, plan = find_case(model), RandomPlan(choose)
+    case, plan = find_case(model), RandomPlan(choose, in_units=True)
     tell, count = (note, event) if currently_in_test_context() else (print, print)
     try:
         planned = plan_case(case, plan, plan.num_ranks, shuffle)

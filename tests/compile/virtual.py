@@ -40,7 +40,9 @@ def capture_call(function: Callable[..., Any], *arguments: Any, cuts_classes: bo
     return only
 
 
-def run_plan(call: Captures, plan: PlanFunction, mesh: Mesh) -> tuple[Compilation, Mapping[int, dict[str, Any]]]:
+def run_plan(
+    call: Captures, plan: PlanFunction, mesh: Mesh, codegen: str = "eager"
+) -> tuple[Compilation, Mapping[int, dict[str, Any]]]:
     """Plan, check and run a captured call on every rank, with gradients; returns every rank's values at the end."""
     compilation = compile_plan(call.captured, plan, mesh, trains=True)
     program = compilation.program
@@ -51,7 +53,7 @@ def run_plan(call: Captures, plan: PlanFunction, mesh: Mesh) -> tuple[Compilatio
         values[rank][key] = part_of(given[view.tensor].detach(), view.mask)
     for (rank, key), tensor in program.seeds.items():
         values[rank][key] = torch.ones(tensor.shape, dtype=tensor.dtype)
-    run_all(program, compilation.schedule, values, CodeGenerator("eager", {}), torch.device("cpu"))
+    run_all(program, compilation.schedule, values, CodeGenerator(codegen, {}), torch.device("cpu"))
     return compilation, values
 
 
@@ -63,13 +65,14 @@ def assert_plan_is_right(
     mesh: Mesh,
     tolerance: float = 1e-9,
     call: Captures | None = None,
+    codegen: str = "eager",
 ) -> Compilation:
     """The loss and every gradient, on every rank that has them, are those of one process.
 
     `call` is the captured call, where a test has it already.
     """
     call = call or capture_call(loss_of, *arguments)
-    compilation, values = run_plan(call, plan, mesh)
+    compilation, values = run_plan(call, plan, mesh, codegen)
     model.zero_grad()
     loss = loss_of(*arguments)
     loss.backward()

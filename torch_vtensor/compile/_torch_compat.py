@@ -13,6 +13,8 @@ graph at two places, the partitioner (training) and `inner_compile` (every graph
 | `utils._pytree.tree_leaves`; `_ops.OperatorBase`; `_boxed_call` on a function | calling conventions, names |
 | node meta `desc`, `nn_module_stack`, `fwd_nn_module_stack`, `grapharg` | names |
 | `_functorch.aot_autograd.aot_export_module(pre_dispatch=True)`, `FakeTensorMode` | the forward program, for a plan |
+| `fx.experimental.proxy_tensor.make_fx`, `_dispatch.python.enable_python_dispatcher` | joint graphs of segments |
+| `func.functionalize`; `_inductor.decomposition.select_decomp_table` | those that overwrite, and those for inductor |
 | `Tensor._make_wrapper_subclass`, `_C._disabled_torch_function_impl`, `__tensor_flatten__` | sharded tensors |
 | `_C._swap_tensor_impl`, `_is_param`, `_backward_hooks`, `_post_accumulate_grad_hooks` | parameters sharded in place |
 | `_C._get_dispatch_mode`, `_schema`, `Tag.pointwise` | telling operators apart |
@@ -256,6 +258,93 @@ def compile_with_inductor(graph: GraphModule, inputs: Sequence[torch.Tensor], se
     from torch._inductor import compile_fx
 
     return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(settings))
+
+
+def trace_joint(
+    function: GraphModule, inputs: Sequence[torch.Tensor], wants: Sequence[bool], *, generates: bool
+) -> tuple[GraphModule, int, list[int]]:
+    """A function and its gradients as one graph of functional operators, which inductor can compile if it `generates`.
+
+    The graph's inputs are ``primals_i``, the function's, and ``tangents_i``, the gradients of those outputs that have
+    one; its outputs those of the function, then a gradient for each input, None where none is wanted or there is none.
+
+    Returns the graph, how many of its outputs are the function's, and which of these have a tangent.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def joint(*values: torch.Tensor) -> list[torch.Tensor | None]:
+        leaves = [
+            value.detach().requires_grad_(wanted) for value, wanted in zip(values[: len(wants)], wants, strict=True)
+        ]
+        outputs = function(*leaves)
+        gradients = iter(
+            torch.autograd.grad(
+                [outputs[index] for index in flowing],
+                [leaf for leaf in leaves if leaf.requires_grad],
+                values[len(wants) :],
+                allow_unused=True,
+            )
+        )
+        return [*(output.detach() for output in outputs), *(next(gradients) if wanted else None for wanted in wants)]
+
+    mode = FakeTensorMode()
+    table = select_decomp_table() if generates else {}
+    with mode, enable_python_dispatcher(), torch.enable_grad():
+        primals = [torch.empty(value.shape, dtype=value.dtype, device=value.device) for value in inputs]
+        outputs = function(*(value.requires_grad_(wanted) for value, wanted in zip(primals, wants, strict=True)))
+        flowing = [index for index, output in enumerate(outputs) if output.requires_grad]
+        tangents = [torch.empty(outputs[i].shape, dtype=outputs[i].dtype, device=outputs[i].device) for i in flowing]
+        values = [*(value.detach() for value in primals), *tangents]
+        traced = make_fx(joint, decomposition_table=table)(*values)
+        if any(_is_mutable(node) for node in traced.graph.nodes):
+            traced = make_fx(torch.func.functionalize(traced, remove="mutations"))(*values)
+    names = [*(f"primals_{index}" for index in range(len(inputs))), *(f"tangents_{index}" for index in flowing)]
+    for placeholder, name in zip(traced.graph.find_nodes(op="placeholder"), names, strict=True):
+        placeholder.name = placeholder.target = name
+    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+        node.replace_all_uses_with(node.args[0])
+        traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced, len(outputs), flowing
+
+
+def _is_mutable(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def is_view(node: Node) -> bool:
+    """Whether what a node makes shares the memory of what it reads."""
+    return isinstance(node.target, torch._ops.OpOverload) and any(
+        argument.alias_info is not None and not argument.alias_info.is_write
+        for argument in node.target._schema.arguments
+    )
+
+
+def partition(joint: GraphModule, num_outputs: int, settings: Mapping[str, Any]) -> tuple[GraphModule, GraphModule]:
+    """Cut a joint graph as inductor does: what is saved, and what cheap work backward does again, is up to it."""
+    from torch._inductor import compile_fx, config
+
+    inputs = [node.meta["val"] for node in joint.graph.find_nodes(op="placeholder")]
+    with config.patch(dict(settings)):
+        return compile_fx.partition_fn(joint, inputs, num_fwd_outputs=num_outputs, static_lifetime_input_indices=[])
+
+
+def generate_with_inductor(
+    graph: GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any]
+) -> Callable[..., Sequence[Any]]:
+    """Code for a graph of functional operators without gradients, for inputs of these sizes and strides."""
+    from torch._inductor import compile_fx, config
+    from torch._subclasses import FakeTensor, FakeTensorMode
+
+    values = [node.meta["val"] for node in graph.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)]
+    mode = values[0].fake_mode if values else FakeTensorMode()
+    with config.patch(dict(settings)):
+        compiled = compile_fx.compile_fx_inner(graph, [mode.from_tensor(value, static_shapes=True) for value in inputs])
+    return lambda *arguments: compiled(list(arguments))
 
 
 def random_state(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -78,7 +78,7 @@ def _taken_once(readers: Sequence[Reader]) -> list[Reader]:
     At each place of what the input is taken once under, the pieces there have the whole gradient. Where they are cut
     alike at most places, these count; pieces elsewhere are left out.
     """
-    places = {reader: _place(reader) for reader in readers}
+    places = {reader: place_under_sums(reader) for reader in readers}
     starts: defaultdict[str, dict[Fraction | int, None]] = defaultdict(dict)
     for place in places.values():
         for name, (start, _) in place.items():
@@ -99,7 +99,7 @@ def _taken_once(readers: Sequence[Reader]) -> list[Reader]:
     return [reader for reader in readers if reader in chosen]
 
 
-def _place(reader: Reader) -> dict[str, _Range]:
+def place_under_sums(reader: Reader) -> dict[str, _Range]:
     """Where a reader is along what its input is taken once under: summed identifiers, and a split of values."""
     if reader.task is None:
         return {}

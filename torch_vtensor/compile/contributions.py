@@ -9,8 +9,8 @@ from dataclasses import replace
 from torch_vtensor.compile.schedules.job import Job, Result
 from torch_vtensor.compile.tensor_view import LogicalTensor, Mask
 
-_Part = tuple[int, Mask]
-"""An addend: the number of the group of readers whose gradients move together, and the part of it."""
+_Part = tuple[str, Mask]
+"""An addend: the name of the group of readers whose gradients move together, and the part of it."""
 
 
 class Contributions:
@@ -21,7 +21,7 @@ class Contributions:
             lambda: defaultdict(dict)
         )
 
-    def add(self, tensor: LogicalTensor, group: int, mask: Mask, rank: int, jobs: Sequence[str]) -> None:
+    def add(self, tensor: LogicalTensor, group: str, mask: Mask, rank: int, jobs: Sequence[str]) -> None:
         """Note the jobs that together compute an addend on a rank; replicas are those of other ranks."""
         if jobs:
             self._jobs[tensor][group, mask][rank] = list(jobs)

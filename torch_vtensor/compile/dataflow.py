@@ -17,12 +17,12 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
-from torch_vtensor.compile.addends import Reader, find_addends
+from torch_vtensor.compile.addends import Reader, find_addends, place_under_sums
 from torch_vtensor.compile.communication import Buffer, Communication, Placed
 from torch_vtensor.compile.moves import find_communication
 from torch_vtensor.compile.plan import Plan
 from torch_vtensor.compile.task_graph import Task
-from torch_vtensor.compile.tensor_view import WHOLE_VALUE, LogicalTensor, Mask, ValueChunk, covers, cut_evenly
+from torch_vtensor.compile.tensor_view import WHOLE_VALUE, Interval, LogicalTensor, Mask, ValueChunk, covers, cut_evenly
 from torch_vtensor.compile.topology import Topology
 
 NOTHING_KEPT: Mapping[LogicalTensor, Mapping[int, Mask]] = MappingProxyType({})
@@ -66,7 +66,7 @@ class Exchange:
     """One tensor, of one microbatch where it has any: makers, readers, and what moves between them.
 
     ``makers`` are the instances that write each part, empty for what is there from the start. ``groups`` is empty where
-    no gradient flows.
+    no gradient flows. What is read ``anew`` moves for forward passes, and again for backward ones that need it.
     """
 
     tensor: LogicalTensor
@@ -76,6 +76,7 @@ class Exchange:
     communication: Communication
     groups: tuple[GradientGroup, ...] = ()
     group_of: Mapping[Reader, GradientGroup] = field(default_factory=dict)
+    anew: bool = False
 
     def buffer(self, reader: Reader) -> Buffer:
         """The buffer that a reader reads."""
@@ -133,7 +134,7 @@ def find_dataflow(
     for tensor, all_readers in readers.items():
         for exchange in _exchanges(plan, topology, tensor, makers[tensor], all_readers, storage.get(tensor)):
             if tensor in active:
-                _add_gradients(exchange, topology)
+                _add_gradients(exchange, plan, active, topology)
             exchanges.append(exchange)
             for reader in exchange.readers:
                 if reader.task is None:
@@ -142,6 +143,10 @@ def find_dataflow(
                     reads[Instance(reader.task, reader.rank), reader.position] = exchange, reader
     returns.sort(key=lambda item: item[1].position)
     return Dataflow(plan, tuple(exchanges), reads, tuple(returns), storage, active)
+
+
+def _flows(task: Task, active: frozenset[LogicalTensor]) -> bool:
+    return any(view is not None and view.tensor in active for view in task.outputs)
 
 
 def _active(plan: Plan) -> frozenset[LogicalTensor]:
@@ -160,16 +165,34 @@ def _stored(plan: Plan, tensor: LogicalTensor, readers: Sequence[Reader]) -> dic
     """
     whole = tensor.whole.mask
     asked = plan.stored.get(tensor)
-    if asked is not None and asked.dim is not None:
+    if asked is not None and asked.ranks is not None and asked.dim is not None:
         shards = cut_evenly(tensor.shape[asked.dim], len(asked.ranks))
         return {rank: whole.with_interval(asked.dim, shard) for rank, shard in zip(asked.ranks, shards, strict=True)}
-    if asked is not None and tensor.shape:
+    if asked is not None and asked.ranks is not None and tensor.shape:
         return dict.fromkeys(asked.ranks, whole)
     boxes: dict[int, Mask] = {}
     for reader in readers:
         box = reader.mask.region
         boxes[reader.rank] = boxes.get(reader.rank, box).hull(box)
-    return boxes if tensor.shape and covers(boxes.values(), whole) else dict.fromkeys(plan.mesh.ranks, whole)
+    if not tensor.shape or not covers(boxes.values(), whole):
+        boxes = dict.fromkeys(plan.mesh.ranks, whole)
+    return boxes if asked is None or not tensor.shape else _shared_out(boxes)
+
+
+def _shared_out(boxes: Mapping[int, Mask]) -> dict[int, Mask]:
+    """Boxes that several ranks have, cut along dimension 0 so that each has a shard; whole where rows are too few."""
+    ranks_of: defaultdict[Mask, list[int]] = defaultdict(list)
+    for rank in sorted(boxes):
+        ranks_of[boxes[rank]].append(rank)
+    found: dict[int, Mask] = {}
+    for box, ranks in ranks_of.items():
+        rows = box.intervals[0]
+        if rows.size < len(ranks):
+            found.update(dict.fromkeys(ranks, box))
+            continue
+        for rank, shard in zip(ranks, cut_evenly(rows.size, len(ranks)), strict=True):
+            found[rank] = box.with_interval(0, Interval(rows.start + shard.start, rows.start + shard.stop))
+    return found
 
 
 def _exchanges(
@@ -184,7 +207,12 @@ def _exchanges(
     if not makers:
         there = storage or dict.fromkeys(plan.mesh.ranks, tensor.whole.mask)
         have = {Placed(rank, mask): () for rank, mask in there.items()}
-        yield _exchange(tensor, None, have, readers, topology)
+        asked = plan.stored.get(tensor)
+        anew = asked is not None and asked.anew
+        for index, some in _by_unit(plan, readers) if anew else [(None, readers)]:
+            exchange = _exchange(tensor, index, have, some, topology)
+            exchange.anew = anew
+            yield exchange
         return
     in_microbatches = {plan.microbatch.get(maker.task) for maker in makers}
     written = {index: _written(plan, tensor, makers, index) for index in (*in_microbatches, None)}
@@ -200,6 +228,26 @@ def _exchanges(
             by_microbatch[index if apart else None].append(reader)
     for index, some in by_microbatch.items():
         yield _exchange(tensor, index, written[index], some, topology)
+
+
+def _by_microbatch(plan: Plan, uses: Sequence[Reader]) -> Mapping[int | None, list[Reader]]:
+    """Readers of one use by microbatch; all in one, if microbatches would then count what they take once each."""
+    found: defaultdict[int | None, list[Reader]] = defaultdict(list)
+    for reader in uses:
+        found[None if reader.task is None else plan.microbatch.get(reader.task)].append(reader)
+    places = {frozenset(frozenset(place_under_sums(reader).items()) for reader in some) for some in found.values()}
+    return found if len(places) == 1 else {None: list(uses)}
+
+
+def _by_unit(plan: Plan, readers: Sequence[Reader]) -> Iterable[tuple[int | None, list[Reader]]]:
+    """Readers of what is gathered anew, by the passes that it is gathered for, with their microbatch."""
+    found: defaultdict[tuple[int | None, int | None], list[Reader]] = defaultdict(list)
+    for uses in _by_use(readers).values():
+        for index, some in _by_microbatch(plan, uses).items():
+            for reader in some:
+                unit = None if reader.task is None else plan.unit.get(reader.task.operator)
+                found[unit, index].append(reader)
+    return [(index, some) for (_, index), some in found.items()]
 
 
 def _by_use(readers: Iterable[Reader]) -> Mapping[Hashable, list[Reader]]:
@@ -298,13 +346,17 @@ def _among_themselves(
     return inside
 
 
-def _add_gradients(exchange: Exchange, topology: Topology) -> None:
-    """Find how the gradient gets from the readers to the makers."""
+def _add_gradients(exchange: Exchange, plan: Plan, active: frozenset[LogicalTensor], topology: Topology) -> None:
+    """Find how the gradient gets from those readers that have one to the makers."""
     tensor = exchange.tensor
-    by_layout: defaultdict[frozenset[Placed], list[Mapping[Placed, tuple[Reader, ...]]]] = defaultdict(list)
-    for readers in _by_use(exchange.readers).values():
-        addends = find_addends(readers)
-        by_layout[frozenset(addends)].append(addends)
+    by_layout: defaultdict[Hashable, list[Mapping[Placed, tuple[Reader, ...]]]] = defaultdict(list)
+    flowing = [reader for reader in exchange.readers if reader.task is None or _flows(reader.task, active)]
+    asked = plan.stored.get(tensor)
+    for uses in _by_use(flowing).values():
+        apart = _by_microbatch(plan, uses) if asked is not None and asked.each_microbatch else {None: uses}
+        for index, readers in apart.items():
+            addends = find_addends(readers)
+            by_layout[index, frozenset(addends)].append(addends)
 
     need = tuple(dict.fromkeys(Placed(part.rank, part.mask.region) for part in exchange.makers))
     groups: list[GradientGroup] = []

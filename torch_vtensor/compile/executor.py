@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch_vtensor.compile.communication import Assemble, Buffer, Collective, Transfer
 from torch_vtensor.compile.program import Add, Backward, Forward, Move, Program
 from torch_vtensor.compile.schedules.action import Schedule
+from torch_vtensor.compile.schedules.job import JobKind
 from torch_vtensor.compile.segment import Segment
 
 
@@ -39,11 +41,20 @@ class Transport(Protocol):
 class Code(Protocol):
     """What runs a segment."""
 
-    def forward(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
-        """Departures, and what backward needs."""
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Any]]:
+        """Departures, and what backward needs, one value for each of `Forward.saved`."""
 
-    def backward(self, saved: Any, tangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Gradients of the arrivals that want one."""
+    def backward(
+        self,
+        part: JobKind,
+        saved: Sequence[Any],
+        inputs: Sequence[Tensor | None],
+        tangents: Sequence[Tensor | None],
+    ) -> tuple[Sequence[Tensor | None], Any]:
+        """Gradients of those arrivals that this part is for, and what it keeps for the next part.
+
+        ``inputs`` are those arrivals that forward did not save, None for all others.
+        """
 
 
 class Executor:
@@ -79,22 +90,13 @@ class Executor:
                 if isinstance(values[key], _Arriving):
                     yield values[key].pending
                     values[key].settle(values)
+            # In functions of their own, so that nothing outlives its FREE in a variable here.
             if isinstance(work, Forward):
-                outputs, saved = self._code[work.segment].forward([values[key] for key in work.inputs])
-                values.update(zip(work.outputs, outputs, strict=True))
-                if work.saved is not None:
-                    values[work.saved] = saved
+                self._run_forward(work, values)
             elif isinstance(work, Backward):
-                tangents = [None if key is None else values[key] for key in work.tangents]
-                gradients = self._code[work.segment].backward(values[work.saved], tangents)
-                for wanted, gradient in zip(work.gradients, gradients, strict=True):
-                    if wanted is not None:
-                        values[wanted] = gradient
+                self._run_backward(work, values)
             elif isinstance(work, Add):
-                first, *rest = (values[key] for key in work.inputs)
-                for addend in rest:
-                    first = first + addend
-                values[work.output] = first
+                values[work.output] = functools.reduce(torch.add, (values[key] for key in work.inputs))
             elif isinstance(work.step, Assemble):
                 values[work.keys[work.step.output]] = assemble(work.step, work.keys, values, work.tensor.dtype, device)
             else:
@@ -106,6 +108,23 @@ class Executor:
             if isinstance(value, _Arriving):
                 yield value.pending
                 value.settle(values)
+
+    def _run_forward(self, work: Forward, values: dict[str, Any]) -> None:
+        outputs, saved = self._code[work.segment].forward([values[key] for key in work.inputs])
+        values.update(zip(work.outputs, outputs, strict=True))
+        if work.saved:
+            values.update(zip(work.saved, saved, strict=True))
+
+    def _run_backward(self, work: Backward, values: dict[str, Any]) -> None:
+        saved, inputs, tangents = (
+            [None if key is None else values[key] for key in keys] for keys in (work.saved, work.inputs, work.tangents)
+        )
+        gradients, kept = self._code[work.segment].backward(work.part, saved, inputs, tangents)
+        for wanted, gradient in zip(work.gradients, gradients, strict=True):
+            if wanted is not None:
+                values[wanted] = gradient
+        if work.kept is not None:
+            values[work.kept] = kept
 
     def _communicate(
         self, name: str, work: Move, values: dict[str, Any], sent: list[Pending], device: torch.device

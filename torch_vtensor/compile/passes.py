@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch_vtensor.compile.gathers import find_gathers
 from torch_vtensor.compile.program import Program
 from torch_vtensor.compile.schedules import Job, Report, Result, Schedule, Value, check, order_jobs
 from torch_vtensor.compile.stages import find_constraints, find_turns
@@ -41,7 +42,7 @@ def order_passes(program: Program) -> Passes:
     if not program.seeds or is_whole_step(program):
         forward = _order(program, program.jobs, program.values, program.results)
         return Passes(forward, None, (check(forward),))
-    late = _depends_on_seeds(program)
+    late = _depends_on_seeds(program) | program.again
     early_jobs = [job for job in program.jobs if job.name not in late]
     late_jobs = [job for job in program.jobs if job.name in late]
     written = {place for job in early_jobs for place in job.written_places()}
@@ -83,7 +84,9 @@ def _values_of(program: Program, jobs: Sequence[Job], results: Sequence[Result])
 def _order(program: Program, jobs: Sequence[Job], values: Sequence[Value], results: Sequence[Result]) -> Schedule:
     known = {job.name for job in jobs}
     turns = find_turns(program.flow.plan, program.segments, jobs)
-    constraints = [pair for pair in find_constraints(program.segments) if known.issuperset(pair)]
+    constraints = [
+        pair for pair in (*find_constraints(program.segments), *find_gathers(program, turns)) if known.issuperset(pair)
+    ]
     schedule = order_jobs(jobs, values, constraints, turns, results)
     idle = {rank: () for rank in program.flow.plan.mesh.ranks if rank not in schedule.actions}
     return schedule.with_actions({**schedule.actions, **idle}) if idle else schedule

@@ -112,6 +112,18 @@ def gradient_chunk(task: Task, position: int) -> GradientChunk:
     return tuple(key)
 
 
+def backward_reads(task: Task, position: int) -> bool:
+    """Whether backward of a task needs the value of an input.
+
+    It does not where the operator is linear in that input together with any others that have gradients: the bias of a
+    linear layer, the table of an embedding.
+    """
+    sets = [set(slots) for slots in find_rule(task.operator).linear]
+    with_gradients = {slot for slot, tensor in enumerate(task.operator.inputs) if tensor.dtype.is_floating_point}
+    is_linear = bool(sets) and all(position in slots for slots in sets) and with_gradients <= set[int]().union(*sets)
+    return not is_linear
+
+
 def _can_be_cut(task: Task, rule: Rule, identifier: str) -> Interval | None:
     """The interval that a task has of an identifier; None if that cannot be cut further."""
     if identifier not in rule.sizes or identifier in rule.whole:

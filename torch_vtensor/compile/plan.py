@@ -21,7 +21,8 @@ class Plan:
 
     ``tasks`` are all pieces in an order in which one process could run them. ``ranks`` are those that run each.
     ``microbatch`` has those tasks that belong to one, ``recomputed`` the group of those that are computed again, and
-    ``turn`` those that op_order names: the number of the call, and the group's number in it.
+    ``turn`` those that op_order names: the number of the call, and the group's number in it. ``unit`` has the operators
+    of those groups that run apart from each other.
     """
 
     graph: OperatorGraph
@@ -32,6 +33,7 @@ class Plan:
     recomputed: Mapping[Task, int]
     turn: Mapping[Task, tuple[int, int]]
     stored: Mapping[LogicalTensor, Storage]
+    unit: Mapping[Operator, int]
     pipeline: Pipeline | None
     num_microbatches: int
 
@@ -81,6 +83,7 @@ def record(plan: PlanFunction, graph: OperatorGraph, mesh: Mesh) -> Plan:
         {task: group for task, group in view.recomputed.items() if task in merged},
         {task: place for task, place in turn.items() if task in merged},
         dict(view.stored),
+        dict(view.unit_of),
         view.pipeline,
         view.num_microbatches,
     )

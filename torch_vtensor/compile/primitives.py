@@ -34,6 +34,7 @@ class Graph:
         self.ranks: dict[Task, tuple[int, ...]] = {}
         self.chains: list[tuple[Tasks, ...]] = []
         self.stored: dict[LogicalTensor, Storage] = {}
+        self.unit_of: dict[Operator, int] = {}
         self.pipeline: Pipeline | None = None
         self.num_microbatches = 1
         self._pieces: dict[Task, tuple[Task, ...]] = {}
@@ -212,17 +213,33 @@ class Microbatches:
 
 @dataclass(frozen=True)
 class Storage:
-    """Where a parameter lies between steps: one interval of dimension `dim` on each rank; all of it where None."""
+    """Where a parameter lies between steps, and how it moves in one.
 
-    ranks: tuple[int, ...]
+    Each of ``ranks`` keeps one interval of dimension ``dim``, all of it where that is None; without ranks, those that
+    read the same share it out. Its gradient is added up over ranks once a step, or for each microbatch. It is gathered
+    once a step, or ``anew`` for each pass of each unit of the plan, which is a group of tasks.
+    """
+
+    ranks: tuple[int, ...] | None
     dim: int | None
+    each_microbatch: bool = False
+    anew: bool = False
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The order in which each rank runs the passes of its stages, by the name of a pipeline schedule."""
+    """The order in which each rank runs the passes of its stages, by the name of a pipeline schedule.
+
+    ``stages`` are the operators of each stage where the plan says it; else stages are what runs on the same ranks.
+    """
 
     kind: str
+    stages: tuple[frozenset[Operator], ...] = ()
+
+    @property
+    def cuts_backward(self) -> bool:
+        """Whether gradients of weights are passes of their own."""
+        return self.kind == "zb"
 
 
 def op_trans(
@@ -311,17 +328,40 @@ def balance(layers: Sequence[Tasks], num_stages: int) -> tuple[Tasks, ...]:
     return tuple(reversed(stages))
 
 
-def store(graph: Graph, ranks: Sequence[int], pattern: str = "*") -> None:
+def store(
+    graph: Graph,
+    ranks: Sequence[int] | None = None,
+    pattern: str = "*",
+    *,
+    each_microbatch: bool = False,
+    units: Sequence[Tasks] = (),
+    anew: bool = False,
+) -> None:
     """Shard parameters whose names match over ranks, by dimension 0; those with too few rows stay whole.
 
-    They are gathered for a step where tasks read them, and their gradients come back as shards, added up once a step.
+    Without ranks, what several ranks read is shared out among those. Parameters are gathered for a step where tasks
+    read them, and their gradients come back as shards, added up once a step.
+
+    each_microbatch: gradients are added up over ranks for each microbatch, and only shards are kept.
+    units: groups of tasks that run apart from each other, so that gradients of one are added up, and freed, while the
+        next runs backward.
+    anew: parameters are gathered for each pass of a unit, forward or backward, and freed after it; gradients are added
+        up after each backward pass.
 
     Source:  ZeRO (arXiv 1910.02054) as SuperScaler section 3.3 states it: an op-trans of the optimizer.
     """
     for parameter in graph.parameters:
         if fnmatch.fnmatchcase(parameter.name, pattern):
-            fits = bool(parameter.shape) and parameter.shape[0] >= len(ranks)
-            graph.stored[parameter] = Storage(tuple(ranks), 0 if fits else None)
+            fits = ranks is not None and bool(parameter.shape) and parameter.shape[0] >= len(ranks)
+            graph.stored[parameter] = Storage(
+                None if ranks is None else tuple(ranks),
+                0 if fits else None,
+                each_microbatch or anew,
+                anew,
+            )
+    first = len(graph.unit_of)
+    for number, unit in enumerate(units):
+        graph.unit_of.update((task.operator, first + number) for task in unit)
 
 
 PlanFunction = Callable[[Graph, Mesh], None]

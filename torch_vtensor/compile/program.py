@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from torch_vtensor.compile.communication import Assemble, Buffer, Communication, Placed, Step, Transfer, seconds_of
 from torch_vtensor.compile.contributions import Contributions
-from torch_vtensor.compile.cost import task_seconds
 from torch_vtensor.compile.dataflow import Dataflow, Exchange, GradientGroup
+from torch_vtensor.compile.pass_costs import is_saved_for, kept_bytes, pass_seconds, saved_bytes
 from torch_vtensor.compile.schedules.job import Job, JobKind, Result, Value, ValueKind
 from torch_vtensor.compile.segment import Segment
 from torch_vtensor.compile.tensor_view import LogicalTensor, Mask, TensorView
@@ -24,25 +24,33 @@ from torch_vtensor.compile.topology import Topology
 
 
 class Forward(NamedTuple):
-    """Run a segment: values in the order of its arrivals to values in the order of its departures."""
+    """Run a segment: values in the order of its arrivals to values in the order of its departures.
+
+    ``saved`` are what its backward passes read, one for each of them.
+    """
 
     segment: Segment
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    saved: str | None
+    saved: tuple[str, ...]
 
 
 class Backward(NamedTuple):
-    """Run a segment backward.
+    """Run a segment backward, or the part of that which is for its inputs (dI) or for its weights (dW).
 
-    ``tangents`` has the gradient of each departure, None for those that have none; ``gradients`` the key of the
-    gradient of each arrival, None where none is wanted.
+    ``inputs`` has the key of each arrival that is read again, None for those that are saved. ``tangents`` has the
+    gradient of each departure, None for those that have none; ``gradients`` the key of the gradient of each arrival,
+    None where none is wanted or another part computes it. dW reads what dI kept instead of tangents, among what is
+    ``saved``; ``kept`` is where dI leaves that.
     """
 
     segment: Segment
-    saved: str
+    part: JobKind
+    saved: tuple[str, ...]
+    inputs: tuple[str | None, ...]
     tangents: tuple[str | None, ...]
     gradients: tuple[str | None, ...]
+    kept: str | None
 
 
 class Move(NamedTuple):
@@ -69,7 +77,8 @@ class Program:
     """All jobs of all ranks and what they do, by name.
 
     ``arguments`` has the key of each part that a rank has at the start, ``seeds`` those that the caller's gradients
-    enter by; ``outputs`` and ``gradients`` are what is there at the end.
+    enter by; ``outputs`` and ``gradients`` are what is there at the end. ``again`` are the jobs that bring to backward
+    passes what forward passes did not keep.
     """
 
     flow: Dataflow
@@ -82,6 +91,7 @@ class Program:
     outputs: Mapping[tuple[int, LogicalTensor], str]
     gradients: Mapping[tuple[int, LogicalTensor], tuple[str, Mask]]
     results: tuple[Result, ...]
+    again: frozenset[str]
 
     @cached_property
     def sent_bytes(self) -> Mapping[str, Counter[int]]:
@@ -124,6 +134,7 @@ class _Builder:
         self._forward_of: dict[Segment, Forward] = {}
         self._contributions = Contributions()
         self._gives: dict[str, str] = {}  # the backward pass that gives a gradient
+        self._read_again: dict[Exchange, None] = {}
 
     def build(self) -> Program:
         for exchange in self._flow.exchanges:
@@ -131,14 +142,17 @@ class _Builder:
         for segment in self._segments:
             self._add_forward(segment)
         for exchange in self._flow.exchanges:
-            keys = {buffer: self._key(exchange, buffer) for buffer in _buffers(exchange.communication)}
-            self._add_steps(exchange.tensor, exchange.communication.steps, keys, exchange.microbatch, "activation")
+            self._add_exchange(exchange)
         outputs = {
             (reader.rank, exchange.tensor): self._key(exchange, exchange.buffer(reader))
             for exchange, reader in self._flow.returns
         }
         self._pin(outputs.items())
         gradients = self._add_backward() if self._flow.active else {}
+        before_again = len(self._jobs)
+        for exchange in self._read_again:
+            self._add_exchange(exchange, again=True)
+        again = frozenset(job.name for job in self._jobs[before_again:])
         results = [Result(self._label[tensor], rank, key) for (rank, tensor), key in outputs.items()]
         of_gradients, jobs = self._contributions.results(gradients, self._label, self._jobs)
         return Program(
@@ -152,14 +166,15 @@ class _Builder:
             outputs,
             gradients,
             tuple(dict.fromkeys((*results, *of_gradients))),
+            again,
         )
 
     # ------------------------------------------------------------------ values
 
-    def _key(self, exchange: Exchange, buffer: Buffer) -> str:
+    def _key(self, exchange: Exchange, buffer: Buffer, *, again: bool = False) -> str:
         label = self._label[exchange.tensor]
         key = f"{label}{buffer.mask}"
-        return f"{key}'{self._number[exchange]}.{buffer.tag}" if buffer.tag else key
+        return f"{key}'{self._number[exchange]}.{buffer.tag}{' again' * again}" if buffer.tag else key
 
     def _add_value(self, key: str, rank: int, num_bytes: int, kind: ValueKind, *, pinned: bool = False) -> None:
         if (rank, key) not in self._values:
@@ -195,14 +210,18 @@ class _Builder:
         # Of replicas on one rank only one has a gradient, so that what several read may be wanted by none of these.
         wants = any(arrival.group is not None for arrival in segment.arrivals)
         trains = wants and any(view.tensor in self._flow.active for view in segment.departures)
-        saved = f"saved {segment.name}" if trains else None
-        written = outputs
-        if saved is not None:
-            self._add_value(saved, segment.rank, _saved_bytes(segment), "saved")
-            written = (*outputs, saved)
+        names = (f"saved {segment.name}", *(f"saved {segment.name} for {part}" for part in [*segment.parts][1:]))
+        saved = names if trains else ()
+        for key, num_bytes in zip(saved, saved_bytes(segment), strict=False):
+            self._add_value(key, segment.rank, num_bytes, "saved")
         forward = Forward(segment, inputs, outputs, saved)
         self._forward_of[segment] = forward
-        self._add_job(f"F {segment.name}", "F", forward, inputs, written, segment)
+        self._add_job(f"F {segment.name}", "F", forward, inputs, (*outputs, *saved), segment)
+
+    def _add_exchange(self, exchange: Exchange, *, again: bool = False) -> None:
+        keys = {buffer: self._key(exchange, buffer, again=again) for buffer in _buffers(exchange.communication)}
+        kind: ValueKind = "parameter" if exchange.tensor.kind == "parameter" else "activation"
+        self._add_steps(exchange.tensor, exchange.communication.steps, keys, exchange.microbatch, kind)
 
     def _add_steps(
         self,
@@ -300,7 +319,7 @@ class _Builder:
 
     def _add_backward_of(self, segment: Segment) -> None:
         forward = self._forward_of[segment]
-        if forward.saved is None:
+        if not forward.saved:
             return
         tangents: list[str | None] = []
         for key, view in zip(forward.outputs, segment.departures, strict=True):
@@ -308,23 +327,64 @@ class _Builder:
             tangents.append(self._sum(given, f"d {key}", segment.rank, view, segment.microbatch))
         if not any(tangents):
             return
-        gradients: list[str | None] = []
-        for number, arrival in enumerate(segment.arrivals):
-            if arrival.group is None:
-                gradients.append(None)
-                continue
-            tensor = arrival.exchange.tensor
-            key = f"d {self._label[tensor]}{arrival.mask.region}@{segment.name}.{number}"
-            view = TensorView(tensor, arrival.mask.region)
-            self._add_value(key, segment.rank, view.num_bytes, _gradient_kind(tensor))
-            gradients.append(key)
-            self._gives[key] = f"B {segment.name}"
-            assert arrival.part is not None
-            self._given[arrival.group, arrival.part].append((segment.microbatch, key))
-        backward = Backward(segment, forward.saved, tuple(tangents), tuple(gradients))
-        read = tuple(dict.fromkeys(key for key in (*tangents, forward.saved) if key is not None))
-        written = tuple(key for key in gradients if key is not None)
-        self._add_job(f"B {segment.name}", "B", backward, read, written, segment)
+        gradients = [self._add_gradient_of(segment, number) for number in range(len(segment.arrivals))]
+        arrivals = list(segment.arrivals)
+        self._read_again.update((arrivals[index].exchange, None) for index in segment.reads_again)
+        inputs = tuple(
+            self._key(
+                arrival.exchange, arrival.exchange.communication.need[Placed(segment.rank, arrival.mask)], again=True
+            )
+            if number in segment.reads_again
+            else None
+            for number, arrival in enumerate(arrivals)
+        )
+        if len(segment.parts) == 1:
+            self._add_part(Backward(segment, "B", forward.saved, inputs, tuple(tangents), tuple(gradients), None))
+            return
+        kept = f"kept {segment.name}"
+        self._add_value(kept, segment.rank, kept_bytes(segment), "saved")
+        for part, positions in segment.parts.items():
+            mine = tuple(key if number in positions else None for number, key in enumerate(gradients))
+            self._add_part(
+                Backward(segment, part, forward.saved, inputs, tuple(tangents), mine, kept)
+                if part == "dI"
+                else Backward(segment, part, (forward.saved[-1], kept), (), (), mine, None)
+            )
+
+    def _add_gradient_of(self, segment: Segment, number: int) -> str | None:
+        """Declare the gradient that a segment gives of an arrival, None if that has none."""
+        arrival = list(segment.arrivals)[number]
+        if arrival.group is None:
+            return None
+        tensor = arrival.exchange.tensor
+        key = f"d {self._label[tensor]}{arrival.mask.region}@{segment.name}.{number}"
+        view = TensorView(tensor, arrival.mask.region)
+        self._add_value(key, segment.rank, view.num_bytes, _gradient_kind(tensor))
+        assert arrival.part is not None
+        self._given[arrival.group, arrival.part].append((segment.microbatch, key))
+        return key
+
+    def _add_part(self, backward: Backward) -> None:
+        segment, name = backward.segment, f"{backward.part} {backward.segment.name}"
+        self._gives.update((key, name) for key in backward.gradients if key is not None)
+        read = (*backward.inputs, *self._moved_here(backward), *backward.tangents, *backward.saved)
+        written = (*backward.gradients, backward.kept)
+        self._add_job(
+            name,
+            backward.part,
+            backward,
+            tuple(dict.fromkeys(key for key in read if key is not None)),
+            tuple(key for key in written if key is not None),
+            segment,
+        )
+
+    def _moved_here(self, backward: Backward) -> Iterable[str]:
+        """What came from other ranks and forward saved: it is there for as long as backward needs it."""
+        segment = backward.segment
+        for number, (arrival, readers) in enumerate(segment.arrivals.items()):
+            buffer = arrival.exchange.communication.need[Placed(segment.rank, arrival.mask)]
+            if buffer.tag and not arrival.exchange.anew and is_saved_for(segment, backward.part, number, readers):
+                yield self._key(arrival.exchange, buffer)
 
     def _add_gradient_steps(self, exchange: Exchange) -> None:
         """Add up what each rank has of the gradient, and take it to the makers."""
@@ -332,13 +392,13 @@ class _Builder:
         kind = _gradient_kind(tensor)
         for number, group in enumerate(exchange.groups):
             communication = group.communication
+            of = f"{self._number[exchange]}.{number}"
             keys: dict[Buffer, str] = {}
             for part, buffer in communication.have.items():
                 given = self._given.get((group, part), [])
                 if tensor.kind == "parameter":
                     passes = [self._gives[key] for _, key in given if key in self._gives]
-                    self._contributions.add(tensor, number, part.mask, part.rank, passes)
-                of = f"{self._number[exchange]}.{number}"
+                    self._contributions.add(tensor, of, part.mask, part.rank, passes)
                 view = TensorView(tensor, part.mask.region)
                 total = self._sum(
                     [key for _, key in sorted(given, key=lambda item: -1 if item[0] is None else item[0])],
@@ -351,7 +411,7 @@ class _Builder:
                     keys[buffer] = total
             for buffer in _buffers(communication):
                 if buffer.tag:
-                    keys[buffer] = f"d {label}{buffer.mask}'{self._number[exchange]}.{number}.{buffer.tag}"
+                    keys[buffer] = f"d {label}{buffer.mask}'{of}.{buffer.tag}"
             self._fill_with_zeros(tensor, communication, keys, kind)
             self._add_steps(tensor, communication.steps, keys, exchange.microbatch, kind)
             for part, buffer in communication.need.items():
@@ -402,7 +462,7 @@ class _Builder:
         for exchange in self._flow.exchanges:
             for part, makers in exchange.makers.items():
                 given = self._tangents.get((exchange.tensor, part), [])
-                if makers or not given:
+                if makers or not given or (part.rank, exchange.tensor) in found:
                     continue
                 view = TensorView(exchange.tensor, part.mask)
                 total = self._sum(given, f"d {self._label[exchange.tensor]}{part.mask}", part.rank, view, None)
@@ -431,7 +491,7 @@ class _Builder:
                 writes={rank: tuple(writes)} if writes else {},
                 stage=str(segment.stage),
                 microbatch=segment.microbatch,
-                seconds=_seconds(segment, kind),
+                seconds=pass_seconds(segment, kind),
             )
         )
 
@@ -463,17 +523,3 @@ def _gradient_kind(tensor: LogicalTensor) -> ValueKind:
 
 def _kind_of(step: Step) -> str:
     return "assemble" if isinstance(step, Assemble) else "transfer" if isinstance(step, Transfer) else step.kind
-
-
-def _saved_bytes(segment: Segment) -> int:
-    """Bytes kept for backward, estimated: everything made inside, or what enters if it is computed again."""
-    if segment.recomputes:
-        return 0
-    made = [view for task in segment.tasks for view in task.outputs if view is not None]
-    return sum(view.num_bytes for view in made if view.tensor.dtype.is_floating_point)
-
-
-def _seconds(segment: Segment, kind: JobKind) -> float:
-    """Time of a pass, estimated from the multiplications and the bytes of its tasks."""
-    forward = sum(task_seconds(task) for task in segment.tasks)
-    return forward * (1 if kind == "F" else 3 if segment.recomputes else 2)

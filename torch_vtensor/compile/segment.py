@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch_vtensor.compile.addends import Reader
 from torch_vtensor.compile.communication import Placed
 from torch_vtensor.compile.dataflow import Dataflow, Exchange, GradientGroup, Instance
+from torch_vtensor.compile.pieces import backward_reads
+from torch_vtensor.compile.schedules.job import JobKind
 from torch_vtensor.compile.stages import find_stages
 from torch_vtensor.compile.task_graph import Task
 from torch_vtensor.compile.tensor_view import LogicalTensor, Mask, TensorView
@@ -34,6 +36,11 @@ class Arrival(NamedTuple):
     group: GradientGroup | None
     part: Placed | None
 
+    @property
+    def is_weight(self) -> bool:
+        """Whether no task makes it, so that no other backward pass waits for its gradient."""
+        return not any(self.exchange.makers.values())
+
 
 @dataclass(frozen=True, eq=False)
 class Segment:
@@ -41,7 +48,8 @@ class Segment:
 
     ``flows`` tells whether gradients flow through it, ``turn`` its place where the plan orders groups. ``arrivals`` are
     its inputs, with the readers that read each; ``departures`` the views that others need; ``internal`` has the inputs
-    of tasks that are made inside.
+    of tasks that are made inside. ``parts`` has the arrivals, by number, whose gradients each backward pass computes:
+    B, or dI and dW where the plan's pipeline has backward in two. ``reads_again`` has those that backward reads anew.
     """
 
     name: str
@@ -56,6 +64,13 @@ class Segment:
     arrivals: Mapping[Arrival, tuple[Reader, ...]]
     departures: tuple[TensorView, ...]
     internal: frozenset[tuple[Task, int]]
+    parts: Mapping[JobKind, tuple[int, ...]]
+    reads_again: tuple[int, ...]
+
+    @property
+    def in_passes(self) -> bool:
+        """Whether forward must not keep for backward just whatever it has."""
+        return len(self.parts) > 1 or any(arrival.exchange.anew for arrival in self.arrivals)
 
     def __str__(self) -> str:
         """One line."""
@@ -73,6 +88,7 @@ class _Key(NamedTuple):
     stage: int
     recomputed: int | None
     turn: tuple[int, int] | None
+    unit: int | None
     flows: bool
     level: int
 
@@ -99,7 +115,8 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
             index, recomputed, turn = plan.microbatch.get(task), plan.recomputed.get(task), plan.turn.get(task)
             # What needs no turn in a pipeline must not wait for one: all microbatches' targets are counted first.
             flows = index is None or _flows(flow, task)
-            own = _Key(rank, index, stages[task], recomputed, turn, flows, level=0)
+            unit = plan.unit.get(task.operator)
+            own = _Key(rank, index, stages[task], recomputed, turn, unit, flows, level=0)
             sources = {
                 position: source
                 for position in range(len(task.inputs))
@@ -208,6 +225,7 @@ def _segment(
         for view in instance.task.outputs
         if view is not None and Output(view.tensor, key.rank, view.mask) in leaving
     )
+    cuts_backward = flow.plan.pipeline is not None and flow.plan.pipeline.cuts_backward
     return Segment(
         name,
         key.rank,
@@ -221,7 +239,26 @@ def _segment(
         {arrival: tuple(readers) for arrival, readers in arrivals.items()},
         departures,
         frozenset(inside),
+        _parts(list(arrivals), in_two=cuts_backward and key.microbatch is not None),
+        tuple(
+            index
+            for index, (arrival, readers) in enumerate(arrivals.items())
+            if arrival.exchange.anew and (key.recomputed is not None or any(map(_is_read_backward, readers)))
+        ),
     )
+
+
+def _is_read_backward(reader: Reader) -> bool:
+    return reader.task is not None and backward_reads(reader.task, reader.position)
+
+
+def _parts(arrivals: Sequence[Arrival], *, in_two: bool) -> dict[JobKind, tuple[int, ...]]:
+    """The backward passes of a segment, and the arrivals that each is for: one pass if all are weights, or none is."""
+    wanted = tuple(index for index, arrival in enumerate(arrivals) if arrival.group is not None)
+    weights = tuple(index for index in wanted if arrivals[index].is_weight)
+    if not in_two or not weights or weights == wanted:
+        return {"B": wanted}
+    return {"dI": tuple(index for index in wanted if index not in weights), "dW": weights}
 
 
 def _flows(flow: Dataflow, task: Task) -> bool:

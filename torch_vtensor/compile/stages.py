@@ -14,6 +14,8 @@ from torch_vtensor.compile.schedules.pipelines import (
     gpipe,
     interleaved_one_f_one_b,
     one_f_one_b,
+    three_f_one_b,
+    zero_bubble,
 )
 from torch_vtensor.compile.task_graph import Operator, Task
 
@@ -29,11 +31,13 @@ class Stages(NamedTuple):
 
 
 def find_stages(plan: Plan) -> Stages:
-    """Number the stretches of the program that run on the same ranks, in order.
+    """Number the stretches of the program that run on the same ranks, in order, unless the plan names its stages.
 
     Tasks through which no gradient flows, and those on every rank of a mesh whose other tasks are not, belong to the
-    stage around them.
+    stage around them; so do those that are in no stage that the plan names.
     """
+    if plan.pipeline is not None and plan.pipeline.stages:
+        return _named_stages(plan, plan.pipeline.stages)
     # The ranks of an operator in a microbatch are those of all its pieces.
     home: defaultdict[tuple[Operator, int | None], set[int]] = defaultdict(set)
     for task in plan.tasks:
@@ -54,6 +58,19 @@ def find_stages(plan: Plan) -> Stages:
     return Stages({task: stage_of[task.operator] for task in plan.tasks}, tuple(ranks_of_stage))
 
 
+def _named_stages(plan: Plan, stages: Sequence[frozenset[Operator]]) -> Stages:
+    named = {operator: number for number, operators in enumerate(stages) for operator in operators}
+    of_task: dict[Task, int] = {}
+    ranks: list[set[int]] = [set() for _ in stages]
+    current = 0
+    for task in plan.tasks:
+        current = named.get(task.operator, current)
+        of_task[task] = current
+        if task.operator in named:
+            ranks[current].update(plan.ranks[task])
+    return Stages(of_task, tuple(map(frozenset, ranks)))
+
+
 def find_turns(plan: Plan, segments: Sequence[Segment], jobs: Sequence[Job]) -> dict[int, list[str]]:
     """The order of each rank's passes that the plan's pipeline asks for; nothing where it asks for none.
 
@@ -64,11 +81,15 @@ def find_turns(plan: Plan, segments: Sequence[Segment], jobs: Sequence[Job]) -> 
     stages = find_stages(plan)
     orders = _orders(plan.pipeline.kind, stages.ranks, plan.num_microbatches)
     known = {job.name for job in jobs}
+    runs_backward = {compute.stage for order in orders.values() for compute in order if compute.kind != "F"}
     of_stage: defaultdict[tuple[int, int, int], list[Segment]] = defaultdict(list)
     for segment in segments:
         # What op_order puts in turn finds its place by that, between those that it reads from and those it gives to.
-        if segment.microbatch is not None and segment.flows and segment.turn is None:
-            of_stage[segment.rank, segment.stage, segment.microbatch].append(segment)
+        takes_turns = segment.flows or segment.stage not in runs_backward
+        microbatch = 0 if plan.num_microbatches == 1 else segment.microbatch
+        if microbatch is not None and takes_turns and segment.turn is None:
+            of_stage[segment.rank, segment.stage, microbatch].append(segment)
+    _refuse_gradients(plan, [segment for some in of_stage.values() for segment in some], runs_backward, known)
     turns: dict[int, list[str]] = {}
     for order in orders.values():
         for rank in sorted(stages.ranks[order[0].stage]):
@@ -76,10 +97,25 @@ def find_turns(plan: Plan, segments: Sequence[Segment], jobs: Sequence[Job]) -> 
             for compute in order:
                 mine = sorted(of_stage[rank, compute.stage, compute.microbatch], key=lambda segment: segment.level)
                 for segment in mine if compute.kind == "F" else reversed(mine):
-                    if (name := f"{compute.kind} {segment.name}") in known:
-                        names.append(name)
+                    # What has no weights, or nothing else, runs backward in one where the gradient of its input is due.
+                    kinds = ("dI", "B") if compute.kind == "dI" else (compute.kind,)
+                    names += [name for kind in kinds if (name := f"{kind} {segment.name}") in known]
             turns[rank] = names
     return turns
+
+
+def _refuse_gradients(plan: Plan, segments: Sequence[Segment], runs_backward: set[int], known: set[str]) -> None:
+    """Refuse a pipeline that has no backward for a stage through which gradients flow."""
+    named = plan.pipeline.stages if plan.pipeline is not None else ()
+    for segment in segments:
+        if segment.stage not in runs_backward and f"B {segment.name}" in known:
+            task = next((task for task in segment.tasks if task.operator in named[segment.stage]), None)
+            if task is not None:
+                raise ValueError(
+                    f"the pipeline runs stage {segment.stage} forward only, and gradients flow through {task} "
+                    f"({task.operator.target} of module {task.operator.module!r}) there. Run all passes but the last "
+                    f"under torch.no_grad(), or detach what the next one takes from it."
+                )
 
 
 def find_constraints(segments: Sequence[Segment]) -> list[tuple[str, str]]:
@@ -103,13 +139,15 @@ def find_constraints(segments: Sequence[Segment]) -> list[tuple[str, str]]:
 def _orders(kind: str, ranks: Sequence[frozenset[int]], num_microbatches: int) -> Orders:
     num_groups = len(dict.fromkeys(ranks))
     if num_groups == len(ranks):
-        simple = {"gpipe": gpipe, "1f1b": one_f_one_b}
+        simple = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb": zero_bubble}
         if kind in simple:
             return simple[kind](len(ranks), num_microbatches)
-    elif kind == "1f1b" and len(ranks) % num_groups == 0:
+    elif kind in ("1f1b", "3f1b") and len(ranks) % num_groups == 0:
         rounds = [tuple(ranks[start : start + num_groups]) for start in range(0, len(ranks), num_groups)]
-        if len(set(rounds)) == 1:
+        if len(set(rounds)) == 1 and kind == "1f1b":
             return interleaved_one_f_one_b(num_groups, len(rounds), num_microbatches)
+        if len(set(rounds)) == 1:
+            return three_f_one_b(num_groups, num_microbatches, len(rounds))
     places = ", ".join(str(sorted(place)) for place in ranks)
     raise ValueError(
         f"the stages of the plan run on ranks {places}: no {kind} order fits. Place each stage on ranks of its own, "

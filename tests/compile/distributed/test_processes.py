@@ -66,12 +66,16 @@ WORLDS = {
         2,
         (
             *("dp2@gpt2@eager", "tp2@tied_llama@eager", "interlaced/2@tied_llama@eager"),
-            *("sp2@mlp@eager", "1f1b/4@mlp@eager", "dp2@mlp@inductor", "die@dp2"),
+            *("sp2@mlp@eager", "1f1b/4@mlp@eager", "zb/4@mlp@eager", "zero3/2@mlp@eager"),
+            *("dp2@mlp@inductor", "die@dp2"),
         ),
     ),
     "four ranks": (
         4,
-        ("dp2+tp2@mlp@eager", "dp2+1f1b/2@mlp@eager", "tp2+gpipe/2@gpt2@eager", "die@dp2+1f1b/2"),
+        (
+            *("dp2+tp2@mlp@eager", "dp2+1f1b/2@mlp@eager", "zero2+pp2+zb/2@mlp@eager", "tp2+gpipe/2@gpt2@eager"),
+            "die@dp2+1f1b/2",
+        ),
     ),
 }
 

@@ -11,10 +11,12 @@ from torch_vtensor.compile.plans.gpipe import gpipe
 from torch_vtensor.compile.plans.interlaced import interlaced
 from torch_vtensor.compile.plans.interleaved import interleaved
 from torch_vtensor.compile.plans.one_f_one_b import one_f_one_b
+from torch_vtensor.compile.plans.recycling import three_f_one_b
 from torch_vtensor.compile.plans.sequence_parallel import sequence_parallel
 from torch_vtensor.compile.plans.single_device import single_device
 from torch_vtensor.compile.plans.tensor_parallel import tensor_parallel
-from torch_vtensor.compile.plans.zero import zero1
+from torch_vtensor.compile.plans.zero import zero1, zero2, zero3
+from torch_vtensor.compile.plans.zero_bubble import zero_bubble
 
 __all__ = [
     "NamedPlan",
@@ -30,5 +32,9 @@ __all__ = [
     "sequence_parallel",
     "single_device",
     "tensor_parallel",
+    "three_f_one_b",
     "zero1",
+    "zero2",
+    "zero3",
+    "zero_bubble",
 ]

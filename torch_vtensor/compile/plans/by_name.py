@@ -7,10 +7,12 @@
              | pipeline ["*" stages] ["/" microbatches]
              | "coshard" [pieces] | "chunked_loss" [pieces] | "single"
     axis     = "dp" | "tp" | "sp" | "pp"          batch; heads, hidden, vocabulary; those and the sequence; stages
-             | "zero1"                            batch, parameters in shards; alone
-    pipeline = "gpipe" | "1f1b" | "interleaved" | "interlaced"
+             | zero [ranks] ["/" microbatches]    batch, with parameters in shards, in place of "dp"
+    zero     = "zero1" | "zero2" | "zero3"
+    pipeline = "gpipe" | "1f1b" | "interleaved" | "interlaced" | "zb" | "3f1b"
 
-A pipeline's axis "pp" need not be named. "*" is for interleaved only: how many stages each rank has.
+A pipeline's axis "pp" need not be named. "*" is for interleaved only: how many stages each rank has. Microbatches are
+a pipeline's, or, without one, run one after the other.
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ from torch_vtensor.compile.plans.gpipe import gpipe
 from torch_vtensor.compile.plans.interlaced import interlaced
 from torch_vtensor.compile.plans.interleaved import interleaved
 from torch_vtensor.compile.plans.one_f_one_b import one_f_one_b
+from torch_vtensor.compile.plans.recycling import three_f_one_b
 from torch_vtensor.compile.plans.sequence_parallel import sequence_parallel
 from torch_vtensor.compile.plans.single_device import single_device
 from torch_vtensor.compile.plans.tensor_parallel import tensor_parallel
-from torch_vtensor.compile.plans.zero import zero1
+from torch_vtensor.compile.plans.zero import zero1, zero2, zero3
+from torch_vtensor.compile.plans.zero_bubble import zero_bubble
 from torch_vtensor.compile.primitives import Graph, PlanFunction
 
 _PIPELINES: Mapping[str, Any] = {
@@ -43,19 +47,24 @@ _PIPELINES: Mapping[str, Any] = {
     "1f1b": one_f_one_b,
     "interleaved": interleaved,
     "interlaced": interlaced,
+    "zb": zero_bubble,
+    "3f1b": three_f_one_b,
 }
+_ZERO: Mapping[str, Any] = {"zero1": zero1, "zero2": zero2, "zero3": zero3}
 _OVER_RANKS: Mapping[str, PlanFunction] = {
     "dp": data_parallel,
+    **_ZERO,
     "tp": tensor_parallel,
     "sp": sequence_parallel,
-    "zero1": zero1,
 }
 _ON_A_RANK: Mapping[str, Any] = {"coshard": coshard, "chunked_loss": chunked_loss}
 _AXES = ("pp", "dp", "tp")
 """Slowest first: tensor parallel, which sends the most, has neighbouring ranks."""
 
 _KNOWN = ("single", "pp", *_OVER_RANKS, *_PIPELINES, *_ON_A_RANK)
-_PART = re.compile(r"(?P<name>1f1b|zero1|[a-z_]+)(?P<count>\d+)?(?:\*(?P<stages>\d+))?(?:/(?P<microbatches>\d+))?")
+_PART = re.compile(
+    r"(?P<name>[13]f1b|zero[123]|[a-z_]+)(?P<count>\d+)?(?:\*(?P<stages>\d+))?(?:/(?P<microbatches>\d+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -102,14 +111,16 @@ def named(name: str, world_size: int) -> NamedPlan:
         given[part["name"]] = part
     pipelines = [given[part] for part in _PIPELINES if part in given]
     over = [given[part] for part in _OVER_RANKS if part in given]
-    if (
-        len(pipelines) > 1
-        or ("tp" in given and "sp" in given)
-        or (len(given) > 1 and ("single" in given or "zero1" in given))
-    ):
+    axes = [_axis(part["name"]) for part in over]
+    if len(pipelines) > 1 or len(set(axes)) < len(axes) or (len(given) > 1 and "single" in given):
         raise ValueError(
             f"the plan {name!r} has parts that exclude each other: choose one pipeline of {', '.join(_PIPELINES)}, one "
-            f"of tp and sp; 'single' and 'zero1' alone."
+            f"of tp and sp, one of dp, {', '.join(_ZERO)}; 'single' alone."
+        )
+    if pipelines and any(part["microbatches"] for part in over):
+        raise ValueError(
+            f"the plan {name!r} has a pipeline, whose microbatches are all there are. Say them there, as in "
+            f"'zero1+1f1b/8'."
         )
     if "chunked_loss" in given and not given.keys().isdisjoint(("tp", "sp", "interlaced")):
         raise ValueError(
@@ -122,7 +133,7 @@ def named(name: str, world_size: int) -> NamedPlan:
     if pipelines:
         counts["pp"] = _number(given["pp"]["count"]) if "pp" in given else None
     parts: list[PlanFunction] = [_pipeline(name, part) for part in pipelines]
-    parts += [_OVER_RANKS[part["name"]] for part in over]
+    parts += [_over_ranks(part) for part in over]
     for part in (given[part] for part in _ON_A_RANK if part in given):
         pieces = {"num_pieces": int(part["count"])} if part["count"] else {}
         parts.append(partial(_ON_A_RANK[part["name"]], **pieces))
@@ -143,14 +154,14 @@ def _parse(name: str, text: str) -> re.Match[str]:
     wrong = (
         (part["count"] is not None and (word in _PIPELINES or word == "single"))
         or (part["stages"] is not None and word != "interleaved")
-        or (part["microbatches"] is not None and word not in _PIPELINES)
+        or (part["microbatches"] is not None and word not in _PIPELINES and word not in _ZERO)
         or any(number is not None and int(number) == 0 for number in part.group("count", "stages", "microbatches"))
     )
     if wrong:
         raise ValueError(
             f"the plan {name!r} has {text!r}, whose numbers mean nothing. Say dp2, tp2, sp2 or pp2 for ranks, "
-            f"1f1b/8 for microbatches, interleaved*2 for stages on each rank, coshard4 or chunked_loss4 for pieces; "
-            f"all from 1."
+            f"1f1b/8 or zero2/8 for microbatches, interleaved*2 for stages on each rank, coshard4 or chunked_loss4 for "
+            f"pieces; all from 1."
         )
     return part
 
@@ -160,7 +171,12 @@ def _number(text: str | None) -> int | None:
 
 
 def _axis(part: str) -> str:
-    return {"sp": "tp", "zero1": "dp"}.get(part, part)
+    return {"sp": "tp", **dict.fromkeys(_ZERO, "dp")}.get(part, part)
+
+
+def _over_ranks(part: re.Match[str]) -> PlanFunction:
+    function: Any = _OVER_RANKS[part["name"]]
+    return partial(function, num_microbatches=int(part["microbatches"])) if part["microbatches"] else function
 
 
 def _pipeline(name: str, part: re.Match[str]) -> PlanFunction:

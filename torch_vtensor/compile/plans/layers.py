@@ -78,6 +78,47 @@ def around_layers(graph: Graph, layers: Sequence[Tasks]) -> tuple[Tasks, ...]:
     return tuple(Tasks(graph, unit) for unit in units)
 
 
+def find_rounds(graph: Graph, layers: Sequence[Tasks]) -> tuple[tuple[Tasks, ...], ...]:
+    """Of each pass through the layers, each layer with what runs after it; what runs before any layer is none's.
+
+    A pass begins where a layer comes after a later one. What lies between two passes belongs to the first layer of the
+    second, as what a loop does before it calls the layers.
+    """
+    layer_of = {task.operator: number for number, layer in enumerate(layers) for task in layer}
+    rounds: list[list[list[Task]]] = []
+    between: list[Task] = []
+    current = 0
+    for task in graph.tasks:
+        layer = layer_of.get(task.operator)
+        if layer is None:
+            between.append(task)
+            continue
+        if rounds and layer >= current:
+            rounds[-1][current] += between
+        else:
+            rounds.append([[] for _ in layers])
+            rounds[-1][layer] += between if len(rounds) > 1 else []
+        rounds[-1][layer].append(task)
+        between, current = [], layer
+    if rounds:
+        rounds[-1][current] += between
+    return tuple(tuple(Tasks(graph, unit) for unit in units) for units in rounds)
+
+
+def find_units(graph: Graph, layers: Sequence[Tasks]) -> tuple[Tasks, ...]:
+    """All that gradients flow through: what runs before the layers, each layer with what runs behind it, the rest."""
+    layer_of = {task.operator: number for number, layer in enumerate(layers, start=1) for task in layer}
+    after = after_layers(graph, layers)
+    last = dict.fromkeys((task.operator for task in after), len(layers) + 1)
+    units: list[list[Task]] = [[] for _ in range(len(layers) + 2)]
+    current = 0
+    for task in graph.tasks:
+        if flows(task):
+            current = last.get(task.operator, layer_of.get(task.operator, current))
+            units[current].append(task)
+    return tuple(Tasks(graph, unit) for unit in units if unit)
+
+
 def after_layers(graph: Graph, layers: Sequence[Tasks]) -> Tasks:
     """What gradients flow through after the last layer, the head and the loss, and what is computed from that."""
     inside = {task.operator for layer in layers for task in layer}

@@ -14,6 +14,7 @@ first among those not yet done, all its ranks come to it: no rank waits for ever
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,7 +62,7 @@ class _Start(NamedTuple):
 class _Simulation:
     """Every rank computes one job at a time, sends one and receives one; links serve jobs in the order they get ready.
 
-    A local move takes its turn among the rank's computations.
+    A local move takes its turn among the rank's computations: at once if it frees memory, as a sum of gradients does.
     """
 
     def __init__(self, graph: JobGraph) -> None:
@@ -69,7 +70,10 @@ class _Simulation:
         self._successors = graph.successors
         self._missing = list(graph.num_predecessors)
         # A heap gives its smallest first: the longest path, and among equals the job given first.
-        self._urgency = [(-path, number) for number, path in enumerate(graph.longest_paths())]
+        self._urgency = [
+            (-math.inf if job.kind == "move" and _growth_bytes(job, graph.flow) <= 0 else -path, number)
+            for number, (job, path) in enumerate(zip(graph.jobs, graph.longest_paths(), strict=True))
+        ]
         self._waiting: dict[int, list[tuple[float, int]]] = defaultdict(list)
         self._busy: set[int] = set()
         self._free_at: dict[tuple[str, int], float] = defaultdict(float)

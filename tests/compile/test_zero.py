@@ -1,0 +1,253 @@
+"""Parameters in shards: right in every stage and composition, gathered while they are used, as small as said."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from ready_models import captured, deep_gpt2, gpt2, llama, t5, tied_llama
+from test_plans import Make, compiled_by_name, moved
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from virtual import assert_plan_is_right, capture_call
+
+import torch_vtensor.compile as ss
+from torch_vtensor.compile import Mesh, virtual_world
+from torch_vtensor.compile.backend import Compilation, compile_plan
+from torch_vtensor.compile.codegen import CodeGenerator
+from torch_vtensor.compile.executor import Code
+from torch_vtensor.compile.parameters import part_of
+from torch_vtensor.compile.plans import named
+from torch_vtensor.compile.schedules.job import Place
+from torch_vtensor.compile.segment import Segment
+
+# What is given whole, in shards or for microbatches, over the batch alone or with heads and stages cut as well.
+ALONE = ["zero1", "zero1/2", "zero2/2", "zero3", "zero3/2"]
+COMPOSED = {"zero1+tp2": 4, "zero3+pp2+1f1b/2": 4, "zero3+pp2+zb/2": 4}
+COMPOSED_SLOW = {
+    "zero2+tp2+pp2+1f1b/2": 8,
+    "zero3+tp2": 4,
+    "zero3+sp2": 4,
+    "zero1+pp2+1f1b/2": 4,
+    "zero2+pp2+1f1b/2": 4,
+    "zero3+coshard2": 2,
+}
+
+
+def slow(*values: Any) -> list[Any]:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("make", [tied_llama, *slow(gpt2, t5)])
+def test_shards_compute_what_one_process_does(make: Make, name: str) -> None:
+    compiled_by_name(make, name, world=2)
+
+
+@pytest.mark.parametrize("name", [*COMPOSED, *slow(*COMPOSED_SLOW)])
+def test_compositions_compute_what_one_process_does(name: str) -> None:
+    compiled_by_name(tied_llama, name, world={**COMPOSED, **COMPOSED_SLOW}[name])
+
+
+def test_each_rank_stores_a_shard_of_what_it_reads() -> None:
+    flow = compiled_by_name(llama, "zero1+tp2", world=4).program.flow
+    for tensor, parts in flow.storage.items():
+        held = sum(mask.num_elements for mask in parts.values())
+        assert held == tensor.whole.mask.num_elements, tensor.name
+
+
+# ------------------------------------------------------------------------------------------------ what is communicated
+
+
+def test_zero2_adds_up_gradients_for_each_microbatch() -> None:
+    num_parameters = len(compiled_by_name(llama, "zero1/2", world=2).program.flow.storage)
+    once = moved(compiled_by_name(llama, "zero1/2", world=2), "parameter")
+    each = moved(compiled_by_name(llama, "zero2/2", world=2), "parameter")
+    assert once == {"all_gather forward": num_parameters, "reduce_scatter backward": num_parameters}
+    assert each == {"all_gather forward": num_parameters, "reduce_scatter backward": 2 * num_parameters}
+
+
+def test_zero3_gathers_again_what_backward_needs() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 6)) for _ in range(3))).double()
+    compilation = compile_model(model, "zero3/2")
+    weights = moved(compilation, "parameter")
+    # Twelve parameters in two microbatches; backward needs weights, and biases and the first weight are not read.
+    assert weights["reduce_scatter backward"] == 2 * 12
+    assert weights["all_gather forward"] == 2 * 12 + 2 * 6
+
+
+def compile_model(model: nn.Module, name: str) -> Compilation:
+    plan = named(name, 2)
+    call = capture_call(lambda x: model(x).square().sum(), torch.randn(4, 6, dtype=torch.double))
+    return compile_plan(call.captured, plan, Mesh((0, 1), plan.axes), trains=True)
+
+
+# ------------------------------------------------------------------------------------------------------ what is held
+
+
+class Watched(Code):
+    """Notes, whenever a pass runs, which gathered parameters its rank still holds, saved or in whatever variable."""
+
+    def __init__(self, code: Code, segment: Segment, gathered: "Gathered") -> None:
+        self._code, self._segment, self._gathered = code, segment, gathered
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Any]]:
+        self._gathered.look(self._segment.rank, f"F {self._segment.name}")
+        return self._code.forward(inputs)
+
+    def backward(self, part: Any, *arguments: Any) -> tuple[Sequence[Tensor | None], Any]:
+        self._gathered.look(self._segment.rank, f"{part} {self._segment.name}")
+        return self._code.backward(part, *arguments)
+
+
+class Gathered:
+    """The storages of gathered parameters that are alive, by rank and by the job that gathered them."""
+
+    def __init__(self) -> None:
+        self._made: dict[Place, StorageWeakRef] = {}
+        self.seen: dict[Place, set[str]] = {}
+
+    def note(self, rank: int, job: str, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            self._made[Place(rank, job)] = StorageWeakRef(tensor.untyped_storage())
+
+    def look(self, rank: int, name: str) -> None:
+        alive = {place.key for place, storage in self._made.items() if place.rank == rank and not storage.expired()}
+        self.seen[Place(rank, name)] = alive
+
+
+@pytest.mark.parametrize("name", ["zero3/2", "zero3+pp2+zb/2"])
+def test_no_rank_holds_a_whole_parameter_longer_than_its_use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = 4 if "zb" in name else 2
+    _, call = captured(deep_gpt2, False)
+    plan = named(name, world)
+    compilation = compile_plan(call.captured, plan, Mesh(tuple(range(world)), plan.axes), trains=True)
+    program, schedule = compilation.program, compilation.schedule
+    given = {tensor: value for tensor, value in zip(call.captured.arguments, call.arguments, strict=True) if tensor}
+    given.update(call.captured.constants)
+    values: dict[int, dict[str, Any]] = {rank: {} for rank in range(world)}
+    for (rank, key), view in program.arguments.items():
+        values[rank][key] = part_of(given[view.tensor].detach(), view.mask).clone()
+    for (rank, key), tensor in program.seeds.items():
+        values[rank][key] = torch.ones(tensor.shape, dtype=tensor.dtype)
+
+    gathers = {job.name for job in program.jobs if is_gather(compilation, job.name)}
+    gathered = Gathered()
+    wait = virtual_world._Part.wait
+
+    def noted(part: Any) -> Sequence[Tensor]:
+        tensors = wait(part)
+        if part._box.name in gathers:
+            gathered.note(part._rank, part._box.name, tensors)
+        return tensors
+
+    monkeypatch.setattr(virtual_world._Part, "wait", noted)
+    generate = CodeGenerator("eager", {})
+    codes = {segment: Watched(generate(segment), segment, gathered) for segment in program.segments}
+    virtual_world.run_all(program, schedule, values, codes.__getitem__, torch.device("cpu"))
+
+    writer = schedule.flow.writer
+    num_looked = 0
+    for rank in range(world):
+        passes = [action.name for action in schedule.compute_actions(rank)]
+        reads = [
+            {writer[place] for place in schedule.flow.reads[name] if place.rank == rank and place in writer} & gathers
+            for name in passes
+        ]
+        for number, name in enumerate(passes):
+            alive = gathered.seen[Place(rank, name)]
+            soon = set().union(*reads[number : number + 2])
+            assert reads[number] <= alive <= soon, f"{name} on rank {rank}"
+            num_looked += len(reads[number])
+    assert num_looked > 50
+
+
+def is_gather(compilation: Compilation, name: str) -> bool:
+    return name.startswith("all_gather") and compilation.program.work[name].tensor.kind == "parameter"  # type: ignore[union-attr]
+
+
+def test_backward_apart_from_forward_gathers_for_itself() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2))).double()
+    x = torch.randn(4, 6, dtype=torch.double)
+    plan = named("zero3/2", 2)
+    call = capture_call(lambda x: model(x), x)
+    compilation = compile_plan(call.captured, plan, Mesh((0, 1), plan.axes), trains=True)
+    program, passes = compilation.program, compilation.passes
+    assert passes.backward is not None
+    assert program.again
+    assert program.again.isdisjoint(passes.forward.jobs)
+    assert program.again <= passes.backward.jobs.keys()
+
+    values: dict[int, dict[str, Any]] = {0: {}, 1: {}}
+    given = dict(zip(call.captured.arguments, call.arguments, strict=True))
+    for (rank, key), view in program.arguments.items():
+        values[rank][key] = part_of(given[view.tensor].detach(), view.mask)
+    code = {segment: CodeGenerator("eager", {})(segment) for segment in program.segments}
+    virtual_world.run_all(program, passes.forward, values, code.__getitem__, torch.device("cpu"))
+    parameters = {view.tensor: view for view in program.arguments.values() if view.tensor.kind == "parameter"}
+    for held in values.values():
+        kept = [value for value in held.values() if isinstance(value, Tensor)]
+        assert not any(value.shape == (6, 6) for value in kept), "a whole weight waits for backward"
+    for (rank, key), tensor in program.seeds.items():
+        values[rank][key] = torch.ones(tensor.shape, dtype=tensor.dtype)
+    virtual_world.run_all(program, passes.backward, values, code.__getitem__, torch.device("cpu"))
+    model(x).sum().backward()
+    expected = dict(model.named_parameters())
+    assert len(program.gradients) == 2 * len(parameters)
+    for (rank, tensor), (key, mask) in program.gradients.items():
+        torch.testing.assert_close(values[rank][key], part_of(expected[tensor.name].grad, mask))
+
+
+# ----------------------------------------------------------------------------------------------------- what it takes
+
+
+LAYERS, WIDTH, BATCH = 8, 4096, 4 * 4 * 1024
+
+
+def at_peak(name: str) -> dict[str, float]:
+    """What a rank holds at its peak, by kind, as a part of all parameters."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+        x = torch.empty(BATCH, WIDTH)
+    plan = named(name, 4)
+    explained = ss.explain(lambda x: F.gelu(model(x)).sum(), x, plan=plan, mesh=dict(plan.axes))
+    parameters = LAYERS * WIDTH * WIDTH * 4
+    memory = explained.compilation.passes.reports[0].memory[0]
+    found = {kind: num_bytes / parameters for kind, num_bytes in memory.bytes_by_kind().items()}
+    return {**found, "all": memory.peak_bytes / parameters}
+
+
+def test_each_stage_needs_less_memory_than_the_one_before() -> None:
+    one, two, three = (at_peak(name) for name in ("zero1/4", "zero2/4", "zero3/4"))
+    shard, layer = 1 / 4, 1 / LAYERS
+    assert one["parameter"] == two["parameter"] == 1 + shard
+    assert one["gradient"] >= 1
+    assert two["gradient"] <= shard + 2 * layer
+    assert three["parameter"] <= shard + 2 * layer
+    assert three["gradient"] <= shard + 2 * layer
+    assert one["all"] > two["all"] + 0.5 > three["all"] + 1
+
+
+def test_explain_shows_what_gathered_parameters_take() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+        x = torch.empty(BATCH, WIDTH)
+    page = str(ss.explain(lambda x: model(x).sum(), x, plan="zero3/4", mesh=4))
+    assert "parameter" in page
+    assert "all_gather" in page
+    assert "reduce_scatter" in page
+
+
+@pytest.mark.slow
+def test_inductor_generates_code_that_reads_parameters_anew() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 20), nn.GELU(), nn.Linear(20, 6)) for _ in range(2))).double()
+    plan, x = named("zero3/2", 2), torch.randn(4, 6, dtype=torch.double)
+    assert_plan_is_right(
+        model, lambda x: model(x).square().mean(), (x,), plan, Mesh((0, 1), plan.axes), codegen="inductor"
+    )
+
+
+def test_names_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="a pipeline, whose microbatches are all there are"):
+        named("zero3/2+1f1b/2", 4)
