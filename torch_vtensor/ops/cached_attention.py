@@ -35,8 +35,9 @@ Effects: writes ``num_new`` rows a head; rows from ``lengths`` + ``num_new`` on 
 """
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[3])
+def _result(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
+    batch, query_heads, num_query, _ = query.shape
+    return query.new_empty(batch, num_query, query_heads, value.shape[3]).transpose(1, 2)
 
 
 def _cuda(
@@ -112,6 +113,7 @@ def _cuda(
         new=(key, value),
         rotation=None if cos is None or sin is None else (cos, sin),
         workspace=triton.Workspace(partials, arrivals),
+        out=_result(query, key, value),
         early=True,
     )
 
@@ -145,7 +147,7 @@ def _cpu(
     if cos is not None and sin is not None:
         query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
     counts = [query.shape[2]] * len(lengths) if num_new is None else num_new.tolist()
-    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    out = _result(query, key, value).zero_()
     for slot, (length, first, count) in enumerate(zip(lengths.tolist(), firsts.tolist(), counts, strict=True)):
         stop = length + count
         keys = _rows(key_addresses, slot, key_offset, key[slot], stop, key_head_stride, key_token_stride)
@@ -175,6 +177,6 @@ def _rows(addresses: Tensor, slot: int, offset: int, like: Tensor, stop: int, he
     return flat.as_strided((heads, stop, dim), (head, token, 1))
 
 
-_library.impl("cached_attention", _fake, "Meta")
+_library.impl("cached_attention", _result, "Meta")
 _library.impl("cached_attention", _cuda, "CUDA")
 _library.impl("cached_attention", _cpu, "CPU")

@@ -207,14 +207,14 @@ def launch_rows(
     block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
     block_m, block_t, num_warps, num_stages = _config(query.dtype, max(block_d, block_dv))
     num_blocks = triton.cdiv(num_query * group, block_m)
+    out = query.new_empty(batch, num_query, query_heads, value_dim).transpose(1, 2)
     if causal and (num_new is None or new is not None) and num_query <= _MAX_SPLIT_TOKENS:
         num_programs = batch * num_heads * num_blocks
         if num_programs < torch.cuda.get_device_properties(query.device).multi_processor_count:
             return decode.launch_rows(
                 query, keys, values, rows, lengths, num_heads, value_dim, 0, first, scale, window, sinks, softcap,
-                new=new, num_new=num_new,
+                new=new, num_new=num_new, out=out,
             )  # fmt: skip
-    out = query.new_empty(batch, num_query, query_heads, value_dim).transpose(1, 2)
     if out.numel() == 0:
         return out
     if new is not None:
