@@ -32,6 +32,11 @@ def test_other_devices_are_refused() -> None:
         pass
 
 
+def test_a_budget_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="give at least one byte"), memory_pool(budget_bytes=0):
+        pass
+
+
 def test_private_names_of_torch_are_where_they_were() -> None:
     for name in ("_cuda_beginAllocateCurrentThreadToPool", "_cuda_endAllocateToPool", "_cuda_releasePool"):
         assert hasattr(torch._C, name), name

@@ -13,7 +13,16 @@ from torch_vtensor.allocator.ledger import Ledger, Take
 from torch_vtensor.allocator.timed_driver import CallStats, TimedDriver
 from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
 
-__all__ = ["Page", "PagePool", "PoolStats"]
+__all__ = ["Page", "PagePool", "PoolStats", "check_budget"]
+
+
+def check_budget(budget_bytes: int | None) -> None:
+    """Refuse a budget that nothing fits into.
+
+    Raises: ValueError for less than one byte.
+    """
+    if budget_bytes is not None and budget_bytes < 1:
+        raise ValueError(f"budget_bytes is {budget_bytes}: give at least one byte, or None for no limit")
 
 
 class Page:

@@ -9,7 +9,7 @@ import torch
 
 from torch_vtensor.allocator.driver import Driver
 from torch_vtensor.allocator.growth import GrowthScheduler
-from torch_vtensor.allocator.page_pool import PagePool
+from torch_vtensor.allocator.page_pool import PagePool, check_budget
 from torch_vtensor.settings import load_settings
 
 __all__ = ["all_schedulers", "default_pool", "default_scheduler", "set_default_budget"]
@@ -53,8 +53,7 @@ def set_default_budget(budget_bytes: int | None) -> None:
     Raises: ValueError for less than one byte.
     """
     global _budget_bytes
-    if budget_bytes is not None and budget_bytes < 1:
-        raise ValueError(f"budget_bytes is {budget_bytes}: give at least one byte, or None for no limit")
+    check_budget(budget_bytes)
     with _lock:
         _budget_bytes = budget_bytes
         for scheduler in _schedulers.values():

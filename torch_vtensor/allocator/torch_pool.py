@@ -20,7 +20,7 @@ import torch
 from torch_vtensor.allocator import _torch_compat, native
 from torch_vtensor.allocator._torch_compat import PoolId
 from torch_vtensor.allocator.native_allocator import Failure, NativeAllocator, TorchPoolStats
-from torch_vtensor.allocator.page_pool import PagePool
+from torch_vtensor.allocator.page_pool import PagePool, check_budget
 from torch_vtensor.allocator.pools import default_pool
 from torch_vtensor.errors import DriverError, OutOfPagesError, VTensorError
 
@@ -128,8 +128,9 @@ def memory_pool(device: torch.device | str | int | None = None, budget_bytes: in
     Effects: the block itself makes no driver call. A tensor that needs a new segment does, natively, without the GIL
         and without waiting for the device, unless memory that it still uses is the last there is.
     Raises:  OutOfPagesError (a ``torch.OutOfMemoryError``) out of the block where an allocation in it found no page;
-        VTensorError on a machine without CUDA, or inside a capture.
+        VTensorError on a machine without CUDA, or inside a capture; ValueError for a budget of less than one byte.
     """
+    check_budget(budget_bytes)
     pools = _pools_on(_cuda_device(device))
     if torch.cuda.is_current_stream_capturing():
         raise VTensorError(

@@ -267,11 +267,6 @@ class KVStore:
         for vtensor in self.vtensors:
             vtensor.retain_in_capture()
 
-    def close(self) -> None:
-        """Give the memory back once no view uses it."""
-        for vtensor in self.vtensors:
-            vtensor.close()
-
     def _last_layer(self) -> int:
         return max(layer for layer, interval in enumerate(self.intervals) if interval)
 
