@@ -258,6 +258,59 @@ def compile_with_inductor(graph: GraphModule, inputs: Sequence[torch.Tensor], se
     return compile_fx.compile_fx(graph, list(inputs), config_patches=dict(settings))
 
 
+def trace_passes(
+    graph: GraphModule, inputs: Sequence[Any], settings: Mapping[str, Any], device: torch.device
+) -> tuple[GraphModule, GraphModule | None]:
+    """The forward and the backward graph that inductor would generate code for, and nothing generated.
+
+    ``inputs`` are a shape, a dtype and whether it wants a gradient for each input of the graph; nothing is computed.
+    There is no backward graph where no input wants a gradient.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    found: list[GraphModule | None] = []
+
+    class Recorder:
+        cache_key = None
+
+        def split(self, joint: GraphModule, min_cut: CutInTwo) -> tuple[GraphModule, GraphModule]:
+            found[:] = min_cut(joint)
+            return found[0], found[1]  # type: ignore[return-value]
+
+        def emit(self, graph: GraphModule, generate: Generate, *, inference: bool) -> BoxedCallable:
+            if inference:
+                found[:] = (graph, None)
+            return boxed(graph)
+
+    with FakeTensorMode(), torch.enable_grad():
+        fakes = [torch.empty(shape, dtype=dtype, device=device, requires_grad=wants) for shape, dtype, wants in inputs]
+        drive_inductor(graph, fakes, Recorder(), settings)
+    forward, backward = found
+    assert forward is not None
+    return forward, backward
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node of an aten graph only names memory that another node has."""
+    if getattr(node.target, "__name__", "") == "getitem":
+        return True
+    schema = getattr(node.target, "_schema", None)
+    aliases = [returned.alias_info for returned in schema.returns] if schema is not None else []
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether each element of what a node makes comes from one element, or none, of what it reads."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def device_of(values: Sequence[Any]) -> torch.device:
+    """Where a function of these values computes: where the largest tensor is; the CPU for what is on "meta"."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    largest = max(tensors, key=lambda value: value.numel(), default=None)
+    return torch.device("cpu") if largest is None or largest.is_meta else largest.device
+
+
 def random_state(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The state of the random number generators of the CPU and of the device that these are on."""
     cuda = next((value.device for value in values if value.is_cuda), None)

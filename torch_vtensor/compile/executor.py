@@ -93,7 +93,7 @@ class Executor:
             elif isinstance(work, Add):
                 first, *rest = (values[key] for key in work.inputs)
                 for addend in rest:
-                    first = first + addend
+                    first = first.add_(addend) if work.in_place else first + addend
                 values[work.output] = first
             elif isinstance(work.step, Assemble):
                 values[work.keys[work.step.output]] = assemble(work.step, work.keys, values, work.tensor.dtype, device)

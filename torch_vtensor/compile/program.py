@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 from torch_vtensor.compile.communication import Assemble, Buffer, Communication, Placed, Step, Transfer, seconds_of
 from torch_vtensor.compile.contributions import Contributions
-from torch_vtensor.compile.cost import task_seconds
+from torch_vtensor.compile.cost import memory_seconds, task_seconds
 from torch_vtensor.compile.dataflow import Dataflow, Exchange, GradientGroup
+from torch_vtensor.compile.footprint import Measure, estimate
 from torch_vtensor.compile.schedules.job import Job, JobKind, Result, Value, ValueKind
 from torch_vtensor.compile.segment import Segment
 from torch_vtensor.compile.tensor_view import LogicalTensor, Mask, TensorView
@@ -54,11 +55,12 @@ class Move(NamedTuple):
 
 
 class Add(NamedTuple):
-    """Add values up on one rank; the first may be overwritten if nobody else reads it."""
+    """Add values up on one rank; in place of the first, where that is a sum that nobody else reads."""
 
     rank: int
     inputs: tuple[str, ...]
     output: str
+    in_place: bool = False
 
 
 Work = Forward | Backward | Move | Add
@@ -101,14 +103,17 @@ class Program:
         return "\n".join(rows)
 
 
-def build_program(flow: Dataflow, segments: Sequence[Segment], topology: Topology) -> Program:
-    """Write down what there is to do, on all ranks, in no order yet."""
-    return _Builder(flow, segments, topology).build()
+def build_program(
+    flow: Dataflow, segments: Sequence[Segment], topology: Topology, measure: Measure = estimate
+) -> Program:
+    """Write down what there is to do, on all ranks, in no order yet; `measure` tells what memory segments take."""
+    return _Builder(flow, segments, topology, measure).build()
 
 
 class _Builder:
-    def __init__(self, flow: Dataflow, segments: Sequence[Segment], topology: Topology) -> None:
+    def __init__(self, flow: Dataflow, segments: Sequence[Segment], topology: Topology, measure: Measure) -> None:
         self._flow = flow
+        self._footprint = {segment: measure(segment) for segment in segments}
         self._segments = tuple(segments)
         self._topology = topology
         self._jobs: list[Job] = []
@@ -198,7 +203,7 @@ class _Builder:
         saved = f"saved {segment.name}" if trains else None
         written = outputs
         if saved is not None:
-            self._add_value(saved, segment.rank, _saved_bytes(segment), "saved")
+            self._add_value(saved, segment.rank, self._footprint[segment].saved_bytes, "saved")
             written = (*outputs, saved)
         forward = Forward(segment, inputs, outputs, saved)
         self._forward_of[segment] = forward
@@ -322,7 +327,10 @@ class _Builder:
             assert arrival.part is not None
             self._given[arrival.group, arrival.part].append((segment.microbatch, key))
         backward = Backward(segment, forward.saved, tuple(tangents), tuple(gradients))
-        read = tuple(dict.fromkeys(key for key in (*tangents, forward.saved) if key is not None))
+        footprint = self._footprint[segment]
+        kept = [forward.inputs[number] for number in footprint.arrivals]
+        kept += [forward.outputs[number] for number in footprint.departures]
+        read = tuple(dict.fromkeys(key for key in (*tangents, forward.saved, *kept) if key is not None))
         written = tuple(key for key in gradients if key is not None)
         self._add_job(f"B {segment.name}", "B", backward, read, written, segment)
 
@@ -382,7 +390,7 @@ class _Builder:
         for number, addend in enumerate(rest):
             output = f"{key}+{number + 1}"
             self._add_value(output, rank, view.num_bytes, kind)
-            self._work[f"add {output} {rank}"] = Add(rank, (total, addend), output)
+            self._work[f"add {output} {rank}"] = Add(rank, (total, addend), output, in_place=number > 0)
             self._jobs.append(
                 Job(
                     f"add {output} {rank}",
@@ -392,6 +400,7 @@ class _Builder:
                     writes={rank: (output,)},
                     stage=self._label[view.tensor],
                     microbatch=microbatch,
+                    seconds=memory_seconds(3 * view.num_bytes),
                 )
             )
             total = output
@@ -420,7 +429,7 @@ class _Builder:
         writes: Sequence[str],
         segment: Segment,
     ) -> None:
-        rank = segment.rank
+        rank, footprint = segment.rank, self._footprint[segment]
         self._work[name] = work
         self._jobs.append(
             Job(
@@ -432,6 +441,7 @@ class _Builder:
                 stage=str(segment.stage),
                 microbatch=segment.microbatch,
                 seconds=_seconds(segment, kind),
+                workspace_bytes=footprint.forward_bytes if kind == "F" else footprint.backward_bytes,
             )
         )
 
@@ -463,14 +473,6 @@ def _gradient_kind(tensor: LogicalTensor) -> ValueKind:
 
 def _kind_of(step: Step) -> str:
     return "assemble" if isinstance(step, Assemble) else "transfer" if isinstance(step, Transfer) else step.kind
-
-
-def _saved_bytes(segment: Segment) -> int:
-    """Bytes kept for backward, estimated: everything made inside, or what enters if it is computed again."""
-    if segment.recomputes:
-        return 0
-    made = [view for task in segment.tasks for view in task.outputs if view is not None]
-    return sum(view.num_bytes for view in made if view.tensor.dtype.is_floating_point)
 
 
 def _seconds(segment: Segment, kind: JobKind) -> float:

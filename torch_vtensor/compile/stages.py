@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch_vtensor.compile.plan import Plan
@@ -82,8 +82,11 @@ def find_turns(plan: Plan, segments: Sequence[Segment], jobs: Sequence[Job]) -> 
     return turns
 
 
-def find_constraints(segments: Sequence[Segment]) -> list[tuple[str, str]]:
-    """Which passes op_order puts before which: on a rank, of a microbatch, those of one group and of the next."""
+def find_constraints(segments: Sequence[Segment], finishing: Container[int] = ()) -> list[tuple[str, str]]:
+    """Which passes op_order puts before which: on a rank, of a microbatch, those of one group and of the next.
+
+    Of the calls of op_order that `finishing` numbers, a group's backward passes come before the next one's forward.
+    """
     groups: defaultdict[tuple[int, int | None, int], defaultdict[int, list[str]]] = defaultdict(
         lambda: defaultdict(list)
     )
@@ -94,6 +97,13 @@ def find_constraints(segments: Sequence[Segment]) -> list[tuple[str, str]]:
     return [
         (before, after)
         for by_position in groups.values()
+        for first, second in itertools.pairwise(sorted(by_position))
+        for before in by_position[first]
+        for after in by_position[second]
+    ] + [
+        (f"B{before[1:]}", after)
+        for (_, _, chain), by_position in groups.items()
+        if chain in finishing
         for first, second in itertools.pairwise(sorted(by_position))
         for before in by_position[first]
         for after in by_position[second]

@@ -3,6 +3,7 @@
 layers.py finds what they cut in a model, placing.py says how they compose.
 """
 
+from torch_vtensor.compile.plans.accumulate import accumulate
 from torch_vtensor.compile.plans.by_name import NamedPlan, cuts_classes, named
 from torch_vtensor.compile.plans.chunked_loss import chunked_loss
 from torch_vtensor.compile.plans.coshard import coshard
@@ -10,7 +11,9 @@ from torch_vtensor.compile.plans.data_parallel import data_parallel
 from torch_vtensor.compile.plans.gpipe import gpipe
 from torch_vtensor.compile.plans.interlaced import interlaced
 from torch_vtensor.compile.plans.interleaved import interleaved
+from torch_vtensor.compile.plans.layerwise import layerwise
 from torch_vtensor.compile.plans.one_f_one_b import one_f_one_b
+from torch_vtensor.compile.plans.recompute import recompute
 from torch_vtensor.compile.plans.sequence_parallel import sequence_parallel
 from torch_vtensor.compile.plans.single_device import single_device
 from torch_vtensor.compile.plans.tensor_parallel import tensor_parallel
@@ -18,6 +21,7 @@ from torch_vtensor.compile.plans.zero import zero1
 
 __all__ = [
     "NamedPlan",
+    "accumulate",
     "chunked_loss",
     "coshard",
     "cuts_classes",
@@ -25,8 +29,10 @@ __all__ = [
     "gpipe",
     "interlaced",
     "interleaved",
+    "layerwise",
     "named",
     "one_f_one_b",
+    "recompute",
     "sequence_parallel",
     "single_device",
     "tensor_parallel",
