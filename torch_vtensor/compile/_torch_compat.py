@@ -271,7 +271,7 @@ def trace_passes(
     found: list[GraphModule | None] = []
 
     class Recorder:
-        cache_key = None
+        cache_key: str | None = None
 
         def split(self, joint: GraphModule, min_cut: CutInTwo) -> tuple[GraphModule, GraphModule]:
             found[:] = min_cut(joint)

@@ -62,8 +62,8 @@ class Options:
             or (isinstance(budget, float) and budget > 1)
         ):
             raise ValueError(
-                f"memory_budget is {budget!r}; give a number of bytes (an int), or a share of what the step takes uncut "
-                f"(a float up to 1.0)."
+                f"memory_budget is {budget!r}; give a number of bytes (an int), or a share of what the step takes "
+                f"uncut (a float up to 1.0)."
             )
         if self.codegen not in get_args(CodeGenerator):
             raise ValueError(f"codegen is {self.codegen!r}; choose one of {', '.join(get_args(CodeGenerator))}.")

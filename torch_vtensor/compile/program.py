@@ -401,6 +401,7 @@ class _Builder:
                     stage=self._label[view.tensor],
                     microbatch=microbatch,
                     seconds=memory_seconds(3 * view.num_bytes),
+                    workspace_bytes=-view.num_bytes if number > 0 else 0,  # in place
                 )
             )
             total = output
