@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch_vtensor.compile as ss
+from torch_vtensor.compile import Compilation
 
 pytestmark = pytest.mark.gpu
 
@@ -153,3 +154,32 @@ def test_a_chunked_loss_needs_a_fraction_of_the_memory(compiled: Callable[..., A
             step(x, y).backward()
             peaks[name] = torch.cuda.max_memory_allocated() - before
     assert peaks["chunks"] < peaks["whole"] / 4
+
+
+@pytest.mark.parametrize("plan", ["single", "chunked_loss4+layerwise", "accumulate4+layerwise", "recompute+layerwise"])
+def test_predicted_memory_is_what_the_step_holds(
+    plan: str, compiled: Callable[..., Any], compilations: list[Compilation]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=16_000,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    tokens = torch.randint(16_000, (8, 1024), device="cuda")
+    step = compiled(
+        lambda x: loss_of(model, x, x), codegen="inductor", plan=plan, memory_budget=1 << 50
+    )  # any budget has memory predicted from traced passes
+    step(tokens).backward()
+    model.zero_grad()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    others = torch.cuda.memory_allocated() - tokens.nbytes - sum(p.nbytes for p in model.parameters())
+    step(tokens).backward()
+    measured = torch.cuda.max_memory_allocated() - others
+    print(f"{plan}: predicted {compilations[0].predicted_peak_bytes / 2**20:.0f}, measured {measured / 2**20:.0f} MiB")
+    assert compilations[0].predicted_peak_bytes == pytest.approx(measured, rel=0.2)
