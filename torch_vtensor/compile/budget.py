@@ -3,7 +3,7 @@
 Candidates are ready plans by name. From what costs least to what costs most::
 
     (nothing)            inductor compiles the graph whole
-    chunked_loss8        the head and the loss in pieces, each forward and backward at once: nothing is computed twice
+    chunked_loss4        the head and the loss in pieces, each forward and backward at once: nothing is computed twice
     accumulate4          the whole step in pieces of the batch, one after the other: gradients are added up four times
     recompute7           of that many layers only what enters them is kept: their forward pass is computed twice
 """
@@ -23,7 +23,7 @@ from torch_vtensor.compile.schedules.job import readable_bytes
 if TYPE_CHECKING:
     from torch_vtensor.compile.backend import Compilation
 
-_TAIL_PIECES = 8
+_TAIL_PIECES = 4
 _WORTH = 0.02
 """A chunked loss is kept if it lowers the peak by this share."""
 

@@ -185,10 +185,13 @@ class _Graph:
                 goes.setdefault(number, []).append(node)
         held = peak = _bytes_of(freed)
         for number, node in enumerate(self._nodes):
+            going = goes.get(number, ())
             if node.op == "call_function" and self._buffers[node] == (node,) and (node in last or node in stays):
+                # What is elementwise is written over an equally large value that it reads for the last time.
+                in_place = _is_fused(node) and any(num_bytes(other) == num_bytes(node) for other in going)
                 held += num_bytes(node)
-                peak = max(peak, held)
-            held -= _bytes_of(goes.get(number, ()))
+                peak = max(peak, held - num_bytes(node) if in_place else held)
+            held -= _bytes_of(going)
         return peak
 
 

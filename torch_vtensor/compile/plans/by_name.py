@@ -64,7 +64,7 @@ _ON_A_RANK: Mapping[str, tuple[Any, str]] = {
 _AXES = ("pp", "dp", "tp")
 """Slowest first: tensor parallel, which sends the most, has neighbouring ranks."""
 
-_KNOWN = ("single", "layerwise", "pp", *_OVER_RANKS, *_PIPELINES, *_ON_A_RANK)
+_KNOWN = ("single", "pp", *_OVER_RANKS, *_PIPELINES, *_ON_A_RANK, "layerwise")
 _PART = re.compile(r"(?P<name>1f1b|zero1|[a-z_]+)(?P<count>\d+)?(?:\*(?P<stages>\d+))?(?:/(?P<microbatches>\d+))?")
 
 
@@ -119,8 +119,8 @@ def named(name: str, world_size: int) -> NamedPlan:
         or (len(given) > 1 and ("single" in given or "zero1" in given))
     ):
         raise ValueError(
-            f"the plan {name!r} has parts that exclude each other: choose one of {', '.join(_PIPELINES)} and "
-            f"accumulate, one of tp and sp; 'single' and 'zero1' alone."
+            f"the plan {name!r} has parts that exclude each other: choose one pipeline of {', '.join(_PIPELINES)}, or "
+            f"accumulate; one of tp and sp; 'single' and 'zero1' alone."
         )
     if "chunked_loss" in given and not given.keys().isdisjoint(("tp", "sp", "interlaced")):
         raise ValueError(
