@@ -12,6 +12,7 @@ from torch import nn
 from virtual import assert_plan_is_right, capture_call, run_plan
 
 from torch_vtensor.compile import Compilation, Graph, Mesh
+from torch_vtensor.compile.backend import compile_plan
 from torch_vtensor.compile.communication import Assemble, Transfer
 from torch_vtensor.compile.plans import (
     coshard,
@@ -29,7 +30,8 @@ from torch_vtensor.compile.program import Forward, Move
 
 Make = Callable[[], Example]
 
-SINGLE = ["single", "dp2", "tp2", "sp2", "gpipe/2", "1f1b/4", "zb/4", "coshard2", "chunked_loss4"]
+ON_ONE_RANK = ["single", "coshard2", "chunked_loss4", "accumulate2+recompute1+chunked_loss2+layerwise"]
+SINGLE = [*ON_ONE_RANK, "dp2", "tp2", "sp2", "gpipe/2", "1f1b/4", "zb/4"]
 COMPOSED = {
     "dp2+tp2": 4,
     "dp2+1f1b/2": 4,
@@ -43,7 +45,7 @@ WITH_VOCABULARY = {"interlaced/2": 2, "dp2+interlaced/2": 4}
 
 
 def world_of(name: str) -> int:
-    if name in ("single", "coshard2", "chunked_loss4"):
+    if name in ON_ONE_RANK or name in ("accumulate4", "recompute", "layerwise"):
         return 1
     return COMPOSED.get(name) or WITH_VOCABULARY.get(name) or 2
 
@@ -149,12 +151,11 @@ def test_sequence_parallel_scatters_what_tensor_parallel_adds_up() -> None:
     assert activations["all_gather forward"] == activations["all_gather backward"] == 5
 
 
-@pytest.mark.parametrize("name", ["coshard2", "chunked_loss4"])
-def test_pieces_on_one_device_move_nothing_and_are_recomputed(name: str) -> None:
+@pytest.mark.parametrize(("name", "recomputed"), [("coshard2", 8), ("chunked_loss4", 0)])
+def test_pieces_on_one_device_move_nothing_and_run_in_turn(name: str, recomputed: int) -> None:
     compilation = compiled_by_name(llama, name)
     assert moved(compilation, "activation") == moved(compilation, "parameter") == {}
-    recomputed = {segment.turn for segment in compilation.program.segments if segment.recomputes}
-    assert len(recomputed) == (8 if name == "coshard2" else 4)
+    assert len({segment.turn for segment in compilation.program.segments if segment.recomputes}) == recomputed
     order = [
         compilation.program.work[action.name].segment.turn
         for action in compilation.schedule.actions[0]
@@ -162,6 +163,37 @@ def test_pieces_on_one_device_move_nothing_and_are_recomputed(name: str) -> None
     ]
     turns = [turn for turn in order if turn is not None]
     assert turns == sorted(turns)
+
+
+def test_a_chunked_loss_goes_backward_piece_by_piece() -> None:
+    compilation = compiled_by_name(llama, "chunked_loss4")
+    of_tail = [
+        (action.kind, work.segment.turn[1])
+        for action in compilation.schedule.compute_actions(0)
+        if (work := compilation.program.work[action.name]).segment.turn is not None
+    ]
+    assert list(dict.fromkeys(of_tail)) == [(kind, piece) for piece in range(4) for kind in "FB"]
+
+
+def test_pieces_of_what_is_no_loss_are_recomputed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    call = capture_call(lambda x: model(x).exp(), torch.randn(4, 4))
+    compilation = compile_plan(call.captured, named("chunked_loss2", 1), Mesh(), trains=True)
+    pieces = [segment for segment in compilation.program.segments if segment.turn is not None]
+    assert [segment.recomputes for segment in pieces] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["recompute", "layerwise"])
+def test_layers_are_segments_of_their_own(name: str) -> None:
+    compilation = compiled_by_name(llama, name)
+    of_layers = [
+        segment
+        for segment in compilation.program.segments
+        if any("mlp" in task.operator.module for task in segment.tasks)
+    ]
+    first, second = ({task.operator.module for task in segment.tasks} for segment in of_layers)
+    assert not first & second
+    assert all(segment.recomputes == (name == "recompute") for segment in of_layers)
 
 
 # ------------------------------------------------------------------------------------------------------ what order
@@ -184,11 +216,12 @@ def passes(compilation: Compilation, rank: int) -> str:
         ("gpipe/4", ["0123abcd", "0123abcd"]),
         ("1f1b/4", ["01a2b3cd", "0a1b2c3d"]),
         ("zb/4", ["01aA2bB3cCdD", "0a1bA2cB3dCD"]),
+        ("accumulate4", ["0a1b2c3d"]),
     ],
 )
 def test_a_pipeline_runs_in_its_order(name: str, orders: list[str]) -> None:
     compilation = compiled_by_name(gpt2, name)
-    assert [passes(compilation, rank) for rank in (0, 1)] == orders
+    assert [passes(compilation, rank) for rank in compilation.schedule.actions] == orders
 
 
 def test_interleaved_stages_run_round_and_round() -> None:

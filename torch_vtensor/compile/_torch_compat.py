@@ -329,7 +329,8 @@ def partition(joint: GraphModule, num_outputs: int, settings: Mapping[str, Any])
     from torch._inductor import compile_fx, config
 
     inputs = [node.meta["val"] for node in joint.graph.find_nodes(op="placeholder")]
-    with config.patch(dict(settings)):
+    # Patterns that are replaced make tensors: fake ones.
+    with config.patch(dict(settings)), inputs[0].fake_mode:
         return compile_fx.partition_fn(joint, inputs, num_fwd_outputs=num_outputs, static_lifetime_input_indices=[])
 
 
@@ -345,6 +346,58 @@ def generate_with_inductor(
     with config.patch(dict(settings)):
         compiled = compile_fx.compile_fx_inner(graph, [mode.from_tensor(value, static_shapes=True) for value in inputs])
     return lambda *arguments: compiled(list(arguments))
+
+
+def without_memory(inputs: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
+    """Fake tensors for inputs given by shape, dtype and whether they want a gradient."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        return [torch.empty(shape, dtype=dtype, device=device, requires_grad=wants) for shape, dtype, wants in inputs]
+
+
+def trace_passes(
+    graph: GraphModule, inputs: Sequence[Any], settings: Mapping[str, Any], device: torch.device
+) -> tuple[GraphModule, GraphModule | None]:
+    """The forward and the backward graph that inductor would generate code for, and nothing generated.
+
+    ``inputs`` are a shape, a dtype and whether it wants a gradient for each input of the graph; nothing is computed.
+    There is no backward graph where no input wants a gradient.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    found: list[GraphModule | None] = []
+
+    class Recorder:
+        cache_key: str | None = None
+
+        def split(self, joint: GraphModule, min_cut: CutInTwo) -> tuple[GraphModule, GraphModule]:
+            found[:] = min_cut(joint)
+            return found[0], found[1]  # type: ignore[return-value]
+
+        def emit(self, graph: GraphModule, generate: Generate, *, inference: bool) -> BoxedCallable:
+            if inference:
+                found[:] = (graph, None)
+            return boxed(graph)
+
+    with FakeTensorMode(), torch.enable_grad():
+        fakes = [torch.empty(shape, dtype=dtype, device=device, requires_grad=wants) for shape, dtype, wants in inputs]
+        drive_inductor(graph, fakes, Recorder(), settings)
+    forward, backward = found
+    assert forward is not None
+    return forward, backward
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether each element of what a node makes comes from one element, or none, of what it reads."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def device_of(values: Sequence[Any]) -> torch.device:
+    """Where a function of these values computes: where the largest tensor is; the CPU for what is on "meta"."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    largest = max(tensors, key=lambda value: value.numel(), default=None)
+    return torch.device("cpu") if largest is None or largest.is_meta else largest.device
 
 
 def random_state(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from torch_vtensor.compile import _torch_compat, worlds
+from torch_vtensor.compile.budget import Choice, choose
 from torch_vtensor.compile.capture import Captured, capture
 from torch_vtensor.compile.codegen import CodeGenerator
 from torch_vtensor.compile.dataflow import NOTHING_KEPT, find_dataflow
+from torch_vtensor.compile.footprint import Measure, Tracer, estimate
 from torch_vtensor.compile.mesh import Mesh
 from torch_vtensor.compile.names import name_inputs
-from torch_vtensor.compile.options import parse_options
+from torch_vtensor.compile.options import Options, parse_options
 from torch_vtensor.compile.parameters import Parts, find_kept, shard_parameters
 from torch_vtensor.compile.passes import Passes, order_passes
 from torch_vtensor.compile.plan import Plan, record
-from torch_vtensor.compile.plans import cuts_classes
+from torch_vtensor.compile.plans import cuts_classes, named
 from torch_vtensor.compile.plans.resolve import resolve
-from torch_vtensor.compile.primitives import PlanFunction
+from torch_vtensor.compile.primitives import Graph, PlanFunction
 from torch_vtensor.compile.program import Program, build_program
 from torch_vtensor.compile.runtime import Runtime
-from torch_vtensor.compile.schedules import Schedule
+from torch_vtensor.compile.schedules import Schedule, check
 from torch_vtensor.compile.segment import find_segments
 from torch_vtensor.compile.tensor_view import LogicalTensor
 from torch_vtensor.compile.topology import Topology
@@ -39,6 +42,12 @@ class Compilation:
     plan: Plan
     program: Program
     passes: Passes
+    choice: Choice | None = None
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """The most bytes that a rank holds at once."""
+        return max(max(report.peak_bytes.values()) for report in self.passes.reports)
 
     @property
     def schedule(self) -> Schedule:
@@ -47,7 +56,8 @@ class Compilation:
 
     def __str__(self) -> str:
         """Print each phase's value."""
-        return "\n\n".join(map(str, (self.captured.graph, self.plan, self.program, self.passes)))
+        phases = (self.captured.graph, self.choice, self.plan, self.program, self.passes)
+        return "\n\n".join(str(phase) for phase in phases if phase is not None)
 
 
 def superscaler(
@@ -66,17 +76,28 @@ def superscaler(
     Source:  SuperScaler (arXiv 2301.08984); inductor generates the code.
     """
     asked = parse_options(mode, options)
-    if asked.plan is None:
-        whole = Whole(asked.inspect, eager=asked.codegen == "eager", cache_key=asked.cache_key)
-        return _torch_compat.drive_inductor(gm, example_inputs, whole, asked.config_patches)
+    if asked.plan is None and asked.memory_budget is None:
+        return _compile_whole(gm, example_inputs, asked)
 
     _torch_compat.refuse_autocast()
-    plan, mesh = resolve(asked.plan, asked.mesh, worlds.num_ranks())
+    if asked.plan is None and worlds.num_ranks() > 1:
+        raise ValueError(
+            f"memory_budget finds plans for one device, and there are {worlds.num_ranks()} ranks. Give a plan for them."
+        )
+    plan, mesh = resolve(asked.plan or "single", asked.mesh, worlds.num_ranks())
     names = name_inputs(gm, example_inputs)
     captured = capture(gm, example_inputs, names, cuts_classes=cuts_classes(plan))
     examples = _torch_compat.leaves(list(example_inputs))
     kept = find_kept(captured.arguments, examples)
-    compilation = compile_plan(captured, plan, mesh, trains=torch.is_grad_enabled(), kept=kept)
+    if asked.memory_budget is None:
+        compilation = compile_plan(captured, plan, mesh, trains=torch.is_grad_enabled(), kept=kept)
+    else:
+        tracer = Tracer(_torch_compat.device_of(examples), asked.config_patches)
+        given = None if asked.plan is None else plan
+        fitted = fit(captured, given, mesh, asked.memory_budget, tracer, trains=torch.is_grad_enabled(), kept=kept)
+        if isinstance(fitted, Choice):
+            return _compile_whole(gm, example_inputs, asked, fitted)
+        compilation = fitted
     if asked.inspect is not None:
         asked.inspect(compilation)
     transport, rank = worlds.join(compilation.program)
@@ -86,6 +107,14 @@ def superscaler(
     return _torch_compat.called_with_leaves(runtime)
 
 
+def _compile_whole(
+    gm: GraphModule, example_inputs: Sequence[Any], asked: Options, choice: Choice | None = None
+) -> Callable[..., Any]:
+    """Compile a graph as inductor does."""
+    whole = Whole(asked.inspect, eager=asked.codegen == "eager", cache_key=asked.cache_key, choice=choice)
+    return _torch_compat.drive_inductor(gm, example_inputs, whole, asked.config_patches)
+
+
 def compile_plan(
     captured: Captured,
     function: PlanFunction,
@@ -93,10 +122,12 @@ def compile_plan(
     *,
     trains: bool,
     kept: Mapping[LogicalTensor, Parts] = NOTHING_KEPT,
+    measure: Measure = estimate,
 ) -> Compilation:
     """Plan, materialize, segment, order and check: everything that needs no other rank and no device.
 
-    ``kept`` are the parts of parameters that ranks keep since an earlier compilation.
+    ``kept`` are the parts of parameters that ranks keep since an earlier compilation; ``measure`` tells what memory
+    segments take.
 
     Raises:  ValueError for a plan that cannot run.
     """
@@ -104,8 +135,37 @@ def compile_plan(
     plan = record(function, captured.graph, mesh)
     flow = find_dataflow(plan, topology, trains=trains, kept=kept)
     segments = find_segments(flow)
-    program = build_program(flow, segments, topology)
+    program = build_program(flow, segments, topology, measure)
     return Compilation(captured, plan, program, order_passes(program))
+
+
+def fit(
+    captured: Captured,
+    function: PlanFunction | None,
+    mesh: Mesh,
+    budget: float,
+    measure: Measure,
+    *,
+    trains: bool,
+    kept: Mapping[LogicalTensor, Parts] = NOTHING_KEPT,
+) -> Compilation | Choice:
+    """Find what fits a memory budget, or check that a plan does; the choice alone where nothing has to be cut.
+
+    Raises:  PlanError for a budget that cannot be met.
+    """
+
+    def evaluate(name: str) -> Compilation:
+        return compile_plan(captured, named(name, 1), mesh, trains=trains, kept=kept, measure=measure)
+
+    if function is None:
+        choice, chosen = choose(Graph(captured.graph, mesh), budget, evaluate)
+        return choice if chosen is None else replace(chosen, choice=choice)
+    compilation = compile_plan(captured, function, mesh, trains=trains, kept=kept, measure=measure)
+    limit = math.floor(budget * evaluate("single").predicted_peak_bytes) if isinstance(budget, float) else budget
+    for report, schedule in zip(compilation.passes.reports, compilation.passes.schedules, strict=True):
+        if max(report.peak_bytes.values()) > limit:
+            check(schedule, limit)
+    return compilation
 
 
 # torch._dynamo.reset() calls this.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.fx import GraphModule
 
 from torch_vtensor.compile import _torch_compat
@@ -30,12 +31,17 @@ class Recorded(Code):
         self._is_random = any(draws_random_numbers(task.operator) for task in segment.tasks)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Any]]:
-        """Departures, and what backward needs: the inputs and what autograd recorded, or random numbers' state."""
+        """Departures, and what backward needs: the inputs and what autograd recorded, or random numbers' state.
+
+        What autograd recorded is kept by its edges, so that departures can be freed before.
+        """
         leaves = [value.detach().requires_grad_(wants) for value, wants in zip(inputs, self._wants, strict=True)]
         if any(self._wants) and not self._recomputes:
             with torch.enable_grad():
                 outputs = self._function(*leaves)
-            return [output.detach() for output in outputs], [(leaves, outputs)]
+            edges = [get_gradient_edge(output) if output.requires_grad else None for output in outputs]
+            wanted = [leaf if leaf.requires_grad else None for leaf in leaves]
+            return [output.detach() for output in outputs], [(wanted, edges)]
         random = _torch_compat.random_state(leaves) if self._is_random else None
         with torch.no_grad():
             outputs = self._function(*leaves)
@@ -49,18 +55,20 @@ class Recorded(Code):
         tangents: Sequence[Tensor | None],
     ) -> tuple[Sequence[Tensor | None], Any]:
         """Gradients of the arrivals that want one; zeros for what the departures do not depend on."""
-        ((leaves, outputs),) = saved
+        ((leaves, recorded),) = saved
         if self._recomputes:
-            with torch.enable_grad(), _torch_compat.from_random_state(outputs):
+            with torch.enable_grad(), _torch_compat.from_random_state(recorded):
                 outputs = self._function(*leaves)
+            recorded = [get_gradient_edge(output) if output.requires_grad else None for output in outputs]
+            del outputs
         pairs = [
-            (output, tangent)
-            for output, tangent in zip(outputs, tangents, strict=True)
-            if tangent is not None and output.requires_grad
+            (edge, tangent)
+            for edge, tangent in zip(recorded, tangents, strict=True)
+            if tangent is not None and edge is not None
         ]
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        wanted = [leaf for leaf, wants in zip(leaves, self._wants, strict=True) if wants]
         found = iter(
-            torch.autograd.grad([o for o, _ in pairs], wanted, [t for _, t in pairs], allow_unused=True)
+            torch.autograd.grad([edge for edge, _ in pairs], wanted, [t for _, t in pairs], allow_unused=True)
             if pairs
             else [None] * len(wanted)
         )

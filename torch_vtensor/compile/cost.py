@@ -9,6 +9,8 @@ from torch_vtensor.compile.task_graph import Task
 
 _FLOPS_PER_SECOND = 400e12
 _BYTES_PER_SECOND = 3e12
+_LEAST_SECONDS = 2e-6
+"""The shortest kernel: what a piece takes however small it is."""
 
 
 def task_work(task: Task) -> int:
@@ -21,4 +23,9 @@ def task_seconds(task: Task) -> float:
     """Time on one GPU, by whichever of arithmetic and memory takes longer."""
     views = [*task.inputs, *(view for view in task.outputs if view is not None)]
     num_bytes = sum(view.num_bytes for view in views)
-    return max(2 * task_work(task) / _FLOPS_PER_SECOND, num_bytes / _BYTES_PER_SECOND)
+    return max(2 * task_work(task) / _FLOPS_PER_SECOND, memory_seconds(num_bytes))
+
+
+def memory_seconds(num_bytes: int) -> float:
+    """Time to read or write so many bytes."""
+    return max(num_bytes / _BYTES_PER_SECOND, _LEAST_SECONDS)

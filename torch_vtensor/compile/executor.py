@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -96,7 +95,7 @@ class Executor:
             elif isinstance(work, Backward):
                 self._run_backward(work, values)
             elif isinstance(work, Add):
-                values[work.output] = functools.reduce(torch.add, (values[key] for key in work.inputs))
+                self._run_add(work, values)
             elif isinstance(work.step, Assemble):
                 values[work.keys[work.step.output]] = assemble(work.step, work.keys, values, work.tensor.dtype, device)
             else:
@@ -125,6 +124,12 @@ class Executor:
                 values[wanted] = gradient
         if work.kept is not None:
             values[work.kept] = kept
+
+    def _run_add(self, work: Add, values: dict[str, Any]) -> None:
+        total, *rest = (values[key] for key in work.inputs)
+        for addend in rest:
+            total = total.add_(addend) if work.in_place else total + addend
+        values[work.output] = total
 
     def _communicate(
         self, name: str, work: Move, values: dict[str, Any], sent: list[Pending], device: torch.device

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torch_vtensor.compile.backend import Compilation, compile_plan
+from torch_vtensor.compile import _torch_compat
+from torch_vtensor.compile.backend import Compilation, compile_plan, fit
+from torch_vtensor.compile.budget import Choice
 from torch_vtensor.compile.capture import Captured, capture
+from torch_vtensor.compile.footprint import Tracer
 from torch_vtensor.compile.mesh import name_ranks
 from torch_vtensor.compile.names import name_inputs
 from torch_vtensor.compile.plans import cuts_classes
@@ -67,6 +70,8 @@ class Explanation:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
+        if self.compilation.choice is not None:
+            yield f"{self.compilation.choice}\n"
         yield str(self.compilation.plan)
         names = ("step",) if len(self.timelines) == 1 else ("forward", "backward")
         for name, timeline in zip(names, self.timelines, strict=True):
@@ -96,23 +101,33 @@ class Explanation:
 def explain(
     function: Callable[..., Any],
     *arguments: Any,
-    plan: PlanFunction | str,
+    plan: PlanFunction | str | None = None,
     mesh: Mapping[str, int] | int = 1,
+    memory_budget: float | None = None,
     **keywords: Any,
 ) -> Explanation:
     """Plan a call of a function for a mesh, and check it, without compiling or running anything.
 
     `plan` is a function, a name such as ``"dp2+tp2+1f1b/8"``, or ``"file.py:function"``. `mesh` names the axes and
-    their sizes, as ``{"pp": 2, "tp": 4}``, or is the number of ranks. The model and the arguments may be on the device
-    "meta": nothing is computed. `function` may also be what torch.compile returned.
+    their sizes, as ``{"pp": 2, "tp": 4}``, or is the number of ranks. A `memory_budget`, with a plan or without, is
+    that of torch.compile's options; memory is then predicted from traced passes instead of shapes. The model and the
+    arguments may be on the device "meta": nothing is computed. `function` may also be what torch.compile returned.
 
     Raises:  ValueError for a plan that cannot run there; RuntimeError if the function is not one graph.
     """
+    if plan is None and memory_budget is None:
+        raise ValueError("explain got neither a plan nor a memory_budget; give one, plan='single' for no cuts.")
     num_ranks = mesh if isinstance(mesh, int) else math.prod(mesh.values())
-    function_of_plan, on = resolve(plan, None if isinstance(mesh, int) else mesh, num_ranks)
+    function_of_plan, on = resolve(plan or "single", None if isinstance(mesh, int) else mesh, num_ranks)
     captured = capture_call(function, arguments, keywords, cuts_classes=cuts_classes(function_of_plan))
-    made = compile_plan(captured, function_of_plan, on, trains=True)
-    return Explanation(made)
+    if memory_budget is None:
+        return Explanation(compile_plan(captured, function_of_plan, on, trains=True))
+    tracer = Tracer(_torch_compat.device_of(_torch_compat.leaves([*arguments, keywords])), {})
+    fitted = fit(captured, None if plan is None else function_of_plan, on, memory_budget, tracer, trains=True)
+    if isinstance(fitted, Choice):
+        whole = compile_plan(captured, function_of_plan, on, trains=True, measure=tracer)
+        fitted = replace(whole, choice=fitted)
+    return Explanation(fitted)
 
 
 def capture_call(

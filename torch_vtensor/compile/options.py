@@ -27,6 +27,12 @@ class Options:
     as in ``"dp2+tp2+1f1b/8"``, or ``"file.py:function"``. None: nothing is cut, and inductor compiles the graph whole,
     on this device."""
 
+    memory_budget: int | float | None = None
+    """The most bytes that a step may hold on one device: parameters, gradients, activations; or, as a float up to 1.0,
+    a share of what it would hold uncut. The compiler finds pieces and recomputation that fit at the least extra time,
+    changes nothing where nothing has to be, and refuses a budget that it cannot meet. With a plan: that plan has to
+    fit."""
+
     mesh: Mapping[str, int] | None = None
     """Names and sizes of the mesh's axes, for instance ``{"pp": 2, "tp": 4}``; the last runs fastest over the ranks. A
     plan given by name knows its own."""
@@ -47,6 +53,17 @@ class Options:
             raise TypeError(
                 f"plan is {self.plan!r}; a plan is a function of (graph, mesh), a name such as 'dp2+tp2', or "
                 f"'file.py:function'."
+            )
+        budget = self.memory_budget
+        if budget is not None and (
+            isinstance(budget, bool)
+            or not isinstance(budget, int | float)
+            or budget <= 0
+            or (isinstance(budget, float) and budget > 1)
+        ):
+            raise ValueError(
+                f"memory_budget is {budget!r}; give a number of bytes (an int), or a share of what the step takes "
+                f"uncut (a float up to 1.0)."
             )
         if self.codegen not in get_args(CodeGenerator):
             raise ValueError(f"codegen is {self.codegen!r}; choose one of {', '.join(get_args(CodeGenerator))}.")

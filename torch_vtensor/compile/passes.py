@@ -22,10 +22,15 @@ class Passes:
     backward: Schedule | None
     reports: tuple[Report, ...]
 
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """That of the step, or of the forward and the backward pass."""
+        return (self.forward,) if self.backward is None else (self.forward, self.backward)
+
     def __str__(self) -> str:
         """Draw each schedule, and tell the memory of each rank."""
-        schedules = (self.forward,) if self.backward is None else (self.forward, self.backward)
-        return "\n\n".join(f"{schedule}\n{report}" for schedule, report in zip(schedules, self.reports, strict=True))
+        pairs = zip(self.schedules, self.reports, strict=True)
+        return "\n\n".join(f"{schedule}\n{report}" for schedule, report in pairs)
 
 
 def is_whole_step(program: Program) -> bool:
@@ -83,10 +88,10 @@ def _values_of(program: Program, jobs: Sequence[Job], results: Sequence[Result])
 
 def _order(program: Program, jobs: Sequence[Job], values: Sequence[Value], results: Sequence[Result]) -> Schedule:
     known = {job.name for job in jobs}
-    turns = find_turns(program.flow.plan, program.segments, jobs)
-    constraints = [
-        pair for pair in (*find_constraints(program.segments), *find_gathers(program, turns)) if known.issuperset(pair)
-    ]
+    plan = program.flow.plan
+    turns = find_turns(plan, program.segments, jobs)
+    asked = (*find_constraints(program.segments, plan.finishing), *find_gathers(program, turns))
+    constraints = [pair for pair in asked if known.issuperset(pair)]
     schedule = order_jobs(jobs, values, constraints, turns, results)
-    idle = {rank: () for rank in program.flow.plan.mesh.ranks if rank not in schedule.actions}
+    idle = {rank: () for rank in plan.mesh.ranks if rank not in schedule.actions}
     return schedule.with_actions({**schedule.actions, **idle}) if idle else schedule

@@ -20,9 +20,10 @@ class Plan:
     """What a plan decided, for every task.
 
     ``tasks`` are all pieces in an order in which one process could run them. ``ranks`` are those that run each.
-    ``microbatch`` has those tasks that belong to one, ``recomputed`` the group of those that are computed again, and
-    ``turn`` those that op_order names: the number of the call, and the group's number in it. ``unit`` has the operators
-    of those groups that run apart from each other.
+    ``microbatch`` has those tasks that belong to one, ``recomputed`` the group of those that are computed again,
+    ``apart`` the group of those whose code is generated apart, and ``turn`` those that op_order names: the number of
+    the call, and the group's number in it; ``finishing`` are the calls of which each group also runs backward before
+    the next begins. ``unit`` has the operators of those groups for which parameters move apart.
     """
 
     graph: OperatorGraph
@@ -31,7 +32,9 @@ class Plan:
     ranks: Mapping[Task, tuple[int, ...]]
     microbatch: Mapping[Task, int]
     recomputed: Mapping[Task, int]
+    apart: Mapping[Task, int]
     turn: Mapping[Task, tuple[int, int]]
+    finishing: frozenset[int]
     stored: Mapping[LogicalTensor, Storage]
     unit: Mapping[Operator, int]
     pipeline: Pipeline | None
@@ -81,7 +84,9 @@ def record(plan: PlanFunction, graph: OperatorGraph, mesh: Mesh) -> Plan:
         merged,
         {task: index for task, index in view.microbatch_of.items() if task in merged},
         {task: group for task, group in view.recomputed.items() if task in merged},
+        {task: group for task, group in view.apart.items() if task in merged},
         {task: place for task, place in turn.items() if task in merged},
+        frozenset(view.finishing),
         dict(view.stored),
         dict(view.unit_of),
         view.pipeline,

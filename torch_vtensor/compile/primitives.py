@@ -31,8 +31,10 @@ class Graph:
         self.mesh = mesh
         self.microbatch_of: dict[Task, int] = {}
         self.recomputed: dict[Task, int] = {}
+        self.apart: dict[Task, int] = {}
         self.ranks: dict[Task, tuple[int, ...]] = {}
         self.chains: list[tuple[Tasks, ...]] = []
+        self.finishing: set[int] = set()
         self.stored: dict[LogicalTensor, Storage] = {}
         self.unit_of: dict[Operator, int] = {}
         self.pipeline: Pipeline | None = None
@@ -95,7 +97,7 @@ class Graph:
     def replace(self, task: Task, pieces: tuple[Task, ...]) -> None:
         """Put pieces in the place of a task; they inherit what was decided about it."""
         self._pieces[task] = pieces
-        decided: tuple[dict[Task, object], ...] = (self.microbatch_of, self.recomputed, self.ranks)  # type: ignore[assignment]
+        decided: tuple[dict[Task, object], ...] = (self.microbatch_of, self.recomputed, self.apart, self.ranks)  # type: ignore[assignment]
         for decisions in decided:
             if task in decisions:
                 decisions.update((piece, decisions[task]) for piece in pieces)
@@ -292,15 +294,39 @@ def op_assign(tasks: Tasks | Sequence[Tasks], place: Place | Sequence[Place]) ->
     tasks.graph.ranks.update((task, ranks) for task in tasks)
 
 
-def op_order(*groups: Tasks) -> None:
+def op_order(*groups: Tasks, finish: bool = False) -> None:
     """Run groups one after the other: of each microbatch, on each rank, all of a group before any of the next.
 
-    This is about forward passes; a group's backward pass runs as soon as it can.
+    This is about forward passes; a group's backward pass runs as soon as it can. With `finish`, it runs before the
+    next group's forward pass where a call runs the whole step, so that what backward needs is there for one group at a
+    time::
+
+        op_order(a, b, c)               F a  F b  F c  B c  B b  B a
+        op_order(a, b, c, finish=True)  F a  B a  F b  B b  F c  B c
+
+    A group whose backward pass needs what a later group computes, as in a loss that is no sum over the groups, cannot
+    finish first: the plan is refused as one that waits in a circle.
 
     Source:  SuperScaler (arXiv 2301.08984) section 3.2.
     """
     if groups:
-        groups[0].graph.chains.append(groups)
+        graph = groups[0].graph
+        if finish:
+            graph.finishing.add(len(graph.chains))
+        graph.chains.append(groups)
+
+
+def compile_apart(*groups: Tasks) -> None:
+    """Generate code for each group by itself, so that groups that compute the same, as a model's layers, share it.
+
+    This changes nothing about what runs where and when. It takes a compiler a layer's time instead of the model's, and
+    costs what could have been fused over the borders.
+    """
+    if groups:
+        apart = groups[0].graph.apart
+        first = len(apart)
+        for offset, group in enumerate(groups):
+            apart.update((task, first + offset) for task in group)
 
 
 def balance(layers: Sequence[Tasks], num_stages: int) -> tuple[Tasks, ...]:

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 from torch_vtensor.compile.communication import Assemble, Buffer, Communication, Placed, Step, Transfer, seconds_of
 from torch_vtensor.compile.contributions import Contributions
+from torch_vtensor.compile.cost import memory_seconds
 from torch_vtensor.compile.dataflow import Dataflow, Exchange, GradientGroup
-from torch_vtensor.compile.pass_costs import is_saved_for, kept_bytes, pass_seconds, saved_bytes
+from torch_vtensor.compile.footprint import Measure, estimate
+from torch_vtensor.compile.pass_costs import pass_seconds
 from torch_vtensor.compile.schedules.job import Job, JobKind, Result, Value, ValueKind
 from torch_vtensor.compile.segment import Segment
 from torch_vtensor.compile.tensor_view import LogicalTensor, Mask, TensorView
@@ -62,11 +64,12 @@ class Move(NamedTuple):
 
 
 class Add(NamedTuple):
-    """Add values up on one rank; the first may be overwritten if nobody else reads it."""
+    """Add values up on one rank; in place of the first, where that is a sum that nobody else reads."""
 
     rank: int
     inputs: tuple[str, ...]
     output: str
+    in_place: bool = False
 
 
 Work = Forward | Backward | Move | Add
@@ -111,14 +114,17 @@ class Program:
         return "\n".join(rows)
 
 
-def build_program(flow: Dataflow, segments: Sequence[Segment], topology: Topology) -> Program:
-    """Write down what there is to do, on all ranks, in no order yet."""
-    return _Builder(flow, segments, topology).build()
+def build_program(
+    flow: Dataflow, segments: Sequence[Segment], topology: Topology, measure: Measure = estimate
+) -> Program:
+    """Write down what there is to do, on all ranks, in no order yet; `measure` tells what memory segments take."""
+    return _Builder(flow, segments, topology, measure).build()
 
 
 class _Builder:
-    def __init__(self, flow: Dataflow, segments: Sequence[Segment], topology: Topology) -> None:
+    def __init__(self, flow: Dataflow, segments: Sequence[Segment], topology: Topology, measure: Measure) -> None:
         self._flow = flow
+        self._footprint = {segment: measure(segment) for segment in segments}
         self._segments = tuple(segments)
         self._topology = topology
         self._jobs: list[Job] = []
@@ -212,7 +218,7 @@ class _Builder:
         trains = wants and any(view.tensor in self._flow.active for view in segment.departures)
         names = (f"saved {segment.name}", *(f"saved {segment.name} for {part}" for part in [*segment.parts][1:]))
         saved = names if trains else ()
-        for key, num_bytes in zip(saved, saved_bytes(segment), strict=False):
+        for key, num_bytes in zip(saved, self._footprint[segment].saved_bytes, strict=False):
             self._add_value(key, segment.rank, num_bytes, "saved")
         forward = Forward(segment, inputs, outputs, saved)
         self._forward_of[segment] = forward
@@ -342,7 +348,7 @@ class _Builder:
             self._add_part(Backward(segment, "B", forward.saved, inputs, tuple(tangents), tuple(gradients), None))
             return
         kept = f"kept {segment.name}"
-        self._add_value(kept, segment.rank, kept_bytes(segment), "saved")
+        self._add_value(kept, segment.rank, self._footprint[segment].kept_bytes, "saved")
         for part, positions in segment.parts.items():
             mine = tuple(key if number in positions else None for number, key in enumerate(gradients))
             self._add_part(
@@ -367,7 +373,7 @@ class _Builder:
     def _add_part(self, backward: Backward) -> None:
         segment, name = backward.segment, f"{backward.part} {backward.segment.name}"
         self._gives.update((key, name) for key in backward.gradients if key is not None)
-        read = (*backward.inputs, *self._moved_here(backward), *backward.tangents, *backward.saved)
+        read = (*backward.inputs, *self._there_for(backward), *backward.tangents, *backward.saved)
         written = (*backward.gradients, backward.kept)
         self._add_job(
             name,
@@ -378,13 +384,11 @@ class _Builder:
             segment,
         )
 
-    def _moved_here(self, backward: Backward) -> Iterable[str]:
-        """What came from other ranks and forward saved: it is there for as long as backward needs it."""
-        segment = backward.segment
-        for number, (arrival, readers) in enumerate(segment.arrivals.items()):
-            buffer = arrival.exchange.communication.need[Placed(segment.rank, arrival.mask)]
-            if buffer.tag and not arrival.exchange.anew and is_saved_for(segment, backward.part, number, readers):
-                yield self._key(arrival.exchange, buffer)
+    def _there_for(self, backward: Backward) -> Iterable[str]:
+        """What forward read or made, and is there for as long as a backward pass needs it."""
+        forward, footprint = self._forward_of[backward.segment], self._footprint[backward.segment]
+        yield from (forward.inputs[number] for number in footprint.arrivals.get(backward.part, ()))
+        yield from (forward.outputs[number] for number in footprint.departures.get(backward.part, ()))
 
     def _add_gradient_steps(self, exchange: Exchange) -> None:
         """Add up what each rank has of the gradient, and take it to the makers."""
@@ -442,7 +446,7 @@ class _Builder:
         for number, addend in enumerate(rest):
             output = f"{key}+{number + 1}"
             self._add_value(output, rank, view.num_bytes, kind)
-            self._work[f"add {output} {rank}"] = Add(rank, (total, addend), output)
+            self._work[f"add {output} {rank}"] = Add(rank, (total, addend), output, in_place=number > 0)
             self._jobs.append(
                 Job(
                     f"add {output} {rank}",
@@ -452,6 +456,8 @@ class _Builder:
                     writes={rank: (output,)},
                     stage=self._label[view.tensor],
                     microbatch=microbatch,
+                    seconds=memory_seconds(3 * view.num_bytes),
+                    workspace_bytes=-view.num_bytes if number > 0 else 0,  # in place
                 )
             )
             total = output
@@ -492,6 +498,7 @@ class _Builder:
                 stage=str(segment.stage),
                 microbatch=segment.microbatch,
                 seconds=pass_seconds(segment, kind),
+                workspace_bytes=self._footprint[segment].workspace_bytes.get(kind, 0),
             )
         )
 

@@ -76,7 +76,9 @@ class Runtime:
         for key, view in self._parts.items():
             values[key] = part_of(there[view.tensor], view.mask)
         if self._backward is None:
-            self._put_seeds(values, {tensor: torch.ones((), dtype=tensor.dtype) for tensor in self._seed_of}, given)
+            device = _device(given)
+            ones = {tensor: torch.ones((), dtype=tensor.dtype, device=device) for tensor in self._seed_of}
+            self._put_seeds(values, ones, given)
         self._run(self._forward, values, given)
         returned = {tensor: values[key] for tensor, key in self._returned.items()}
         for overwritten, new in self._program.flow.plan.graph.mutations.items():
@@ -141,8 +143,11 @@ class _WholeStep(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         scale = next(tangent for tangent in tangents if tangent is not None)
-        scaled = [None if gradient is None else gradient * scale for gradient in gradients]
-        return (None, None, *ctx.runtime.hand_over(scaled, ctx.wanting))
+        for position, gradient in enumerate(gradients):
+            # One after the other: each takes the memory of the one before. They may share memory: not in place.
+            gradients[position] = None if gradient is None else gradient * scale
+            del gradient
+        return (None, None, *ctx.runtime.hand_over(gradients, ctx.wanting))
 
 
 class _Partition(torch.autograd.Function):

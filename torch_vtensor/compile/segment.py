@@ -7,7 +7,8 @@ gets a level that rises along every edge where something does::
     norm → x  ──────────►  linear[n 0:4] → gelu → ...   ── all_reduce ──► add → norm
             (dx is summed)  linear[k 0:4]
 
-All segments on a path from a segment back to itself would have its level, so there is no such path.
+All segments on a path from a segment back to itself would have its level, so there is no such path. What no gradient
+flows through and needs nothing that one flows through, masks and positions, comes before all levels: it raises none.
 """
 
 from __future__ import annotations
@@ -87,9 +88,11 @@ class _Key(NamedTuple):
     microbatch: int | None
     stage: int
     recomputed: int | None
+    apart: int | None
     turn: tuple[int, int] | None
     unit: int | None
     flows: bool
+    before: bool
     level: int
 
 
@@ -102,21 +105,28 @@ class Output(NamedTuple):
 
 
 def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
-    """Put tasks into segments, as few as communication, recomputation and the order asked for allow."""
+    """Put tasks into segments, as few as communication, recomputation and what the plan asks for allow."""
     plan = flow.plan
     stages = find_stages(plan).of_task
     level: dict[Instance, int] = {}
     keys: dict[Instance, _Key] = {}
     internal: set[tuple[Instance, int]] = set()
-    above: dict[Exchange, int] = {}
+    above: dict[tuple[Exchange, bool], int] = {}
+    before: set[Instance] = set()
+    is_cut = bool(plan.microbatch or plan.recomputed or plan.apart or plan.turn)
     for task in plan.tasks:
         for rank in plan.ranks[task]:
             instance = Instance(task, rank)
             index, recomputed, turn = plan.microbatch.get(task), plan.recomputed.get(task), plan.turn.get(task)
             # What needs no turn in a pipeline must not wait for one: all microbatches' targets are counted first.
             flows = index is None or _flows(flow, task)
-            unit = plan.unit.get(task.operator)
-            own = _Key(rank, index, stages[task], recomputed, turn, unit, flows, level=0)
+            apart, unit = plan.apart.get(task), plan.unit.get(task.operator)
+            if is_cut and (recomputed, apart, turn) == (None, None, None) and not _flows(flow, task):
+                read = (flow.reads[instance, position][0].makers for position in range(len(task.inputs)))
+                if before.issuperset(maker for parts in read for makers in parts.values() for maker in makers):
+                    before.add(instance)
+            is_before = instance in before
+            own = _Key(rank, index, stages[task], recomputed, apart, turn, unit, flows, is_before, level=0)
             sources = {
                 position: source
                 for position in range(len(task.inputs))
@@ -131,11 +141,12 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
                     # What is made below arrives like everything else: its gradient goes back once all readers are done.
                     if position not in sources or level[sources[position]] < lowest:
                         exchange, _ = flow.reads[instance, position]
-                        if exchange not in above:
+                        if (exchange, is_before) not in above:
                             makers = itertools.chain(*exchange.makers.values())
-                            above[exchange] = max((level[maker] for maker in makers), default=-1) + 1
-                        if above[exchange] > lowest:
-                            lowest, settled = above[exchange], False
+                            levels = (level[maker] for maker in makers if is_before or maker not in before)
+                            above[exchange, is_before] = max(levels, default=-1) + 1
+                        if above[exchange, is_before] > lowest:
+                            lowest, settled = above[exchange, is_before], False
             level[instance] = lowest
             keys[instance] = own._replace(level=lowest)
             internal.update(
@@ -145,7 +156,7 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
     members: defaultdict[_Key, list[Instance]] = defaultdict(list)
     for instance, key in keys.items():
         members[key].append(instance)
-    in_order = sorted(members, key=lambda key: (key.level, key.rank))
+    in_order = sorted(members, key=lambda key: (not key.before, key.level, key.rank))
     leaving = _leaving(flow, internal)
     return tuple(_segment(flow, f"s{n}", key, members[key], internal, leaving) for n, key in enumerate(in_order))
 

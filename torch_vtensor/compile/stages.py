@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch_vtensor.compile.plan import Plan
@@ -95,7 +95,7 @@ def find_turns(plan: Plan, segments: Sequence[Segment], jobs: Sequence[Job]) -> 
         for rank in sorted(stages.ranks[order[0].stage]):
             names = []
             for compute in order:
-                mine = sorted(of_stage[rank, compute.stage, compute.microbatch], key=lambda segment: segment.level)
+                mine = of_stage[rank, compute.stage, compute.microbatch]  # in the order in which they can run
                 for segment in mine if compute.kind == "F" else reversed(mine):
                     # What has no weights, or nothing else, runs backward in one where the gradient of its input is due.
                     kinds = ("dI", "B") if compute.kind == "dI" else (compute.kind,)
@@ -118,8 +118,11 @@ def _refuse_gradients(plan: Plan, segments: Sequence[Segment], runs_backward: se
                 )
 
 
-def find_constraints(segments: Sequence[Segment]) -> list[tuple[str, str]]:
-    """Which passes op_order puts before which: on a rank, of a microbatch, those of one group and of the next."""
+def find_constraints(segments: Sequence[Segment], finishing: Container[int] = ()) -> list[tuple[str, str]]:
+    """Which passes op_order puts before which: on a rank, of a microbatch, those of one group and of the next.
+
+    Of the calls of op_order that `finishing` numbers, a group's backward passes come before the next one's forward.
+    """
     groups: defaultdict[tuple[int, int | None, int], defaultdict[int, list[str]]] = defaultdict(
         lambda: defaultdict(list)
     )
@@ -130,6 +133,14 @@ def find_constraints(segments: Sequence[Segment]) -> list[tuple[str, str]]:
     return [
         (before, after)
         for by_position in groups.values()
+        for first, second in itertools.pairwise(sorted(by_position))
+        for before in by_position[first]
+        for after in by_position[second]
+    ] + [
+        (f"{kind}{before[1:]}", after)
+        for kind in ("B", "dI")
+        for (_, _, chain), by_position in groups.items()
+        if chain in finishing
         for first, second in itertools.pairwise(sorted(by_position))
         for before in by_position[first]
         for after in by_position[second]

@@ -5,7 +5,8 @@
     name     = part {"+" part}                    parts in any order, each once
     part     = axis [ranks]                       over how many ranks; what is left over where that is not said
              | pipeline ["*" stages] ["/" microbatches]
-             | "coshard" [pieces] | "chunked_loss" [pieces] | "single"
+             | "accumulate" [microbatches] | "recompute" [layers]
+             | "coshard" [pieces] | "chunked_loss" [pieces] | "layerwise" | "single"
     axis     = "dp" | "tp" | "sp" | "pp"          batch; heads, hidden, vocabulary; those and the sequence; stages
              | zero [ranks] ["/" microbatches]    batch, with parameters in shards, in place of "dp"
     zero     = "zero1" | "zero2" | "zero3"
@@ -27,13 +28,16 @@ from types import MappingProxyType
 from typing import Any
 
 from torch_vtensor.compile.mesh import Mesh
+from torch_vtensor.compile.plans.accumulate import accumulate
 from torch_vtensor.compile.plans.chunked_loss import chunked_loss
 from torch_vtensor.compile.plans.coshard import coshard
 from torch_vtensor.compile.plans.data_parallel import data_parallel
 from torch_vtensor.compile.plans.gpipe import gpipe
 from torch_vtensor.compile.plans.interlaced import interlaced
 from torch_vtensor.compile.plans.interleaved import interleaved
+from torch_vtensor.compile.plans.layerwise import layerwise
 from torch_vtensor.compile.plans.one_f_one_b import one_f_one_b
+from torch_vtensor.compile.plans.recompute import recompute
 from torch_vtensor.compile.plans.recycling import three_f_one_b
 from torch_vtensor.compile.plans.sequence_parallel import sequence_parallel
 from torch_vtensor.compile.plans.single_device import single_device
@@ -57,11 +61,17 @@ _OVER_RANKS: Mapping[str, PlanFunction] = {
     "tp": tensor_parallel,
     "sp": sequence_parallel,
 }
-_ON_A_RANK: Mapping[str, Any] = {"coshard": coshard, "chunked_loss": chunked_loss}
+# By name: the plan, and which of its arguments the number is. Microbatches come before what cuts each further.
+_ON_A_RANK: Mapping[str, tuple[Any, str]] = {
+    "accumulate": (accumulate, "num_microbatches"),
+    "recompute": (recompute, "num_layers"),
+    "coshard": (coshard, "num_pieces"),
+    "chunked_loss": (chunked_loss, "num_pieces"),
+}
 _AXES = ("pp", "dp", "tp")
 """Slowest first: tensor parallel, which sends the most, has neighbouring ranks."""
 
-_KNOWN = ("single", "pp", *_OVER_RANKS, *_PIPELINES, *_ON_A_RANK)
+_KNOWN = ("single", "pp", *_OVER_RANKS, *_PIPELINES, *_ON_A_RANK, "layerwise")
 _PART = re.compile(
     r"(?P<name>[13]f1b|zero[123]|[a-z_]+)(?P<count>\d+)?(?:\*(?P<stages>\d+))?(?:/(?P<microbatches>\d+))?"
 )
@@ -112,10 +122,16 @@ def named(name: str, world_size: int) -> NamedPlan:
     pipelines = [given[part] for part in _PIPELINES if part in given]
     over = [given[part] for part in _OVER_RANKS if part in given]
     axes = [_axis(part["name"]) for part in over]
-    if len(pipelines) > 1 or len(set(axes)) < len(axes) or (len(given) > 1 and "single" in given):
+    if (
+        len(pipelines) > 1
+        or ("accumulate" in given and (pipelines or any(part["microbatches"] for part in over)))
+        or len(set(axes)) < len(axes)
+        or (len(given) > 1 and "single" in given)
+    ):
         raise ValueError(
-            f"the plan {name!r} has parts that exclude each other: choose one pipeline of {', '.join(_PIPELINES)}, one "
-            f"of tp and sp, one of dp, {', '.join(_ZERO)}; 'single' alone."
+            f"the plan {name!r} has parts that exclude each other: choose one pipeline of {', '.join(_PIPELINES)}, or "
+            f"accumulate, or microbatches as in 'zero2/8'; one of tp and sp, one of dp, {', '.join(_ZERO)}; 'single' "
+            f"alone."
         )
     if pipelines and any(part["microbatches"] for part in over):
         raise ValueError(
@@ -135,8 +151,9 @@ def named(name: str, world_size: int) -> NamedPlan:
     parts: list[PlanFunction] = [_pipeline(name, part) for part in pipelines]
     parts += [_over_ranks(part) for part in over]
     for part in (given[part] for part in _ON_A_RANK if part in given):
-        pieces = {"num_pieces": int(part["count"])} if part["count"] else {}
-        parts.append(partial(_ON_A_RANK[part["name"]], **pieces))
+        plan, argument = _ON_A_RANK[part["name"]]
+        parts.append(partial(plan, **({argument: int(part["count"])} if part["count"] else {})))
+    parts += [layerwise] if "layerwise" in given else []
     return NamedPlan(name, _fill(name, counts, world_size), tuple(parts) or (single_device,))
 
 
@@ -152,7 +169,7 @@ def _parse(name: str, text: str) -> re.Match[str]:
         )
     word = part["name"]
     wrong = (
-        (part["count"] is not None and (word in _PIPELINES or word == "single"))
+        (part["count"] is not None and (word in _PIPELINES or word in ("single", "layerwise")))
         or (part["stages"] is not None and word != "interleaved")
         or (part["microbatches"] is not None and word not in _PIPELINES and word not in _ZERO)
         or any(number is not None and int(number) == 0 for number in part.group("count", "stages", "microbatches"))
@@ -161,7 +178,7 @@ def _parse(name: str, text: str) -> re.Match[str]:
         raise ValueError(
             f"the plan {name!r} has {text!r}, whose numbers mean nothing. Say dp2, tp2, sp2 or pp2 for ranks, "
             f"1f1b/8 or zero2/8 for microbatches, interleaved*2 for stages on each rank, coshard4 or chunked_loss4 for "
-            f"pieces; all from 1."
+            f"pieces, accumulate4 for microbatches, recompute4 for layers; all from 1."
         )
     return part
 

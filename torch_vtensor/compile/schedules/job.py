@@ -107,7 +107,8 @@ class Job:
     ``contributes`` names the results of which it computes an addend; where other jobs compute the same, as replicas do,
     ``addends`` names it, or several, by result.
     Units: ``seconds`` on its ranks, estimated; ``wire_bytes`` sent by all ranks together; ``workspace_bytes`` that each
-    of its ranks needs while it runs, besides what it reads and writes.
+    of its ranks needs while it runs, besides what it reads and writes; negative where it frees some of what it reads
+    before it makes some of what it writes.
     """
 
     name: str

@@ -1,0 +1,259 @@
+"""A training step on one GPU: what plans save and cost, against torch.compile with and without its own means.
+
+    python benchmarks/bench_plans.py [--models qwen3 swin evoformer] [--batch N] [--layers N] [--quick] [--out FOLDER]
+
+bfloat16 parameters, fused AdamW. Every point runs in a process of its own: one that fails or runs out of memory is a
+row of the table. Before a time counts, the first step's gradients have to be about as near as torch.compile's to those
+of the same weights in float32, eager and row by row.
+Writes benchmarks/results/plans_<device>_<date>.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from plan_models import DEFAULT_BATCH, DEFAULT_LAYERS, SUBJECTS, Subject
+from torch import Tensor, nn
+
+BASELINES = ("compile", "activation_memory_budget=0.5", "activation_memory_budget=0.2", "checkpoint")
+OURS = {
+    "qwen3": ("uncut", "chunked_loss4", "accumulate2+layerwise", "recompute+layerwise", "memory_budget=0.7"),
+    "swin": ("uncut", "accumulate4+layerwise", "accumulate4+recompute+layerwise", "memory_budget=0.3"),
+    "evoformer": ("uncut", "accumulate4+layerwise", "accumulate4+recompute+layerwise", "memory_budget=0.3"),
+}
+GIB = 2**30
+# Roundings to bfloat16 add up over layers, differently in every correct implementation.
+MOST_OF_BASELINE = 1.25
+_SAMPLES = 1 << 16
+
+
+def main() -> None:
+    """Run all points of all models, or, as a child, one point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--modes", nargs="+", help="instead of all: compile, checkpoint, uncut, a plan's name, …")
+    parser.add_argument("--batch", type=int, help="rows, images, proteins; by default what the baseline has room for")
+    parser.add_argument("--layers", type=int, help="blocks; by default the published model's, 8 of the Evoformer")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--timeout", type=int, default=900, help="seconds that a point may take")
+    parser.add_argument("--quick", action="store_true", help="tiny models, to see that it runs")
+    parser.add_argument("--out", type=Path, help="folder of the result file")
+    parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)  # model, mode, file of the baseline's gradients
+    arguments = parser.parse_args()
+    if arguments.point:
+        model, mode, reference = arguments.point
+        print(json.dumps(point(model, mode, Path(reference), arguments)))
+        return
+    device = torch.device(arguments.device)
+    body = "\n\n".join(section(model, arguments, device) for model in arguments.models)
+    print(report.write("plans", device, body, arguments.out).read_text())
+
+
+def section(model: str, arguments: argparse.Namespace, device: torch.device) -> str:
+    """All points of a model, as a table."""
+    batch, layers = sizes(model, arguments)
+    rows, base = [], None
+    with tempfile.TemporaryDirectory() as folder:
+        run(model, "reference", Path(folder) / "gradients.pt", arguments)
+        for mode in arguments.modes or (*BASELINES, *OURS[model]):
+            found = run(model, mode, Path(folder) / "gradients.pt", arguments)
+            if mode == "compile":
+                base = found
+            rows.append(row(mode, found, base))
+            print(model, *rows[-1], sep=" | ", flush=True)
+    unit = {"qwen3": "tokens", "swin": "images", "evoformer": "residues"}[model]
+    title = f"## {model}: {SUBJECTS[model].__doc__}\n\nBatch {batch}, {layers} layers, bfloat16, fused AdamW."
+    header = (
+        "mode",
+        f"{unit}/s (10th-90th)",
+        "of compile",
+        "peak GiB",
+        "of compile",
+        "predicted GiB",
+        "compile s",
+        "loss",
+        "gradients off by",
+        "what was chosen",
+    )
+    return f"{title}\n\n" + report.table(header, rows)
+
+
+def row(mode: str, found: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
+    """One line of the table."""
+    if "error" in found:
+        return [mode, found["error"], *[""] * 8]
+    speed = found["tokens"] / found["seconds"][0]
+    low, high = (found["tokens"] / seconds for seconds in reversed(found["seconds"][1:]))
+    has_base = base is not None and "error" not in base
+    if has_base and found["error_of_gradients"] > MOST_OF_BASELINE * base["error_of_gradients"] + 1e-3:
+        error, usual = found["error_of_gradients"], base["error_of_gradients"]
+        return [
+            mode,
+            f"wrong: gradients are off by {error:.4f} of their norm, torch.compile's by {usual:.4f}",
+            *[""] * 8,
+        ]
+    ratio = f"{base['seconds'][0] / found['seconds'][0]:.3f}" if has_base else ""
+    memory = f"{found['peak'] / base['peak']:.3f}" if has_base and base["peak"] else ""
+    predicted = "" if found["predicted"] is None else f"{found['predicted'] / GIB:.2f}"
+    return [
+        mode,
+        f"{speed:,.0f} ({low:,.0f}-{high:,.0f})",
+        ratio,
+        f"{found['peak'] / GIB:.2f}",
+        memory,
+        predicted,
+        f"{found['compile']:.0f}",
+        f"{found['loss']:.4f}",
+        f"{found['error_of_gradients']:.4f}" if "error_of_gradients" in found else "",
+        found["chosen"],
+    ]
+
+
+def run(model: str, mode: str, reference: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A point in a process of its own; what went wrong, where something did."""
+    command = [sys.executable, __file__, "--point", model, mode, str(reference), "--device", arguments.device]
+    command += ["--repeats", str(arguments.repeats)]
+    command += [f"--{name}={value}" for name in ("batch", "layers") if (value := getattr(arguments, name))]
+    command += ["--quick"] if arguments.quick else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {arguments.timeout} s"}
+    if done.returncode == 0:
+        print("".join(line for line in done.stderr.splitlines(True) if "GiB" in line), file=sys.stderr)
+        return json.loads(done.stdout.splitlines()[-1])
+    print(done.stderr[-3000:], file=sys.stderr)
+    if "OutOfMemoryError" in done.stderr:
+        return {"error": "out of memory"}
+    return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:200].replace("|", "/")}
+
+
+def sizes(model: str, arguments: argparse.Namespace) -> tuple[int, int]:
+    """Batch and layers of a model."""
+    small = 2 if arguments.quick else None
+    return arguments.batch or (4 if small else DEFAULT_BATCH[model]), arguments.layers or small or DEFAULT_LAYERS[model]
+
+
+def point(model: str, mode: str, reference: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train some steps in one mode: gradients first, then time and memory."""
+    device = torch.device(arguments.device)
+    subject = SUBJECTS[model](*sizes(model, arguments), device, tiny=arguments.quick)
+    if mode == "reference":
+        return exact(subject, reference)
+    made: list[Any] = []
+    step = compiled(subject, mode, made)
+    optimizer = torch.optim.AdamW(subject.model.parameters(), 1e-4, fused=True)
+    begin = time.perf_counter()
+    loss = step(*subject.arguments)
+    loss.backward()
+    report.synchronize(device)
+    compile_seconds = time.perf_counter() - begin
+    found: dict[str, Any] = {"loss": loss.item(), "compile": compile_seconds, "tokens": subject.num_tokens}
+    found |= compare(subject.model, loss, reference)
+    optimizer.step()
+    optimizer.zero_grad()
+
+    def train() -> None:
+        step(*subject.arguments).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    train()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = report.measure(train, device, 2 if arguments.quick else arguments.repeats, warmup=1)
+    found["seconds"] = times
+    found["peak"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    predicted = [peak for one in made if (peak := getattr(one, "predicted_peak_bytes", None)) is not None]
+    # The state of AdamW lies beside what the step holds.
+    state = sum(value.nbytes for group in optimizer.state.values() for value in group.values())
+    found["predicted"] = predicted[0] + state if predicted else None
+    choices = [one.choice.chosen.name or "uncut" for one in made if one.choice is not None]
+    found["chosen"] = ", ".join(choices)
+    for one in made:
+        print(one.choice, *getattr(getattr(one, "passes", None), "reports", ()), sep="\n", file=sys.stderr)
+    return found
+
+
+def compiled(subject: Subject, mode: str, made: list[Any]) -> Callable[..., Tensor]:
+    """The step in a mode: a baseline's name, "uncut", "memory_budget=…" or the name of a plan."""
+    if mode == "compile":
+        return torch.compile(subject.loss_of)
+    if mode == "checkpoint":
+        checkpoint_layers(subject.model, subject.layer)
+        return torch.compile(subject.loss_of)
+    name, _, value = mode.partition("=")
+    if name == "activation_memory_budget":
+        torch._functorch.config.activation_memory_budget = float(value)
+        return torch.compile(subject.loss_of)
+    options: dict[str, Any] = {}
+    if mode != "uncut":
+        # Any budget has memory predicted from traced passes, also for a plan by name.
+        budget = {"memory_budget": float(value) if "." in value else int(value)} if value else {}
+        options = budget or {"plan": mode, "memory_budget": 1 << 50}
+        options["inspect"] = made.append
+    return torch.compile(subject.loss_of, backend="superscaler", options=options)
+
+
+def checkpoint_layers(model: nn.Module, layer: type[nn.Module]) -> None:
+    """Recompute every layer in backward, as torch's own wrapper does."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        apply_activation_checkpointing,
+    )
+
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, layer))
+
+
+def compare(model: nn.Module, loss: Tensor, reference: Path) -> dict[str, Any]:
+    """How far gradients are from exact ones, in their norm, all parameters together.
+
+    Raises:  AssertionError for another loss, or gradients of other parameters.
+    """
+    sample = _samples(model)
+    expected_loss, expected = torch.load(reference)
+    assert sample.keys() == expected.keys(), "other parameters have gradients"
+    difference = sum((sample[name] - expected[name]).square().sum().item() for name in sample) ** 0.5
+    norm = sum(expected[name].square().sum().item() for name in sample) ** 0.5
+    assert abs(loss.item() - expected_loss) <= 0.01 * abs(expected_loss), f"{loss.item()} is not {expected_loss}"
+    return {"error_of_gradients": difference / norm}
+
+
+def exact(subject: Subject, reference: Path) -> dict[str, Any]:
+    """Leave the loss and a sample of the gradients in float32, computed row by row: each has an equal share."""
+    model = subject.model.float()
+    arguments = [value.float() if value.is_floating_point() else value for value in subject.arguments]
+    num_rows, total = len(arguments[0]), 0.0
+    for row_ in range(num_rows):
+        loss = subject.loss_of(*(value[row_ : row_ + 1] for value in arguments)) / num_rows
+        loss.backward()
+        total += loss.item()
+    torch.save((total, _samples(model)), reference)
+    return {"loss": total}
+
+
+def _samples(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name.replace("_checkpoint_wrapped_module.", ""): _sample(parameter.grad)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def _sample(gradient: Tensor) -> Tensor:
+    flat = gradient.detach().flatten()
+    return flat[:: max(1, flat.numel() // _SAMPLES)].float().cpu()
+
+
+if __name__ == "__main__":
+    main()
