@@ -1,4 +1,4 @@
-"""What differs between transformers' versions, and what of it is private. Checked on 4.57.6, 5.0.0, 5.17.0, 5.23.0."""
+"""What differs between transformers' versions, and what of it is private. Checked on 4.57.6, 5.0, 5.17, 5.23 and 5.24."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.generation import GenerateDecoderOnlyOutput
 
 __all__ = [
+    "CACHE_NAME",
     "AttentionInterface",
     "AttentionMaskInterface",
     "Cache",
@@ -35,6 +36,9 @@ __all__ = [
     "with_cache",
 ]
 
+CACHE_NAME = "cache" if "cache" in inspect.signature(GenerateDecoderOnlyOutput).parameters else "past_key_values"
+"""The name under which generate() hands the cache to models, and returns it: ``cache`` from 5.24 on."""
+
 
 def initialize(layer: DynamicLayer, key: torch.Tensor, value: torch.Tensor) -> None:
     """Call ``layer.lazy_initialization`` with the arguments that this version's takes."""
@@ -46,19 +50,16 @@ def initialize(layer: DynamicLayer, key: torch.Tensor, value: torch.Tensor) -> N
 
 def with_cache(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """What generate() hands to the model, with the cache that 5.0 leaves to the model's first step to make."""
-    is_left_to_model = inputs.get("past_key_values") is None and bool(inputs.get("use_cache"))
-    takes_one = "past_key_values" in inspect.signature(model.forward).parameters
+    is_left_to_model = inputs.get(CACHE_NAME) is None and bool(inputs.get("use_cache"))
+    takes_one = CACHE_NAME in inspect.signature(model.forward).parameters
     if not is_left_to_model or not takes_one or model.config.is_encoder_decoder:
         return inputs
-    return inputs | {"past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True))}
+    return inputs | {CACHE_NAME: DynamicCache(config=model.config.get_text_config(decoder=True))}
 
 
 def decoder_output(sequences: torch.Tensor, cache: Cache) -> Any:
     """What generate() returns for a decoder-only model if a dictionary is asked for."""
-    fields = inspect.signature(GenerateDecoderOnlyOutput).parameters
-    return GenerateDecoderOnlyOutput(
-        sequences=sequences, **{"cache" if "cache" in fields else "past_key_values": cache}
-    )
+    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE_NAME: cache})
 
 
 def growing_layers() -> list[type[DynamicLayer]]:

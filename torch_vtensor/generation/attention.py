@@ -212,7 +212,7 @@ def _attend(
         return _attend_segments(query, key, value, pattern, options)
     options |= {"first": pattern.first, "window": pattern.window}
     if num_rows == 1:
-        if key.device.type in _SHARES_READS and pattern.window is None:
+        if key.device.type in _SHARES_READS and pattern.window is None and pattern.first is None:
             options |= _shared(key)
         return decode_attention(query, key, value, pattern.stop, **options)
     return prefill_attention(query, key, value, pattern.stop, causal=pattern.causal, **options)

@@ -21,7 +21,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTime
 
 from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
 from torch_vtensor.generation import layers as cache_layers
-from torch_vtensor.generation._transformers_compat import DynamicLayer, decoder_output, with_cache
+from torch_vtensor.generation._transformers_compat import CACHE_NAME, DynamicLayer, decoder_output, with_cache
 from torch_vtensor.generation.decode.program import DecodeProgram, Placement, Traced, traced_model
 from torch_vtensor.generation.decode.prompt import Part, parts_of
 from torch_vtensor.generation.decode.sampling import Sampling, sampling_of
@@ -79,6 +79,7 @@ def sample(
                 with decoding:
                     sequences = _decode(call, decoding, input_ids)
                 return decoder_output(sequences, call.cache) if generation_config.return_dict_in_generate else sequences
+        cache_layers.counters[f"prompt by transformers: {decoding}"] += 1
     one_token = StoppingCriteriaList([MaxLengthCriteria(max_length=input_ids.shape[1] + 1)])
     try:
         output = stock(model, input_ids, logits_processor, one_token, generation_config, False, None, **model_kwargs)
@@ -133,7 +134,7 @@ class _Call(NamedTuple):
 
     @property
     def cache(self) -> Any:
-        return self.inputs["past_key_values"]
+        return self.inputs[CACHE_NAME]
 
 
 class _Group(NamedTuple):
@@ -350,7 +351,8 @@ def _run(call: _Call, decoding: _Decoding, sequences: torch.Tensor) -> int:
             ends.record()
         ends.look(call.streamer, wait_for_all=True)
     except OutOfPagesError as error:
-        ends.look(call.streamer, wait_for_all=True)
+        if not ends.look(call.streamer, wait_for_all=True):
+            return ends.num_new  # all had ended: the memory was for steps that nobody needs
         sequences = torch.cat([sequences, program.chosen[:, : ends.num_new]], dim=1)
         _keep_text(error, sequences, ends.num_new + num_known)
         raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -86,9 +87,8 @@ class DecodeProgram:
         )
         self.step = Step(layers, groups, *_workspace(batch, layers, device))
         self._forward = _compile(step_forward(traced.twin))
-        self._prompt_forward = traced.prompt
-        # One pool for all graphs: they run one after the other, and what they leave is copied out of it.
-        self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._prompt_forward = traced.prompt if traced.takes_prompts else None
+        self._place = _capture_place(device)
         self._graph: Graph | None = None
         self.logits: torch.Tensor | None = None
         # Of prompts:
@@ -155,7 +155,7 @@ class DecodeProgram:
         """
         began = time.perf_counter()
         if self._graph is None:
-            self._graph = _capture(self._run_forward, self.device, self._memory)
+            self._graph = _capture(self._run_forward, self.device, self._place)
         for size in {part.size for part in parts} - self._prompts.keys():
             self._prompts[size] = self._capture_prompt(size)
         self.warm_up_s += time.perf_counter() - began
@@ -179,10 +179,11 @@ class DecodeProgram:
     def _capture_prompt(self, size: int) -> _PromptGraph:
         tokens, positions = (self.tokens.new_zeros(self.batch, size) for _ in range(2))
 
-        step = self.step._replace(num_new=self._num_new)
+        step, forward = self.step._replace(num_new=self._num_new), self._prompt_forward
+        assert forward is not None
 
         def run_forward() -> None:
-            self._leave(self._prompt_forward(tokens, positions, self._mask, step, self._last))
+            self._leave(forward(tokens, positions, self._mask, step, self._last))
 
         def run() -> None:
             run_forward()
@@ -191,7 +192,11 @@ class DecodeProgram:
 
         self._last.zero_()
         self._num_new.fill_(1)
-        return _PromptGraph(tokens, positions, _capture(run, self.device, self._memory, run_forward))
+        try:
+            return _PromptGraph(tokens, positions, _capture(run, self.device, self._place, run_forward))
+        except Exception:
+            self._place = _capture_place(self.device)  # steps go on in a pool that no broken capture holds
+            raise
 
     def choice(self, sampling: Sampling) -> Graph:
         """The captured choice of the next token; one that was captured before, if it is the same."""
@@ -202,7 +207,7 @@ class DecodeProgram:
                 assert self.logits is not None
                 sampling.choose(sampling.scores(self.logits, self.history, self.length), self.is_open)
 
-            graph = _capture(lambda: self._choose(sampling), self.device, self._memory, rehearse)
+            graph = _capture(lambda: self._choose(sampling), self.device, self._place, rehearse)
         if sampling.signature is not None:
             self._choices[sampling.signature] = graph  # the last one used comes last
             if len(self._choices) > _MAX_CHOICES:
@@ -246,6 +251,9 @@ class Traced:
 
     def __init__(self, model: Any) -> None:
         self._tensors = _tensors_of(model)
+        self._counts = [
+            (where, len(where)) for module in model.modules() for where in (module._parameters, module._modules)
+        ]
         self.twin = twin_of(model)
         self.shapes: list[LayerShape] = layer_shapes(self.twin)
         self.takes_prompts = not any("Experts" in type(module).__name__ for module in model.modules())
@@ -262,7 +270,10 @@ class Traced:
 
     def is_of_today(self) -> bool:
         """Whether the model still has the tensors that programs read, at the same addresses."""
-        return all(where.get(name) is it and _address(it) == address for where, name, it, address in self._tensors)
+        nothing_added = all(len(where) == count for where, count in self._counts)
+        return nothing_added and all(
+            where.get(name) is it and _address(it) == address for where, name, it, address in self._tensors
+        )
 
     def acquire_program(self, batch: int, layers: tuple[LayerRows, ...], num_groups: int) -> DecodeProgram:
         """A program for so many sequences in caches of this layout, the caller's alone until it is released.
@@ -298,7 +309,7 @@ def _tensors_of(model: Any) -> list[tuple[dict[str, Any], str, Any, int]]:
     found = []
     for module in model.modules():
         for where in (module._parameters, module._buffers, module._modules):
-            found += [(where, name, it, _address(it)) for name, it in where.items() if it is not None]
+            found += [(where, name, it, _address(it)) for name, it in where.items()]
     return found
 
 
@@ -343,10 +354,27 @@ def _compile_parts(twin: Any) -> None:
     The same code of all layers is compiled once, for all sizes. All layers as one graph of symbolic sizes would save a
     few launches more, but took 80 seconds for the 32 of a Llama-3-8B where this takes five.
     """
+    copies: dict[Any, Any] = {}
     for layers in [module for module in twin.modules() if isinstance(module, torch.nn.ModuleList)]:
         for layer in filter(_attends, layers):
             for part in _parts_beside_attention(layer):
-                part.forward = torch.compile(part.forward, dynamic=True)
+                stock = type(part).forward
+                if isinstance(stock, types.FunctionType) and "forward" not in vars(part):
+                    forward = copies.setdefault(stock, _copied(stock))
+                    part.forward = torch.compile(types.MethodType(forward, part), dynamic=True)
+
+
+def _copied(function: types.FunctionType) -> types.FunctionType:
+    """The function with a code object of its own: other models have parts of the same class, and as in `_compile`."""
+    copied = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def _parts_beside_attention(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -361,18 +389,31 @@ def _attends(module: torch.nn.Module) -> bool:
     return any(hasattr(each, "layer_idx") for each in module.modules())
 
 
+class _CapturePlace(NamedTuple):
+    """Where a program's graphs are captured: they run one after the other, so they share a stream and their memory."""
+
+    stream: torch.cuda.Stream
+    memory: Any
+
+
+def _capture_place(device: torch.device) -> _CapturePlace | None:
+    if device.type != "cuda":
+        return None
+    return _CapturePlace(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
+
+
 def _capture(
-    run: Callable[[], None], device: torch.device, memory: Any, rehearse: Callable[[], None] | None = None
+    run: Callable[[], None],
+    device: torch.device,
+    place: _CapturePlace | None,
+    rehearse: Callable[[], None] | None = None,
 ) -> Graph:
     """``run`` as a captured graph; without a GPU, ``run`` itself. ``rehearse`` is what to do before, ``run`` if None.
 
-    Args:
-        memory: the handle of the pool that the graph's own tensors come from.
-
-    Effects: the random state is as before.
+    Effects: the random state and the current stream are as before, also after an error.
     """
     rehearse = rehearse or run
-    if device.type != "cuda":
+    if place is None:
         random = torch.get_rng_state()
         try:
             rehearse()
@@ -380,16 +421,19 @@ def _capture(
             torch.set_rng_state(random)
         return run
     random = torch.cuda.get_rng_state(device)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    current = torch.cuda.current_stream(device)
+    place.stream.wait_stream(current)
     try:
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(place.stream):
             for _ in range(2):
                 rehearse()
     finally:
-        torch.cuda.current_stream(device).wait_stream(stream)
+        current.wait_stream(place.stream)
         torch.cuda.set_rng_state(random, device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+    with (
+        torch.cuda.stream(current),  # which a capture that fails would leave for its own
+        torch.cuda.graph(graph, pool=place.memory, stream=place.stream, capture_error_mode="thread_local"),
+    ):
         run()
     return graph.replay

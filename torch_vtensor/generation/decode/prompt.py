@@ -27,8 +27,9 @@ def parts_of(num_tokens: int, batch: int, max_size: int | None = None) -> list[P
     Args:
         max_size: at most so many tokens of a sequence at once; by default as many as keep a device busy.
     """
-    largest = max(_MIN_TOKENS, _MAX_ROWS // batch // _MIN_TOKENS * _MIN_TOKENS)
-    sizes = _sizes(largest if max_size is None else min(max_size, largest))
+    sizes = _sizes(max(_MIN_TOKENS, _MAX_ROWS // batch // _MIN_TOKENS * _MIN_TOKENS))
+    if max_size is not None:
+        sizes = tuple(size for size in sizes if size <= max_size) or (max_size,)
     parts, start = [], 0
     while num_tokens - start > sizes[-1]:
         parts.append(Part(start, start + sizes[-1], sizes[-1]))

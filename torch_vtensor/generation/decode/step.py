@@ -18,7 +18,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from torch_vtensor.generation._transformers_compat import DynamicCache
+from torch_vtensor.generation._transformers_compat import CACHE_NAME, DynamicCache
 from torch_vtensor.ops.cached_attention import cached_attention
 
 __all__ = [
@@ -123,6 +123,11 @@ def _attention(
     given_key, given_value = torch_vtensor_cache.given.pop(module.layer_idx, (None, None))
     if given_key is not key or given_value is not value:
         raise RuntimeError(f"layer {module.layer_idx} attends to something else than the keys and values that it keeps")
+    if attention_mask is not None and (attention_mask.shape[1:] != (1, 1, 1) or attention_mask.dtype is not torch.bool):
+        raise RuntimeError(f"layer {module.layer_idx} attends by a mask of its own")
+    is_causal = kwargs.get("is_causal")
+    if query.shape[2] > 1 and not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise RuntimeError(f"layer {module.layer_idx} lets tokens see later ones")
     torch_vtensor_cache.num_appended += 1
     if isinstance(step, dict):
         step[module.layer_idx] = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
@@ -231,11 +236,11 @@ def _call(
         input_ids=tokens,
         position_ids=positions,
         attention_mask=mask,
-        past_key_values=cache,
         use_cache=True,
         return_dict=True,
         torch_vtensor_step=step,
         torch_vtensor_cache=cache,
+        **{CACHE_NAME: cache},
         **more,
     )
     num_layers = len(step) if isinstance(step, dict) else len(step.layers)

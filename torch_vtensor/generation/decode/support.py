@@ -9,6 +9,7 @@ import torch
 from transformers.generation import stopping_criteria as stopping
 
 from torch_vtensor.generation._transformers_compat import (
+    CACHE_NAME,
     Cache,
     DynamicCache,
     DynamicLayer,
@@ -20,7 +21,7 @@ from torch_vtensor.generation.layers import why_no_driver
 __all__ = ["end_tokens_of", "why_stock", "windows_of"]
 
 _KNOWN_INPUTS = {
-    "past_key_values",
+    CACHE_NAME,
     "attention_mask",
     "position_ids",
     "cache_position",
@@ -40,7 +41,7 @@ def why_stock(
         criteria, config: the stopping criteria and the generation config.
         inputs: what generate() hands to the model besides the tokens.
     """
-    cache = inputs.get("past_key_values")
+    cache = inputs.get(CACHE_NAME)
     if not isinstance(cache, Cache) or inputs.get("use_cache") is False:
         return "no cache"
     if getattr(model.config, "is_encoder_decoder", False):

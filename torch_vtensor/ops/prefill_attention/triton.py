@@ -211,6 +211,8 @@ def launch_rows(
     if causal and (num_new is None or new is not None) and num_query <= _MAX_SPLIT_TOKENS:
         num_programs = batch * num_heads * num_blocks
         if num_programs < torch.cuda.get_device_properties(query.device).multi_processor_count:
+            if new is not None and first is not None:  # that kernel writes only what its rows see
+                append.launch_rows(keys, values, rows, *new, lengths, num_new)
             return decode.launch_rows(
                 query, keys, values, rows, lengths, num_heads, value_dim, 0, first, scale, window, sinks, softcap,
                 new=new, num_new=num_new, out=out,
