@@ -1,4 +1,4 @@
-"""What differs between transformers' versions, and what of it is private. Checked on 4.57.6, 5.0, 5.17, 5.23 and 5.24."""
+"""What differs between transformers' versions, and what of it is private. Checked on 4.57.6, 5.0, 5.17, 5.23, 5.24."""
 
 from __future__ import annotations
 
