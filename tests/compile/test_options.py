@@ -14,7 +14,8 @@ from torch_vtensor.compile.options import parse_options
     [
         (
             {"plann": print},
-            r"options has no 'plann'\. Did you mean 'plan'\? Known: codegen, inductor, inspect, memory_budget, mesh, plan\.",
+            r"options has no 'plann'\. Did you mean 'plan'\? "
+            r"Known: codegen, inductor, inspect, memory_budget, mesh, plan\.",
         ),
         ({"max_autotune": True}, r"options has no 'max_autotune'\. Known: codegen"),
         ({"plan": 3}, r"plan is 3; a plan is a function of \(graph, mesh\)"),
