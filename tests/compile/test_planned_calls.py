@@ -32,7 +32,7 @@ def test_a_model_trains_like_eager(model: Any, assert_trains_like_eager: Any, co
 
 
 @pytest.mark.parametrize("plan", [in_turn, microbatches])
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_cut_model_trains_like_eager(plan: Any, codegen: str, assert_trains_like_eager: Any) -> None:
     assert_trains_like_eager(*make(mlp), square_error, plan=plan, codegen=codegen)
 

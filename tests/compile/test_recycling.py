@@ -12,7 +12,7 @@ from torch_vtensor.compile.plans import named
 from torch_vtensor.compile.schedules.pipelines import three_f_one_b
 
 
-@pytest.mark.parametrize(("name", "world"), [("3f1b/4", 2), ("dp2+3f1b/2", 4)])
+@pytest.mark.parametrize(("name", "world"), [pytest.param("3f1b/4", 2, marks=pytest.mark.slow), ("dp2+3f1b/2", 4)])
 def test_recycling_computes_what_one_process_does(name: str, world: int) -> None:
     compiled_by_name(recycling, name, world)
 

@@ -188,6 +188,7 @@ def test_recomputed_segments_run_forward_again_in_dI_only() -> None:
     assert flops_weights == flops_forward
 
 
+@pytest.mark.slow
 def test_inductor_generates_each_half() -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.GELU()) for _ in range(2))).double()
 
