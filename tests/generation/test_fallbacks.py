@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 import torch_vtensor
 from torch_vtensor.allocator.pools import default_pool
 from torch_vtensor.errors import OutOfPagesError
+from torch_vtensor.generation._transformers_compat import CACHE_NAME
 
 CPU = torch.device("cpu")
 RunPython = Callable[..., str]
@@ -194,7 +195,7 @@ def test_exporting_a_model_with_its_cache(memory: Memory) -> None:
         ours = export()
         assert str(ours.graph) == str(theirs.graph)
         cache = DynamicCache(config=model_of("llama").config)
-        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        inputs = {"input_ids": ids, "attention_mask": mask, CACHE_NAME: cache, "use_cache": True}
         with torch.no_grad():
             found = ours.module()(**inputs).logits
             expected = model_of("llama")(ids, attention_mask=mask).logits
