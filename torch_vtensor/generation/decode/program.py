@@ -88,7 +88,7 @@ class DecodeProgram:
         self.step = Step(layers, groups, *_workspace(batch, layers, device))
         self._forward = _compile(step_forward(traced.twin))
         self._prompt_forward = traced.prompt if traced.takes_prompts else None
-        self._place = _capture_place(device)
+        self._space = _capture_space(device)
         self._graph: Graph | None = None
         self.logits: torch.Tensor | None = None
         # Of prompts:
@@ -155,7 +155,7 @@ class DecodeProgram:
         """
         began = time.perf_counter()
         if self._graph is None:
-            self._graph = _capture(self._run_forward, self.device, self._place)
+            self._graph = _capture(self._run_forward, self.device, self._space)
         for size in {part.size for part in parts} - self._prompts.keys():
             self._prompts[size] = self._capture_prompt(size)
         self.warm_up_s += time.perf_counter() - began
@@ -193,9 +193,9 @@ class DecodeProgram:
         self._last.zero_()
         self._num_new.fill_(1)
         try:
-            return _PromptGraph(tokens, positions, _capture(run, self.device, self._place, run_forward))
+            return _PromptGraph(tokens, positions, _capture(run, self.device, self._space, run_forward))
         except Exception:
-            self._place = _capture_place(self.device)  # steps go on in a pool that no broken capture holds
+            self._space = _capture_space(self.device)  # steps go on in a pool that no broken capture holds
             raise
 
     def choice(self, sampling: Sampling) -> Graph:
@@ -207,7 +207,7 @@ class DecodeProgram:
                 assert self.logits is not None
                 sampling.choose(sampling.scores(self.logits, self.history, self.length), self.is_open)
 
-            graph = _capture(lambda: self._choose(sampling), self.device, self._place, rehearse)
+            graph = _capture(lambda: self._choose(sampling), self.device, self._space, rehearse)
         if sampling.signature is not None:
             self._choices[sampling.signature] = graph  # the last one used comes last
             if len(self._choices) > _MAX_CHOICES:
@@ -389,23 +389,23 @@ def _attends(module: torch.nn.Module) -> bool:
     return any(hasattr(each, "layer_idx") for each in module.modules())
 
 
-class _CapturePlace(NamedTuple):
+class _CaptureSpace(NamedTuple):
     """Where a program's graphs are captured: they run one after the other, so they share a stream and their memory."""
 
     stream: torch.cuda.Stream
     memory: Any
 
 
-def _capture_place(device: torch.device) -> _CapturePlace | None:
+def _capture_space(device: torch.device) -> _CaptureSpace | None:
     if device.type != "cuda":
         return None
-    return _CapturePlace(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
+    return _CaptureSpace(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
 
 
 def _capture(
     run: Callable[[], None],
     device: torch.device,
-    place: _CapturePlace | None,
+    space: _CaptureSpace | None,
     rehearse: Callable[[], None] | None = None,
 ) -> Graph:
     """``run`` as a captured graph; without a GPU, ``run`` itself. ``rehearse`` is what to do before, ``run`` if None.
@@ -413,7 +413,7 @@ def _capture(
     Effects: the random state and the current stream are as before, also after an error.
     """
     rehearse = rehearse or run
-    if place is None:
+    if space is None:
         random = torch.get_rng_state()
         try:
             rehearse()
@@ -422,18 +422,18 @@ def _capture(
         return run
     random = torch.cuda.get_rng_state(device)
     current = torch.cuda.current_stream(device)
-    place.stream.wait_stream(current)
+    space.stream.wait_stream(current)
     try:
-        with torch.cuda.stream(place.stream):
+        with torch.cuda.stream(space.stream):
             for _ in range(2):
                 rehearse()
     finally:
-        current.wait_stream(place.stream)
+        current.wait_stream(space.stream)
         torch.cuda.set_rng_state(random, device)
     graph = torch.cuda.CUDAGraph()
     with (
         torch.cuda.stream(current),  # which a capture that fails would leave for its own
-        torch.cuda.graph(graph, pool=place.memory, stream=place.stream, capture_error_mode="thread_local"),
+        torch.cuda.graph(graph, pool=space.memory, stream=space.stream, capture_error_mode="thread_local"),
     ):
         run()
     return graph.replay

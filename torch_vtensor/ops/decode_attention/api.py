@@ -44,7 +44,8 @@ def decode_attention(
             can do the call.
         groups: slots whose first tokens are the same, a group a row, -1 behind its last; no slot is in two. Our kernels
             then read these tokens once, from the group's first slot, where there is no window and no ``split_tokens``.
-        num_shared: for each slot how many; the same for a whole group, 0 outside of groups, at most lengths - Q.
+        num_shared: for each slot how many; the same for a whole group, as ``first`` is, 0 outside of groups, at most
+            lengths - Q.
 
     Shapes:  query [B, Hq, Q, D], Hq a multiple of H, Q small (``prefill_attention`` is made for many); keys
              [B, H, C, D], values [B, H, C, Dv]; any strides with a contiguous last dim; lengths, first [B], int32 or
