@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from torch_vtensor.generation.decode.fuse import fuse
-from torch_vtensor.generation.decode.step import GroupRows, LayerRows, Step, make_forward, route_attention
+from torch_vtensor.generation.decode.step import GroupRows, LayerRows, Step, step_forward, twin_of
 
 HEADS, DIM, ROOM, LENGTH = 2, 16, 12, 7
 pytestmark = pytest.mark.parametrize("memory", ["strips"], indirect=True)
@@ -95,10 +95,9 @@ def run(model: Any, backend: Any, batch: int = 1, is_fused: bool = True) -> tupl
 
 
 def compiled(model: Any) -> Rewritten:
-    route_attention()
     backend: Any = Rewritten()
     torch._dynamo.reset()
-    forward = make_forward(model)
+    forward = step_forward(twin_of(model))
     forward.__code__ = forward.__code__.replace()
     backend.forward = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
     return backend  # type: ignore[no-any-return]
