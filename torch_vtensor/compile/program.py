@@ -13,10 +13,11 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
-from torch_vtensor.compile.communication import Assemble, Buffer, Communication, Placed, Step, Transfer, seconds_of
+from torch_vtensor.compile.communication import Assemble, Buffer, Communication, Placed, Step, StepFacts, Transfer
 from torch_vtensor.compile.contributions import Contributions
 from torch_vtensor.compile.cost import task_seconds
-from torch_vtensor.compile.dataflow import Dataflow, Exchange, GradientGroup
+from torch_vtensor.compile.dataflow import Dataflow
+from torch_vtensor.compile.exchange import Exchange, GradientGroup
 from torch_vtensor.compile.schedules.job import Job, JobKind, Result, Value, ValueKind
 from torch_vtensor.compile.segment import Segment
 from torch_vtensor.compile.tensor_view import LogicalTensor, Mask, TensorView
@@ -131,8 +132,11 @@ class _Builder:
         for segment in self._segments:
             self._add_forward(segment)
         for exchange in self._flow.exchanges:
-            keys = {buffer: self._key(exchange, buffer) for buffer in _buffers(exchange.communication)}
-            self._add_steps(exchange.tensor, exchange.communication.steps, keys, exchange.microbatch, "activation")
+            communication = exchange.communication
+            if communication.steps:
+                keys = {buffer: self._key(exchange, buffer) for buffer in communication.buffers}
+                steps = communication.facts(exchange.tensor.dtype.itemsize, self._topology)
+                self._add_steps(exchange.tensor, steps, keys, exchange.microbatch, "activation")
         outputs = {
             (reader.rank, exchange.tensor): self._key(exchange, exchange.buffer(reader))
             for exchange, reader in self._flow.returns
@@ -207,20 +211,20 @@ class _Builder:
     def _add_steps(
         self,
         tensor: LogicalTensor,
-        steps: Iterable[Step],
+        steps: Iterable[StepFacts],
         keys: Mapping[Buffer, str],
         microbatch: int | None,
         kind: ValueKind,
     ) -> None:
-        itemsize = tensor.dtype.itemsize
-        for step in steps:
-            reads = {rank: tuple(dict.fromkeys(keys[buffer] for buffer in step.reads(rank))) for rank in step.ranks}
-            writes = {rank: tuple(keys[buffer] for buffer in step.writes(rank)) for rank in step.ranks}
-            for rank in step.ranks:
-                for buffer in step.writes(rank):
+        itemsize, stage = tensor.dtype.itemsize, self._label[tensor]
+        for step, read, written, seconds, wire_bytes in steps:
+            reads = {rank: tuple(dict.fromkeys([keys[b] for b in buffers])) for rank, buffers in read.items()}
+            writes = {rank: tuple([keys[buffer] for buffer in buffers]) for rank, buffers in written.items()}
+            for rank, buffers in written.items():
+                for buffer in buffers:
                     self._add_value(keys[buffer], rank, buffer.mask.num_elements * itemsize, kind)
-            name = f"{_kind_of(step)} {next(key for keys_ in writes.values() for key in keys_)}"
-            name = f"{name} {'-'.join(map(str, step.ranks))}"
+            first = next(iter(writes.values()))[0]
+            name = f"{_kind_of(step)} {first} {'-'.join(map(str, step.ranks))}"
             job_kind: JobKind = (
                 "move" if isinstance(step, Assemble) else "transfer" if isinstance(step, Transfer) else "collective"
             )
@@ -230,12 +234,12 @@ class _Builder:
                     name,
                     job_kind,
                     step.ranks,
-                    reads={rank: names for rank, names in reads.items() if names},
-                    writes={rank: names for rank, names in writes.items() if names},
-                    stage=self._label[tensor],
+                    reads=reads,
+                    writes=writes,
+                    stage=stage,
                     microbatch=microbatch,
-                    seconds=seconds_of((step,), itemsize, self._topology),
-                    wire_bytes=sum(step.bytes_sent(rank, itemsize) for rank in step.ranks),
+                    seconds=seconds,
+                    wire_bytes=wire_bytes,
                 )
             )
 
@@ -349,11 +353,12 @@ class _Builder:
                 )
                 if total is not None:
                     keys[buffer] = total
-            for buffer in _buffers(communication):
+            for buffer in communication.buffers:
                 if buffer.tag:
                     keys[buffer] = f"d {label}{buffer.mask}'{self._number[exchange]}.{number}.{buffer.tag}"
             self._fill_with_zeros(tensor, communication, keys, kind)
-            self._add_steps(tensor, communication.steps, keys, exchange.microbatch, kind)
+            steps = communication.facts(tensor.dtype.itemsize, self._topology)
+            self._add_steps(tensor, steps, keys, exchange.microbatch, kind)
             for part, buffer in communication.need.items():
                 if buffer in keys:
                     for maker in exchange.makers:
@@ -364,14 +369,16 @@ class _Builder:
         self, tensor: LogicalTensor, communication: Communication, keys: dict[Buffer, str], kind: ValueKind
     ) -> None:
         """Parts that steps read and no segment gives a gradient of are zeros."""
+        if communication.sent <= keys.keys():
+            return
         for step in communication.steps:
             for rank in step.ranks:
                 for buffer in step.reads(rank):
                     if buffer not in keys:
                         keys[buffer] = f"zeros {self._label[tensor]}{buffer.mask}"
-                        assemble = Assemble((), buffer)
+                        zeros = StepFacts.of(Assemble((), buffer), tensor.dtype.itemsize, self._topology)
                         if (rank, keys[buffer]) not in self._values:
-                            self._add_steps(tensor, (assemble,), keys, None, kind)
+                            self._add_steps(tensor, (zeros,), keys, None, kind)
 
     def _sum(self, given: Sequence[str], key: str, rank: int, view: TensorView, microbatch: int | None) -> str | None:
         """The key of the sum of some values, added one after the other so that no more than two are there at a time."""
@@ -448,15 +455,6 @@ def _labels(exchanges: Sequence[Exchange]) -> dict[LogicalTensor, str]:
     return labels
 
 
-def _buffers(communication: Communication) -> set[Buffer]:
-    found = {*communication.have.values(), *communication.need.values()}
-    for step in communication.steps:
-        for rank in step.ranks:
-            found.update(step.reads(rank))
-            found.update(step.writes(rank))
-    return found
-
-
 def _gradient_kind(tensor: LogicalTensor) -> ValueKind:
     return "gradient" if tensor.kind == "parameter" else "activation"
 
@@ -469,11 +467,15 @@ def _saved_bytes(segment: Segment) -> int:
     """Bytes kept for backward, estimated: everything made inside, or what enters if it is computed again."""
     if segment.recomputes:
         return 0
-    made = [view for task in segment.tasks for view in task.outputs if view is not None]
-    return sum(view.num_bytes for view in made if view.tensor.dtype.is_floating_point)
+    return sum(
+        mask.num_elements * tensor.dtype.itemsize
+        for task in segment.tasks
+        for tensor, mask in zip(task.operator.outputs, task.piece.outputs, strict=True)
+        if tensor is not None and mask is not None and tensor.dtype.is_floating_point
+    )
 
 
 def _seconds(segment: Segment, kind: JobKind) -> float:
     """Time of a pass, estimated from the multiplications and the bytes of its tasks."""
-    forward = sum(task_seconds(task) for task in segment.tasks)
+    forward = sum([task_seconds(task) for task in segment.tasks])
     return forward * (1 if kind == "F" else 3 if segment.recomputes else 2)

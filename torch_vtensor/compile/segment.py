@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from torch_vtensor.compile.addends import Reader
 from torch_vtensor.compile.communication import Placed
-from torch_vtensor.compile.dataflow import Dataflow, Exchange, GradientGroup, Instance
+from torch_vtensor.compile.dataflow import Dataflow
+from torch_vtensor.compile.exchange import Exchange, GradientGroup, Instance
 from torch_vtensor.compile.stages import find_stages
 from torch_vtensor.compile.task_graph import Task
 from torch_vtensor.compile.tensor_view import LogicalTensor, Mask, TensorView
@@ -65,8 +66,18 @@ class Segment:
         return f"{self.name} on rank {self.rank}{of}: {len(self.tasks)} tasks, {names}"
 
 
+class _Common(NamedTuple):
+    """What tasks of one segment have in common, beside the rank and the level."""
+
+    microbatch: int | None
+    stage: int
+    recomputed: int | None
+    turn: tuple[int, int] | None
+    flows: bool
+
+
 class _Key(NamedTuple):
-    """What tasks of one segment have in common."""
+    """What tells a segment from the others."""
 
     rank: int
     microbatch: int | None
@@ -90,66 +101,51 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
     plan = flow.plan
     stages = find_stages(plan).of_task
     level: dict[Instance, int] = {}
-    keys: dict[Instance, _Key] = {}
+    common: dict[Task, _Common] = {}
     internal: set[tuple[Instance, int]] = set()
     above: dict[Exchange, int] = {}
+
+    def level_above(exchange: Exchange) -> int:
+        if exchange not in above:
+            makers = itertools.chain(*exchange.makers.values())
+            above[exchange] = max((level[maker] for maker in makers), default=-1) + 1
+        return above[exchange]
+
+    members: defaultdict[tuple[int, int, _Common], list[Instance]] = defaultdict(list)
     for task in plan.tasks:
+        index = plan.microbatch.get(task)
+        # What needs no turn in a pipeline must not wait for one: all microbatches' targets are counted first.
+        flows = index is None or any(made in flow.active for made in task.operator.outputs)
+        own = common[task] = _Common(index, stages[task], plan.recomputed.get(task), plan.turn.get(task), flows)
         for rank in plan.ranks[task]:
             instance = Instance(task, rank)
-            index, recomputed, turn = plan.microbatch.get(task), plan.recomputed.get(task), plan.turn.get(task)
-            # What needs no turn in a pipeline must not wait for one: all microbatches' targets are counted first.
-            flows = index is None or _flows(flow, task)
-            own = _Key(rank, index, stages[task], recomputed, turn, flows, level=0)
-            sources = {
-                position: source
-                for position in range(len(task.inputs))
-                if (source := _direct_source(flow, *flow.reads[instance, position])) is not None
-                and keys[source]._replace(level=0) == own
-            }
-            lowest = max((level[source] for source in sources.values()), default=0)
+            direct: list[tuple[int, tuple[Instance, int]]] = []
+            lowest = 0
+            for position in range(len(task.piece.inputs)):
+                place = instance, position
+                source = flow.sources.get(place)
+                if source is not None and common[source.task] == own:
+                    direct.append((level[source], place))
+                    lowest = max(lowest, level[source])
+                else:
+                    lowest = max(lowest, level_above(flow.reads[place][0]))
             settled = False
             while not settled:
                 settled = True
-                for position in range(len(task.inputs)):
+                for of_source, place in direct:
                     # What is made below arrives like everything else: its gradient goes back once all readers are done.
-                    if position not in sources or level[sources[position]] < lowest:
-                        exchange, _ = flow.reads[instance, position]
-                        if exchange not in above:
-                            makers = itertools.chain(*exchange.makers.values())
-                            above[exchange] = max((level[maker] for maker in makers), default=-1) + 1
-                        if above[exchange] > lowest:
-                            lowest, settled = above[exchange], False
+                    if of_source < lowest and level_above(flow.reads[place][0]) > lowest:
+                        lowest, settled = level_above(flow.reads[place][0]), False
             level[instance] = lowest
-            keys[instance] = own._replace(level=lowest)
-            internal.update(
-                (instance, position) for position, source in sources.items() if keys[source] == keys[instance]
-            )
+            internal.update(place for of_source, place in direct if of_source == lowest)
+            members[lowest, rank, own].append(instance)
 
-    members: defaultdict[_Key, list[Instance]] = defaultdict(list)
-    for instance, key in keys.items():
-        members[key].append(instance)
-    in_order = sorted(members, key=lambda key: (key.level, key.rank))
+    in_order = sorted(members, key=lambda key: key[:2])
     leaving = _leaving(flow, internal)
-    return tuple(_segment(flow, f"s{n}", key, members[key], internal, leaving) for n, key in enumerate(in_order))
-
-
-def _direct_source(flow: Dataflow, exchange: Exchange, reader: Reader) -> Instance | None:
-    """The task on the reader's rank whose output it reads as it is, if the gradient also comes back as it is."""
-    part = Placed(reader.rank, reader.mask)
-    makers = exchange.makers.get(part, ())
-    if not makers or exchange.buffer(reader) != exchange.communication.have[part]:
-        return None
-    if exchange.tensor in flow.active:
-        group = exchange.group_of.get(reader)
-        if group is None:
-            return None
-        region = Placed(reader.rank, reader.mask.region)
-        needed = group.communication.need[region]
-        if needed != group.communication.have.get(region) or reader.mask != reader.mask.region:
-            return None
-        if group.sends(needed):
-            return None
-    return makers[0]
+    return tuple(
+        _segment(flow, f"s{n}", _Key(key[1], *key[2], key[0]), members[key], internal, leaving)
+        for n, key in enumerate(in_order)
+    )
 
 
 def _leaving(flow: Dataflow, internal: set[tuple[Instance, int]]) -> set[Output]:
@@ -163,22 +159,19 @@ def _leaving(flow: Dataflow, internal: set[tuple[Instance, int]]) -> set[Output]
 
     leaving: set[Output] = set()
     for exchange in flow.exchanges:
+        if not exchange.makers or not next(iter(exchange.makers.values())):
+            continue  # there from the start: no segment makes it
         tensor, communication = exchange.tensor, exchange.communication
+        met = communication.met
         for reader in exchange.readers:
-            # Of a value that exists whole, the whole may be read as its first chunk.
-            buffer = exchange.buffer(reader)
-            if not is_internal(reader) and buffer == communication.have.get(Placed(reader.rank, buffer.mask)):
-                leaving.add(Output(tensor, reader.rank, buffer.mask))
-        for step in communication.steps:
-            for rank in step.ranks:
-                for buffer in step.reads(rank):
-                    if buffer == communication.have.get(Placed(rank, buffer.mask)):
-                        leaving.add(Output(tensor, rank, buffer.mask))
+            if not is_internal(reader) and (part := met.get(Placed(reader.rank, reader.mask))) is not None:
+                leaving.add(Output(tensor, *part))
+        leaving.update([Output(tensor, *part) for part in communication.given])
         for group in exchange.groups:
+            direct = group.communication.met
             for maker in exchange.makers:
                 region = Placed(maker.rank, maker.mask.region)
-                direct = group.communication.need[region] == group.communication.have.get(region)
-                if not direct or not all(map(is_internal, group.addends[region])):
+                if direct.get(region) != region or not all(map(is_internal, group.addends[region])):
                     leaving.add(Output(tensor, maker.rank, maker.mask))
     return leaving
 
@@ -194,7 +187,7 @@ def _segment(
     arrivals: defaultdict[Arrival, list[Reader]] = defaultdict(list)
     inside: set[tuple[Task, int]] = set()
     for instance in instances:
-        for position in range(len(instance.task.inputs)):
+        for position in range(len(instance.task.piece.inputs)):
             if (instance, position) in internal:
                 inside.add((instance.task, position))
                 continue
@@ -203,10 +196,10 @@ def _segment(
             part = None if group is None else group.part_of[reader]
             arrivals[Arrival(exchange, reader.mask, group, part)].append(reader)
     departures = tuple(
-        view
+        TensorView(tensor, mask)
         for instance in instances
-        for view in instance.task.outputs
-        if view is not None and Output(view.tensor, key.rank, view.mask) in leaving
+        for tensor, mask in zip(instance.task.operator.outputs, instance.task.piece.outputs, strict=True)
+        if tensor is not None and mask is not None and Output(tensor, key.rank, mask) in leaving
     )
     return Segment(
         name,
@@ -222,7 +215,3 @@ def _segment(
         departures,
         frozenset(inside),
     )
-
-
-def _flows(flow: Dataflow, task: Task) -> bool:
-    return any(view is not None and view.tensor in flow.active for view in task.outputs)
