@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 
 from torch_vtensor.compile.addends import Reader
 from torch_vtensor.compile.communication import Communication, Placed
-from torch_vtensor.compile.exchange import Exchange, GradientGroup, Instance
+from torch_vtensor.compile.exchange import Exchange, GradientGroup, Input, Instance
 from torch_vtensor.compile.tensor_view import LogicalTensor, Mask
 
 Numbers = tuple[int, ...]
@@ -25,12 +25,12 @@ class _Group(NamedTuple):
 
 
 class _One(NamedTuple):
-    """An exchange with numbers for makers and readers; ``sources`` has the direct source of each reader."""
+    """An exchange with numbers for makers, readers and groups; ``inputs`` has what an `Input` tells of each reader."""
 
     microbatch: int | None
     makers: tuple[tuple[Placed, Numbers], ...]
     readers: Numbers
-    sources: tuple[int | None, ...]
+    inputs: tuple[tuple[int | None, int | None, Placed | None], ...]
     communication: Communication
     groups: tuple[_Group, ...]
 
@@ -58,13 +58,24 @@ class Pattern(NamedTuple):
         reader_number = {reader: number for number, reader in enumerate(readers)}
         ones = []
         for exchange in exchanges:
-            sources = [exchange.direct_source(reader) for reader in exchange.readers]
+            group_number = {group: number for number, group in enumerate(exchange.groups)}
+            inputs: list[tuple[int | None, int | None, Placed | None]] = []
+            for reader in exchange.readers:
+                source = exchange.direct_source(reader)
+                group, part = exchange.contributes.get(reader, (None, None))
+                inputs.append(
+                    (
+                        None if source is None else maker_number[source],
+                        None if group is None else group_number[group],
+                        part,
+                    )
+                )
             ones.append(
                 _One(
                     exchange.microbatch,
                     tuple((part, tuple(maker_number[one] for one in by)) for part, by in exchange.makers.items()),
                     tuple(reader_number[reader] for reader in exchange.readers),
-                    tuple(None if source is None else maker_number[source] for source in sources),
+                    tuple(inputs),
                     exchange.communication,
                     tuple(
                         _Group(
@@ -90,6 +101,10 @@ class Pattern(NamedTuple):
             tuple(
                 one._replace(
                     makers=move(one.makers),
+                    inputs=tuple(
+                        (source, group, part and Placed(part.rank + by, part.mask))
+                        for source, group, part in one.inputs
+                    ),
                     communication=one.communication.shifted(by),
                     groups=tuple(_Group(move(addends), found.shifted(by)) for addends, found in one.groups),
                 )
@@ -101,26 +116,34 @@ class Pattern(NamedTuple):
 
     def exchanges_of(
         self, tensor: LogicalTensor, makers: Sequence[Instance], readers: Sequence[Reader]
-    ) -> Iterator[tuple[Exchange, Iterator[tuple[Reader, Instance | None]]]]:
-        """The exchanges of a tensor that is alike, each with its readers and their direct sources."""
+    ) -> Iterator[tuple[Exchange, Iterator[Input]]]:
+        """The exchanges of a tensor that is alike, each with what it is to its readers."""
         for one in self.exchanges:
-            groups = []
-            group_of: dict[Reader, GradientGroup] = {}
-            for addends, communication in one.groups:
-                group = GradientGroup(
-                    {part: tuple([readers[number] for number in some]) for part, some in addends}, communication
-                )
-                groups.append(group)
-                for some in group.addends.values():
-                    group_of.update(dict.fromkeys(some, group))
+            groups = tuple(
+                [
+                    GradientGroup(
+                        {part: tuple([readers[number] for number in some]) for part, some in addends}, communication
+                    )
+                    for addends, communication in one.groups
+                ]
+            )
             exchange = Exchange(
                 tensor,
                 one.microbatch,
                 {part: tuple([makers[number] for number in by]) for part, by in one.makers},
                 tuple([readers[number] for number in one.readers]),
                 one.communication,
-                tuple(groups),
-                group_of,
+                groups,
             )
-            sources = (None if number is None else makers[number] for number in one.sources)
-            yield exchange, zip(exchange.readers, sources, strict=True)
+            yield exchange, _inputs(exchange, one, makers)
+
+
+def _inputs(exchange: Exchange, one: _One, makers: Sequence[Instance]) -> Iterator[Input]:
+    for reader, (source, group, part) in zip(exchange.readers, one.inputs, strict=True):
+        yield Input(
+            exchange,
+            reader,
+            None if source is None else makers[source],
+            None if group is None else exchange.groups[group],
+            part,
+        )

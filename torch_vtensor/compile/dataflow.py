@@ -18,7 +18,7 @@ from types import MappingProxyType
 from torch_vtensor.compile.addends import Reader, find_addends
 from torch_vtensor.compile.alike import Pattern
 from torch_vtensor.compile.communication import Buffer, Communication, Placed
-from torch_vtensor.compile.exchange import Exchange, GradientGroup, Instance
+from torch_vtensor.compile.exchange import Exchange, GradientGroup, Input, Instance
 from torch_vtensor.compile.moves import find_communication
 from torch_vtensor.compile.plan import Plan
 from torch_vtensor.compile.rules import find_rule
@@ -33,15 +33,13 @@ NOTHING_KEPT: Mapping[LogicalTensor, Mapping[int, Mask]] = MappingProxyType({})
 class Dataflow:
     """All exchanges of a plan.
 
-    ``reads`` has the exchange and reader of each input of each instance; ``sources`` the instance whose output an input
-    is as it is, forward and backward, where there is one. ``storage`` tells which part of each parameter each rank
-    keeps between calls.
+    ``inputs`` has what each instance reads, by position. ``storage`` tells which part of each parameter each rank keeps
+    between calls.
     """
 
     plan: Plan
     exchanges: tuple[Exchange, ...]
-    reads: Mapping[tuple[Instance, int], tuple[Exchange, Reader]]
-    sources: Mapping[tuple[Instance, int], Instance]
+    inputs: Mapping[Instance, Sequence[Input]]
     returns: tuple[tuple[Exchange, Reader], ...]
     storage: Mapping[LogicalTensor, Mapping[int, Mask]]
     active: frozenset[LogicalTensor]
@@ -59,8 +57,7 @@ def find_dataflow(
     active = _active(plan) if trains else frozenset()
     storage: dict[LogicalTensor, Mapping[int, Mask]] = {}
     exchanges: list[Exchange] = []
-    reads: dict[tuple[Instance, int], tuple[Exchange, Reader]] = {}
-    sources: dict[tuple[Instance, int], Instance] = {}
+    by_position: defaultdict[Instance, dict[int, Input]] = defaultdict(dict)
     returns: list[tuple[Exchange, Reader]] = []
     patterns: dict[Hashable, dict[int, Pattern]] = {}
     for tensor in uses.tensors:
@@ -81,19 +78,17 @@ def find_dataflow(
             pattern = known[start] = Pattern.of(found, parts, makers, readers)
         if pattern.storage is not None:
             storage[tensor] = pattern.storage
-        for exchange, with_sources in pattern.exchanges_of(tensor, makers, readers):
+        for exchange, inputs in pattern.exchanges_of(tensor, makers, readers):
             exchanges.append(exchange)
-            for reader, source in with_sources:
-                task, rank, position, _ = reader
+            for read in inputs:
+                task, rank, position, _ = read.reader
                 if task is None:
-                    returns.append((exchange, reader))
-                    continue
-                place = Instance(task, rank), position
-                reads[place] = exchange, reader
-                if source is not None:
-                    sources[place] = source
+                    returns.append((exchange, read.reader))
+                else:
+                    by_position[Instance(task, rank)][position] = read
     returns.sort(key=lambda item: item[1].position)
-    return Dataflow(plan, tuple(exchanges), reads, sources, tuple(returns), storage, active)
+    inputs_of = {one: [reads[number] for number in range(len(reads))] for one, reads in by_position.items()}
+    return Dataflow(plan, tuple(exchanges), inputs_of, tuple(returns), storage, active)
 
 
 class _Uses:
@@ -354,12 +349,8 @@ def _add_gradients(exchange: Exchange, topology: Topology) -> None:
 
     need = tuple(dict.fromkeys(Placed(part.rank, part.mask.region) for part in exchange.makers))
     groups: list[GradientGroup] = []
-    group_of: dict[Reader, GradientGroup] = {}
     for layouts in by_layout.values():
         together = {part: tuple(reader for layout in layouts for reader in layout[part]) for part in layouts[0]}
         found = find_communication(tensor.shape, tensor.dtype.itemsize, tuple(together), need, topology)
-        group = GradientGroup(together, found)
-        groups.append(group)
-        group_of.update((reader, group) for readers_ in together.values() for reader in readers_)
+        groups.append(GradientGroup(together, found))
     exchange.groups = tuple(groups)
-    exchange.group_of = group_of

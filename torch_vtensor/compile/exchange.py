@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,6 +20,20 @@ class Instance(NamedTuple):
     rank: int
 
 
+class Input(NamedTuple):
+    """What an instance reads at one position.
+
+    ``source`` is the instance whose output it is as it is, forward and backward, if there is one. ``group`` and
+    ``part`` tell where its gradient goes, None where it gives none.
+    """
+
+    exchange: Exchange
+    reader: Reader
+    source: Instance | None
+    group: GradientGroup | None
+    part: Placed | None
+
+
 @dataclass(eq=False)
 class GradientGroup:
     """Readers of a tensor that hold the same addends of its gradient on the same ranks: added up before they move.
@@ -30,11 +44,6 @@ class GradientGroup:
 
     addends: Mapping[Placed, tuple[Reader, ...]]
     communication: Communication
-
-    @cached_property
-    def part_of(self) -> Mapping[Reader, Placed]:
-        """The part to which a reader contributes."""
-        return {reader: part for part, readers in self.addends.items() for reader in readers}
 
 
 @dataclass(eq=False)
@@ -51,7 +60,16 @@ class Exchange:
     readers: tuple[Reader, ...]
     communication: Communication
     groups: tuple[GradientGroup, ...] = ()
-    group_of: Mapping[Reader, GradientGroup] = field(default_factory=dict)
+
+    @cached_property
+    def contributes(self) -> Mapping[Reader, tuple[GradientGroup, Placed]]:
+        """The group and the part of the gradient to which a reader contributes; nothing for those that give none."""
+        return {
+            reader: (group, part)
+            for group in self.groups
+            for part, readers in group.addends.items()
+            for reader in readers
+        }
 
     def buffer(self, reader: Reader) -> Buffer:
         """The buffer that a reader reads."""
@@ -64,9 +82,9 @@ class Exchange:
         if not makers or self.buffer(reader) != self.communication.have[part]:
             return None
         if self.groups:
-            group = self.group_of.get(reader)
-            if group is None:
+            if reader not in self.contributes:
                 return None
+            group, _ = self.contributes[reader]
             region = Placed(reader.rank, reader.mask.region)
             needed = group.communication.need[region]
             if needed != group.communication.have.get(region) or reader.mask != reader.mask.region:

@@ -261,7 +261,6 @@ class _Builder:
             for arrival in segment.arrivals:
                 if arrival.group is not None:
                     waiting[arrival.exchange].add(segment)
-        done: set[Segment] = set()
         finished: set[Exchange] = set()
         by_maker: defaultdict[Segment, list[Exchange]] = defaultdict(list)
         by_reader: defaultdict[Segment, list[Exchange]] = defaultdict(list)
@@ -272,8 +271,10 @@ class _Builder:
             for giver in givers:
                 by_reader[giver].append(exchange)
 
+        left = {exchange: len(givers) for exchange, givers in waiting.items()}
+
         def finish(exchange: Exchange) -> None:
-            if exchange not in finished and waiting[exchange] <= done:
+            if exchange not in finished and not left[exchange]:
                 finished.add(exchange)
                 self._add_gradient_steps(exchange)
 
@@ -283,24 +284,22 @@ class _Builder:
             for exchange in by_maker[segment]:
                 assert exchange in finished, f"{segment} would run backward before the gradient of {exchange.tensor}"
             self._add_backward_of(segment)
-            done.add(segment)
             for exchange in by_reader[segment]:
+                left[exchange] -= 1
                 finish(exchange)
         return self._collect_gradients()
 
     def _add_seeds(self) -> None:
         """The caller's gradients of what is returned, one for each rank and output."""
         for exchange, reader in self._flow.returns:
-            group = exchange.group_of.get(reader)
-            if group is None or exchange.tensor not in self._flow.plan.graph.outputs:
+            if reader not in exchange.contributes or exchange.tensor not in self._flow.plan.graph.outputs:
                 continue
+            group, part = exchange.contributes[reader]
             key = f"seed {self._label[exchange.tensor]}"
             if (reader.rank, key) not in self._seeds:
                 self._add_value(key, reader.rank, exchange.tensor.num_bytes, "input", pinned=True)
                 self._seeds[reader.rank, key] = exchange.tensor
-            for part, readers in group.addends.items():
-                if reader in readers:
-                    self._given[group, part].append((None, key))
+            self._given[group, part].append((None, key))
 
     def _add_backward_of(self, segment: Segment) -> None:
         forward = self._forward_of[segment]
@@ -334,6 +333,9 @@ class _Builder:
         """Add up what each rank has of the gradient, and take it to the makers."""
         tensor, label = exchange.tensor, self._label[exchange.tensor]
         kind = _gradient_kind(tensor)
+        makers: defaultdict[Placed, list[Placed]] = defaultdict(list)
+        for maker in exchange.makers:
+            makers[Placed(maker.rank, maker.mask.region)].append(maker)
         for number, group in enumerate(exchange.groups):
             communication = group.communication
             keys: dict[Buffer, str] = {}
@@ -361,9 +363,8 @@ class _Builder:
             self._add_steps(tensor, steps, keys, exchange.microbatch, kind)
             for part, buffer in communication.need.items():
                 if buffer in keys:
-                    for maker in exchange.makers:
-                        if maker.rank == part.rank and maker.mask.region == part.mask:
-                            self._tangents[tensor, maker].append(keys[buffer])
+                    for maker in makers[part]:
+                        self._tangents[tensor, maker].append(keys[buffer])
 
     def _fill_with_zeros(
         self, tensor: LogicalTensor, communication: Communication, keys: dict[Buffer, str], kind: ValueKind

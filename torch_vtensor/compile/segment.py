@@ -21,7 +21,7 @@ from typing import NamedTuple
 from torch_vtensor.compile.addends import Reader
 from torch_vtensor.compile.communication import Placed
 from torch_vtensor.compile.dataflow import Dataflow
-from torch_vtensor.compile.exchange import Exchange, GradientGroup, Instance
+from torch_vtensor.compile.exchange import Exchange, GradientGroup, Input, Instance
 from torch_vtensor.compile.stages import find_stages
 from torch_vtensor.compile.task_graph import Task
 from torch_vtensor.compile.tensor_view import LogicalTensor, Mask, TensorView
@@ -102,7 +102,7 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
     stages = find_stages(plan).of_task
     level: dict[Instance, int] = {}
     common: dict[Task, _Common] = {}
-    internal: set[tuple[Instance, int]] = set()
+    internal: set[int] = set()  # readers, by identity: there are many, and what they hold takes long to hash
     above: dict[Exchange, int] = {}
 
     def level_above(exchange: Exchange) -> int:
@@ -119,25 +119,26 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
         own = common[task] = _Common(index, stages[task], plan.recomputed.get(task), plan.turn.get(task), flows)
         for rank in plan.ranks[task]:
             instance = Instance(task, rank)
-            direct: list[tuple[int, tuple[Instance, int]]] = []
+            direct: list[tuple[int, Input]] = []
             lowest = 0
-            for position in range(len(task.piece.inputs)):
-                place = instance, position
-                source = flow.sources.get(place)
+            for read in flow.inputs.get(instance, ()):
+                source = read.source
                 if source is not None and common[source.task] == own:
-                    direct.append((level[source], place))
-                    lowest = max(lowest, level[source])
+                    of_source = level[source]
+                    direct.append((of_source, read))
                 else:
-                    lowest = max(lowest, level_above(flow.reads[place][0]))
+                    of_source = level_above(read.exchange)
+                if of_source > lowest:
+                    lowest = of_source
             settled = False
             while not settled:
                 settled = True
-                for of_source, place in direct:
+                for of_source, read in direct:
                     # What is made below arrives like everything else: its gradient goes back once all readers are done.
-                    if of_source < lowest and level_above(flow.reads[place][0]) > lowest:
-                        lowest, settled = level_above(flow.reads[place][0]), False
+                    if of_source < lowest and level_above(read.exchange) > lowest:
+                        lowest, settled = level_above(read.exchange), False
             level[instance] = lowest
-            internal.update(place for of_source, place in direct if of_source == lowest)
+            internal.update([id(read.reader) for of_source, read in direct if of_source == lowest])
             members[lowest, rank, own].append(instance)
 
     in_order = sorted(members, key=lambda key: key[:2])
@@ -148,14 +149,11 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
     )
 
 
-def _leaving(flow: Dataflow, internal: set[tuple[Instance, int]]) -> set[Output]:
+def _leaving(flow: Dataflow, internal: set[int]) -> set[Output]:
     """The parts of tensors that others read than the segment that makes them, or whose gradient comes from others.
 
     A replica that nobody reads has a gradient nevertheless: its pieces of parameters are trained by it.
     """
-
-    def is_internal(reader: Reader) -> bool:
-        return reader.task is not None and (Instance(reader.task, reader.rank), reader.position) in internal
 
     leaving: set[Output] = set()
     for exchange in flow.exchanges:
@@ -164,14 +162,14 @@ def _leaving(flow: Dataflow, internal: set[tuple[Instance, int]]) -> set[Output]
         tensor, communication = exchange.tensor, exchange.communication
         met = communication.met
         for reader in exchange.readers:
-            if not is_internal(reader) and (part := met.get(Placed(reader.rank, reader.mask))) is not None:
+            if id(reader) not in internal and (part := met.get(Placed(reader.rank, reader.mask))) is not None:
                 leaving.add(Output(tensor, *part))
         leaving.update([Output(tensor, *part) for part in communication.given])
         for group in exchange.groups:
             direct = group.communication.met
             for maker in exchange.makers:
                 region = Placed(maker.rank, maker.mask.region)
-                if direct.get(region) != region or not all(map(is_internal, group.addends[region])):
+                if direct.get(region) != region or not internal.issuperset(map(id, group.addends[region])):
                     leaving.add(Output(tensor, maker.rank, maker.mask))
     return leaving
 
@@ -181,20 +179,17 @@ def _segment(
     name: str,
     key: _Key,
     instances: list[Instance],
-    internal: set[tuple[Instance, int]],
+    internal: set[int],
     leaving: set[Output],
 ) -> Segment:
     arrivals: defaultdict[Arrival, list[Reader]] = defaultdict(list)
     inside: set[tuple[Task, int]] = set()
     for instance in instances:
-        for position in range(len(instance.task.piece.inputs)):
-            if (instance, position) in internal:
-                inside.add((instance.task, position))
-                continue
-            exchange, reader = flow.reads[instance, position]
-            group = exchange.group_of.get(reader)
-            part = None if group is None else group.part_of[reader]
-            arrivals[Arrival(exchange, reader.mask, group, part)].append(reader)
+        for exchange, reader, _, group, part in flow.inputs.get(instance, ()):
+            if id(reader) in internal:
+                inside.add((instance.task, reader.position))
+            else:
+                arrivals[Arrival(exchange, reader.mask, group, part)].append(reader)
     departures = tuple(
         TensorView(tensor, mask)
         for instance in instances
