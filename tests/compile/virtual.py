@@ -1,43 +1,25 @@
 """All ranks of a plan in this process: what they compute, next to what one process computes without a plan."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_vtensor.compile import explanation
 from torch_vtensor.compile.backend import Compilation, compile_plan
-from torch_vtensor.compile.capture import Captured, capture
 from torch_vtensor.compile.codegen import CodeGenerator
 from torch_vtensor.compile.mesh import Mesh
-from torch_vtensor.compile.names import name_inputs
 from torch_vtensor.compile.parameters import part_of
 from torch_vtensor.compile.primitives import PlanFunction
 from torch_vtensor.compile.virtual_world import run_all
 
-
-@dataclass
-class Captures:
-    """A function as the backend sees it, with its arguments."""
-
-    captured: Captured
-    arguments: Sequence[Any]
+Captures = explanation.CapturedCall
 
 
 def capture_call(function: Callable[..., Any], *arguments: Any, cuts_classes: bool = False) -> Captures:
     """Capture a function at a call, without compiling it."""
-    found: list[Captures] = []
-
-    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        captured = capture(gm, example_inputs, name_inputs(gm, example_inputs), cuts_classes=cuts_classes)
-        found.append(Captures(captured, list(example_inputs)))
-        return gm.forward
-
-    torch._dynamo.reset()
-    torch.compile(function, backend=backend, dynamic=False)(*arguments)
-    (only,) = found
-    return only
+    return explanation.capture_call(function, arguments, cuts_classes=cuts_classes)
 
 
 def run_plan(

@@ -172,6 +172,17 @@ def operator_name(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+def is_nested_region(node: Node) -> bool:
+    """Whether a node calls a higher-order operator, which has a graph of its own."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def original_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that torch.compile was given, where it returned this one; any other function itself."""
+    original: Callable[..., Any] = getattr(function, "_torchdynamo_orig_callable", function)
+    return original
+
+
 def module_path_of(node: Node) -> str | None:
     """The innermost module that made this operator, forward or backward: ``L['self'].layers.0``; None outside any."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
@@ -213,7 +224,7 @@ def trace_forward(
     Effects: a dynamic size becomes the example's, with a guard on it.
     """
     from torch._functorch.aot_autograd import aot_export_module
-    from torch._subclasses import FakeTensorMode
+    from torch._subclasses import FakeTensor, FakeTensorMode
     from torch.utils._pytree import tree_map
 
     mode = FakeTensorMode()
@@ -221,6 +232,10 @@ def trace_forward(
     def fake(value: Any) -> Any:
         if isinstance(value, WrapperTensor):
             return torch.nn.Parameter(_fake_like(mode, value), value.requires_grad)
+        if isinstance(value, FakeTensor):  # dynamo's, of a mode of its own
+            with mode:
+                like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            return like.requires_grad_(value.requires_grad)
         if isinstance(value, torch.Tensor):
             return mode.from_tensor(value, static_shapes=True)
         return int(value) if isinstance(value, torch.SymInt) else value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,11 +134,24 @@ def compile_plan(
     Raises:  ValueError for a plan that cannot run.
     """
     topology = Topology()
-    plan = record(function, captured.graph, mesh)
-    flow = find_dataflow(plan, topology, trains=trains, kept=kept)
-    segments = find_segments(flow)
-    program = build_program(flow, segments, topology, measure)
-    return Compilation(captured, plan, program, order_passes(program))
+    with no_garbage():
+        plan = record(function, captured.graph, mesh)
+        flow = find_dataflow(plan, topology, trains=trains, kept=kept)
+        segments = find_segments(flow)
+        program = build_program(flow, segments, topology, measure)
+        return Compilation(captured, plan, program, order_passes(program))
+
+
+@contextlib.contextmanager
+def no_garbage() -> Iterator[None]:
+    """Do not look for garbage: planning keeps all that it makes, and going over that again and again takes long."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def fit(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch_vtensor.compile import _torch_compat
 from torch_vtensor.compile.names import InputNames
 from torch_vtensor.compile.rules import DECOMPOSITIONS, cross_entropy_over_cut_classes
+from torch_vtensor.compile.stretches import find_stretches
 from torch_vtensor.compile.task_graph import Operator, OperatorGraph, Slot
 from torch_vtensor.compile.tensor_view import LogicalTensor
 
@@ -48,7 +50,7 @@ def capture(
     Raises:  NotImplementedError for a program with parts that only run as they are: nested regions, autocast.
     """
     for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if _torch_compat.is_nested_region(node):
             raise NotImplementedError(
                 f"the program has a nested region, {node.target}, which no plan cuts. Turn off gradient checkpointing "
                 f"(a plan recomputes with op_trans(..., recompute=True)) and control-flow operators in the compiled "
@@ -57,75 +59,114 @@ def capture(
     decompositions = dict(DECOMPOSITIONS)
     if cuts_classes:
         decompositions[torch.ops.aten.cross_entropy_loss.default] = cross_entropy_over_cut_classes
-    traced, mutated = _torch_compat.trace_forward(gm, example_inputs, decompositions)
-    return _Reader(traced, mutated, example_inputs, names).read()
+    reader = _Reader(example_inputs, names)
+    return reader.read_stretches(gm, decompositions) or reader.read_whole(gm, decompositions)
 
 
 class _Reader:
-    """Reads one traced graph, node by node."""
+    """Reads traced graphs, node by node."""
 
-    def __init__(
-        self, traced: GraphModule, mutated: dict[int, int], example_inputs: Sequence[Any], names: InputNames
-    ) -> None:
-        self._module = traced
-        self._mutated = mutated
-        self._examples = _torch_compat.leaves(list(example_inputs))
+    def __init__(self, example_inputs: Sequence[Any], names: InputNames) -> None:
+        self._example_inputs = example_inputs
         self._names = names
+        self._arguments = tuple(
+            self._argument(index, example) for index, example in enumerate(_torch_compat.leaves(list(example_inputs)))
+        )
+        self._begin()
+
+    def _begin(self) -> None:
         # What a node holds: a tensor, or for a node of several outputs the list of them.
         self._values: dict[Node, Any] = {}
-        self._inputs: list[LogicalTensor] = []
-        self._arguments: list[LogicalTensor | None] = []
+        self._module: GraphModule | None = None
+        self._path_of: Mapping[str | None, str | None] = {}
         self._constants: dict[LogicalTensor, torch.Tensor] = {}
         self._operators: list[Operator] = []
+        self._taken: Counter[str] = Counter()
         self._grad_enabled = True
 
-    def read(self) -> Captured:
-        results: tuple[Any, ...] = ()
+    def read_whole(self, gm: GraphModule, decompositions: Mapping[Any, Any]) -> Captured:
+        """Trace the graph at once."""
+        self._begin()
+        traced, mutated = _torch_compat.trace_forward(gm, self._example_inputs, decompositions)
+        values = self._read(traced, self._arguments)
         mutations: dict[LogicalTensor, LogicalTensor] = {}
-        for node in self._module.graph.nodes:
-            if node.op == "placeholder":
-                self._read_input(node)
-            elif node.op == "get_attr":
-                self._read_constant(node)
-            elif node.op == "call_function":
-                self._read_call(node)
-            elif node.op == "output":
-                values = [self._value_of(value) for value in node.args[0]]
-                for position, index in self._mutated.items():
-                    overwritten = self._arguments[index]
-                    assert overwritten is not None
-                    mutations[overwritten] = values[position]
-                results = tuple(values[len(self._mutated) :])
+        for position, index in mutated.items():
+            overwritten = self._arguments[index]
+            assert isinstance(overwritten, LogicalTensor)
+            mutations[overwritten] = values[position]
+        return self._captured(values[len(mutated) :], mutations)
+
+    def read_stretches(self, gm: GraphModule, decompositions: Mapping[Any, Any]) -> Captured | None:
+        """Trace stretches of the graph, those that are alike once; None if there are none or some overwrite inputs."""
+        stretches = find_stretches(gm)
+        if stretches is None:
+            return None
+        self._begin()
+        held: dict[Node, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), self._arguments, strict=True))
+        examples: dict[Node, Any] = dict(zip(held, self._example_inputs, strict=True))
+        traced: dict[Hashable, tuple[GraphModule, tuple[str | None, ...]]] = {}
+        for stretch in stretches:
+            if stretch.likeness not in traced:
+                inputs = [examples.get(node, node.meta["example_value"]) for node in stretch.reads]
+                graph, mutated = _torch_compat.trace_forward(stretch.module(gm), inputs, decompositions)
+                if mutated:
+                    return None
+                traced[stretch.likeness] = graph, stretch.paths
+            graph, paths = traced[stretch.likeness]
+            self._path_of = dict(zip(paths, stretch.paths, strict=True))
+            made = self._read(graph, [held[node] for node in stretch.reads])
+            held.update(zip(stretch.outputs, made, strict=True))
+        (results,) = next(iter(gm.graph.find_nodes(op="output"))).args
+        return self._captured(
+            [held[one] if isinstance(one, Node) else one for one in _torch_compat.leaves(results)], {}
+        )
+
+    def _captured(self, results: Sequence[Any], mutations: dict[LogicalTensor, LogicalTensor]) -> Captured:
         outputs = tuple(value for value in results if isinstance(value, LogicalTensor))
         needed = tuple(_needed(self._operators, outputs, mutations))
-        graph = OperatorGraph(tuple(self._inputs), needed, outputs, mutations)
-        return Captured(graph, tuple(self._arguments), self._constants, results)
+        tensors = tuple(value if isinstance(value, LogicalTensor) else None for value in self._arguments)
+        inputs = (*(tensor for tensor in tensors if tensor is not None), *self._constants)
+        return Captured(OperatorGraph(inputs, needed, outputs, mutations), tensors, self._constants, tuple(results))
 
-    def _read_input(self, node: Node) -> None:
-        index = len(self._arguments)
-        example = self._examples[index]
+    def _argument(self, index: int, example: Any) -> Any:
+        """The tensor that an argument is in the program; a number itself, which the program holds fixed."""
         if not isinstance(example, torch.Tensor):
-            self._values[node] = int(example) if isinstance(example, torch.SymInt) else example
-            self._arguments.append(None)
-            return
-        tensor = LogicalTensor(
+            return int(example) if isinstance(example, torch.SymInt) else example
+        return LogicalTensor(
             self._names.names[index],
             tuple(int(size) for size in example.shape),
             example.dtype,
             self._names.kinds[index],
             example.requires_grad,
         )
-        self._values[node] = tensor
-        self._inputs.append(tensor)
-        self._arguments.append(tensor)
+
+    def _read(self, traced: GraphModule, inputs: Sequence[Any]) -> list[Any]:
+        """Read a graph of these inputs; returns what its outputs are."""
+        self._module = traced
+        self._values = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        for node in traced.graph.nodes:
+            if node.op == "get_attr":
+                self._read_constant(node)
+            elif node.op == "call_function":
+                self._read_call(node)
+        (results,) = next(iter(traced.graph.find_nodes(op="output"))).args
+        return [self._value_of(value) for value in results]
+
+    def _name(self, name: str) -> str:
+        """A name that no other operator has: itself, or with the next number."""
+        base = re.sub(r"_\d+$", "", name)
+        while name in self._taken:
+            self._taken[base] += 1
+            name = f"{base}_{self._taken[base]}"
+        self._taken[name] += 0
+        return name
 
     def _read_constant(self, node: Node) -> None:
         value = getattr(self._module, str(node.target))
         assert isinstance(value, torch.Tensor), f"{node.target} is no tensor"
-        tensor = LogicalTensor(str(node.target), tuple(value.shape), value.dtype, "constant")
+        tensor = LogicalTensor(self._name(str(node.target)), tuple(value.shape), value.dtype, "constant")
         self._constants[tensor] = value
         self._values[node] = tensor
-        self._inputs.append(tensor)
 
     def _read_call(self, node: Node) -> None:
         name = _torch_compat.operator_name(node)
@@ -133,7 +174,7 @@ class _Reader:
             source, index = node.args
             assert isinstance(source, Node)
             self._values[node] = self._values[source][index]
-        elif node.target is torch._C._set_grad_enabled:
+        elif name == "_set_grad_enabled":
             self._grad_enabled = bool(node.args[0])
         elif name in ("_enter_autocast", "_exit_autocast"):
             if name == "_enter_autocast" and node.args[2]:
@@ -159,17 +200,19 @@ class _Reader:
             return value
 
         args, kwargs = pytree.tree_map(slot, (node.args, node.kwargs), is_leaf=lambda value: isinstance(value, Node))
+        name = self._name(node.name)
         made = node.meta["val"]
         several = isinstance(made, list | tuple)
         flows = self._grad_enabled and any(tensor.differentiable for tensor in inputs)
         outputs = tuple(
-            self._made(f"{node.name}.{index}" if several else node.name, value, flows)
+            self._made(f"{name}.{index}" if several else name, value, flows)
             for index, value in enumerate(made if several else [made])
         )
-        module = self._names.module(_torch_compat.module_path_of(node))
+        path = _torch_compat.module_path_of(node)
+        module = self._names.module(self._path_of.get(path, path))
         target = node.target
         assert callable(target)
-        self._operators.append(Operator(node.name, target, tuple(args), kwargs, tuple(inputs), outputs, module))
+        self._operators.append(Operator(name, target, tuple(args), kwargs, tuple(inputs), outputs, module))
         self._values[node] = outputs if several else outputs[0]
 
     @staticmethod

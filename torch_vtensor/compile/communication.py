@@ -10,6 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias
 
 from torch_vtensor.compile.tensor_view import Mask
@@ -198,6 +199,24 @@ class Assemble(NamedTuple):
 Step: TypeAlias = Collective | Transfer | Assemble
 
 
+class StepFacts(NamedTuple):
+    """What a step reads and writes on each of its ranks that do, its predicted time, and the bytes that all send."""
+
+    step: Step
+    reads: Mapping[int, tuple[Buffer, ...]]
+    writes: Mapping[int, tuple[Buffer, ...]]
+    seconds: float
+    wire_bytes: int
+
+    @classmethod
+    def of(cls, step: Step, itemsize: int, topology: Topology) -> StepFacts:
+        """Look at a step of a tensor with elements of this size."""
+        reads = {rank: tuple(dict.fromkeys(buffers)) for rank in step.ranks if (buffers := step.reads(rank))}
+        writes = {rank: buffers for rank in step.ranks if (buffers := step.writes(rank))}
+        wire_bytes = sum(step.bytes_sent(rank, itemsize) for rank in step.ranks)
+        return cls(step, reads, writes, seconds_of((step,), itemsize, topology), wire_bytes)
+
+
 @dataclass(frozen=True)
 class Communication:
     """How what ranks need of a tensor comes to exist, from what they have.
@@ -222,17 +241,58 @@ class Communication:
                 sent[rank] += step.bytes_sent(rank, itemsize)
         return +sent
 
-    def seconds(self, itemsize: int, topology: Topology) -> float:
-        """Predicted time, as `seconds_of` counts it."""
-        return seconds_of(self.steps, itemsize, topology)
+    @cached_property
+    def sent(self) -> frozenset[Buffer]:
+        """Every buffer that some step reads."""
+        return frozenset(buffer for step in self.steps for rank in step.ranks for buffer in step.reads(rank))
+
+    @cached_property
+    def buffers(self) -> frozenset[Buffer]:
+        """Every buffer."""
+        written = (buffer for step in self.steps for rank in step.ranks for buffer in step.writes(rank))
+        return frozenset((*self.have.values(), *self.need.values(), *self.sent, *written))
+
+    def facts(self, itemsize: int, topology: Topology) -> tuple[StepFacts, ...]:
+        """About each step, in order; found out once for each size of elements."""
+        asked = itemsize, topology
+        if asked not in self._facts:
+            self._facts[asked] = tuple(StepFacts.of(step, itemsize, topology) for step in self.steps)
+        return self._facts[asked]
+
+    @cached_property
+    def _facts(self) -> dict[tuple[int, Topology], tuple[StepFacts, ...]]:
+        return {}
+
+    @cached_property
+    def given(self) -> tuple[Placed, ...]:
+        """The parts that are there before and that steps read."""
+        there = (Placed(buffer.rank, buffer.mask) for buffer in self.sent)
+        return tuple(part for part in there if self.have.get(part) in self.sent)
+
+    @cached_property
+    def met(self) -> Mapping[Placed, Placed]:
+        """Needs met by what is there before, and by which part of that: of a whole value the first chunk is all."""
+        parts = {need: Placed(buffer.rank, buffer.mask) for need, buffer in self.need.items()}
+        return {need: part for need, part in parts.items() if self.have.get(part) == self.need[need]}
+
+    def shifted(self, by: int) -> Communication:
+        """The same between ranks of other numbers."""
+        ranks = {buffer.rank for buffer in self.buffers}
+        return self.renamed({rank: rank + by for rank in ranks}, ())
 
     def renamed(self, rank_of: Mapping[int, int], offsets: Sequence[int]) -> Communication:
         """The same between other ranks, of another region of the tensor."""
         renamed: dict[Buffer, Buffer] = {}
+        moved: dict[Mask, Mask] = {}
         stays = not any(offsets)
 
         def move(mask: Mask) -> Mask:
-            return mask if stays else mask.moved(offsets)
+            if stays:
+                return mask
+            new = moved.get(mask)
+            if new is None:
+                new = moved[mask] = mask.moved(offsets)
+            return new
 
         def rename(buffer: Buffer) -> Buffer:
             new = renamed.get(buffer)

@@ -15,15 +15,25 @@ _LEAST_SECONDS = 2e-6
 
 def task_work(task: Task) -> int:
     """Points of the space that a task runs over: the multiplications of a matrix product."""
-    sizes = find_rule(task.operator).sizes
-    return math.prod(task.cuts[name].size if name in task.cuts else size for name, size in sizes.items())
+    rule = find_rule(task.operator)
+    known = task.piece.found
+    if ("work", rule) not in known:
+        cuts = task.cuts
+        known["work", rule] = math.prod(cuts[name].size if name in cuts else size for name, size in rule.sizes.items())
+    work: int = known["work", rule]
+    return work
 
 
 def task_seconds(task: Task) -> float:
     """Time on one GPU, by whichever of arithmetic and memory takes longer."""
-    views = [*task.inputs, *(view for view in task.outputs if view is not None)]
-    num_bytes = sum(view.num_bytes for view in views)
-    return max(2 * task_work(task) / _FLOPS_PER_SECOND, memory_seconds(num_bytes))
+    # Operators have one rule only if they are alike, so that their pieces take as long.
+    asked, known = ("seconds", find_rule(task.operator)), task.piece.found
+    if asked not in known:
+        views = [*task.inputs, *(view for view in task.outputs if view is not None)]
+        num_bytes = sum(view.num_bytes for view in views)
+        known[asked] = max(2 * task_work(task) / _FLOPS_PER_SECOND, memory_seconds(num_bytes))
+    seconds: float = known[asked]
+    return seconds
 
 
 def memory_seconds(num_bytes: int) -> float:

@@ -12,88 +12,34 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
 from torch_vtensor.compile.addends import Reader, find_addends, place_under_sums
+from torch_vtensor.compile.alike import Pattern
 from torch_vtensor.compile.communication import Buffer, Communication, Placed
+from torch_vtensor.compile.exchange import Exchange, GradientGroup, Input, Instance
 from torch_vtensor.compile.moves import find_communication
 from torch_vtensor.compile.plan import Plan
-from torch_vtensor.compile.task_graph import Task
+from torch_vtensor.compile.rules import find_rule
+from torch_vtensor.compile.task_graph import Operator, Task
 from torch_vtensor.compile.tensor_view import WHOLE_VALUE, Interval, LogicalTensor, Mask, ValueChunk, covers, cut_evenly
 from torch_vtensor.compile.topology import Topology
 
 NOTHING_KEPT: Mapping[LogicalTensor, Mapping[int, Mask]] = MappingProxyType({})
 
 
-class Instance(NamedTuple):
-    """A task on one of the ranks that run it."""
-
-    task: Task
-    rank: int
-
-
-@dataclass(eq=False)
-class GradientGroup:
-    """Readers of a tensor that hold the same addends of its gradient on the same ranks: added up before they move.
-
-    ``addends`` has the readers that contribute to each part that a rank holds; ``communication`` takes these parts to
-    the makers.
-    """
-
-    addends: Mapping[Placed, tuple[Reader, ...]]
-    communication: Communication
-
-    @cached_property
-    def part_of(self) -> Mapping[Reader, Placed]:
-        """The part to which a reader contributes."""
-        return {reader: part for part, readers in self.addends.items() for reader in readers}
-
-    @cached_property
-    def _sent(self) -> frozenset[Buffer]:
-        steps = self.communication.steps
-        return frozenset(buffer for step in steps for rank in step.ranks for buffer in step.reads(rank))
-
-    def sends(self, buffer: Buffer) -> bool:
-        """Whether some step reads the buffer."""
-        return buffer in self._sent
-
-
-@dataclass(eq=False)
-class Exchange:
-    """One tensor, of one microbatch where it has any: makers, readers, and what moves between them.
-
-    ``makers`` are the instances that write each part, empty for what is there from the start. ``groups`` is empty where
-    no gradient flows. What is read ``anew`` moves for forward passes, and again for backward ones that need it.
-    """
-
-    tensor: LogicalTensor
-    microbatch: int | None
-    makers: Mapping[Placed, tuple[Instance, ...]]
-    readers: tuple[Reader, ...]
-    communication: Communication
-    groups: tuple[GradientGroup, ...] = ()
-    group_of: Mapping[Reader, GradientGroup] = field(default_factory=dict)
-    anew: bool = False
-
-    def buffer(self, reader: Reader) -> Buffer:
-        """The buffer that a reader reads."""
-        return self.communication.need[Placed(reader.rank, reader.mask)]
-
-
 @dataclass(frozen=True, eq=False)
 class Dataflow:
     """All exchanges of a plan.
 
-    ``reads`` has the exchange and reader of each input of each instance. ``storage`` tells which part of each parameter
-    and buffer each rank keeps between calls.
+    ``inputs`` has what each instance reads, by position. ``storage`` tells which part of each parameter each rank keeps
+    between calls.
     """
 
     plan: Plan
     exchanges: tuple[Exchange, ...]
-    reads: Mapping[tuple[Instance, int], tuple[Exchange, Reader]]
+    inputs: Mapping[Instance, Sequence[Input]]
     returns: tuple[tuple[Exchange, Reader], ...]
     storage: Mapping[LogicalTensor, Mapping[int, Mask]]
     active: frozenset[LogicalTensor]
@@ -107,46 +53,139 @@ def find_dataflow(
     ``trains``: also backward, from the outputs that gradients flow through. ``kept`` are the parts of parameters that
     ranks keep already, whatever the plan would have them keep.
     """
-    graph = plan.graph
-    makers: defaultdict[LogicalTensor, list[Instance]] = defaultdict(list)
-    readers: defaultdict[LogicalTensor, list[Reader]] = defaultdict(list)
-    for task in plan.tasks:
-        for rank in plan.ranks[task]:
-            for view in task.outputs:
-                if view is not None:
-                    makers[view.tensor].append(Instance(task, rank))
-            for position, view in enumerate(task.inputs):
-                readers[view.tensor].append(Reader(task, rank, position, view.mask))
-    returned = dict.fromkeys((*graph.outputs, *graph.mutations.values()))
-    for position, tensor in enumerate(returned):
-        for rank in plan.mesh.ranks:
-            readers[tensor].append(Reader(None, rank, position, tensor.whole.mask))
-
+    uses = _Uses(plan, topology.ranks_per_node)
     active = _active(plan) if trains else frozenset()
-    storage = {
-        tensor: kept.get(tensor) or _stored(plan, tensor, readers[tensor])
-        for tensor in graph.inputs
-        if tensor.kind == "parameter" and readers[tensor]
-    }
+    storage: dict[LogicalTensor, Mapping[int, Mask]] = {}
     exchanges: list[Exchange] = []
-    reads: dict[tuple[Instance, int], tuple[Exchange, Reader]] = {}
+    by_position: defaultdict[Instance, dict[int, Input]] = defaultdict(dict)
     returns: list[tuple[Exchange, Reader]] = []
-    for tensor, all_readers in readers.items():
-        for exchange in _exchanges(plan, topology, tensor, makers[tensor], all_readers, storage.get(tensor)):
-            if tensor in active:
+    patterns: dict[Hashable, dict[int, Pattern]] = {}
+    for tensor in uses.tensors:
+        makers, readers = uses.makers(tensor), uses.readers(tensor)
+        of_uses, start = uses.likeness(tensor, active)
+        likeness = of_uses, tensor in active, (start, *kept[tensor].items()) if tensor in kept else None
+        known = patterns.setdefault(likeness, {})
+        first = next(iter(known), start)
+        if start in known:
+            pattern = known[start]
+        elif known and known[first].is_local:
+            pattern = known[start] = known[first].shifted(start - first)
+        else:
+            parts = kept.get(tensor) or (_stored(plan, tensor, readers) if tensor.kind == "parameter" else None)
+            found = list(_exchanges(plan, topology, tensor, makers, readers, parts))
+            for exchange in found if tensor in active else ():
                 _add_gradients(exchange, plan, active, topology)
+            pattern = known[start] = Pattern.of(found, parts, makers, readers)
+        if pattern.storage is not None:
+            storage[tensor] = pattern.storage
+        for exchange, inputs in pattern.exchanges_of(tensor, makers, readers):
             exchanges.append(exchange)
-            for reader in exchange.readers:
-                if reader.task is None:
-                    returns.append((exchange, reader))
+            for read in inputs:
+                task, rank, position, _ = read.reader
+                if task is None:
+                    returns.append((exchange, read.reader))
                 else:
-                    reads[Instance(reader.task, reader.rank), reader.position] = exchange, reader
+                    by_position[Instance(task, rank)][position] = read
     returns.sort(key=lambda item: item[1].position)
-    return Dataflow(plan, tuple(exchanges), reads, tuple(returns), storage, active)
+    inputs_of = {one: [reads[number] for number in range(len(reads))] for one, reads in by_position.items()}
+    return Dataflow(plan, tuple(exchanges), inputs_of, tuple(returns), storage, active)
+
+
+class _Uses:
+    """Which instances make and read each tensor, in the order of the plan's tasks."""
+
+    def __init__(self, plan: Plan, ranks_per_node: int) -> None:
+        self._plan = plan
+        self._ranks_per_node = ranks_per_node
+        self._tasks: defaultdict[Operator, list[Task]] = defaultdict(list)
+        for task in plan.tasks:
+            self._tasks[task.operator].append(task)
+        self._maker: dict[LogicalTensor, tuple[Operator, int]] = {}
+        self._readers: defaultdict[LogicalTensor, dict[Operator, tuple[int, ...]]] = defaultdict(dict)
+        for operator in self._tasks:
+            made = ((tensor, slot) for slot, tensor in enumerate(operator.outputs) if tensor is not None)
+            self._maker.update((tensor, (operator, slot)) for tensor, slot in made)
+            for position, tensor in enumerate(operator.inputs):
+                readers = self._readers[tensor]
+                readers[operator] = (*readers.get(operator, ()), position)
+        graph = plan.graph
+        self._returned = {t: n for n, t in enumerate(dict.fromkeys((*graph.outputs, *graph.mutations.values())))}
+        self.tensors = tuple(dict.fromkeys((*self._readers, *self._returned)))
+        self._cuts: dict[Hashable, int] = {}
+        self._cut_of: dict[Operator, tuple[int, int]] = {}
+        self._relative: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
+
+    def makers(self, tensor: LogicalTensor) -> list[Instance]:
+        """Those who make parts of it; none of what is there from the start."""
+        if tensor not in self._maker:
+            return []
+        ranks = self._plan.ranks
+        return [Instance(task, rank) for task in self._tasks[self._maker[tensor][0]] for rank in ranks[task]]
+
+    def readers(self, tensor: LogicalTensor) -> list[Reader]:
+        """Those who read parts of it, the caller last."""
+        ranks = self._plan.ranks
+        found = [
+            Reader(task, rank, position, task.piece.inputs[position])
+            for operator, positions in self._readers.get(tensor, {}).items()
+            for task in self._tasks[operator]
+            for rank in ranks[task]
+            for position in positions
+        ]
+        if (number := self._returned.get(tensor)) is not None:
+            whole = tensor.whole.mask
+            found += [Reader(None, rank, number, whole) for rank in self._plan.mesh.ranks]
+        return found
+
+    def likeness(self, tensor: LogicalTensor, active: frozenset[LogicalTensor]) -> tuple[Hashable, int]:
+        """Equal for tensors whose exchanges differ in nothing but which tensors and tasks they are about, and ranks.
+
+        Those are counted from the number that is returned too: the first rank of a node.
+        """
+        maker = self._maker.get(tensor)
+        made = None if maker is None else (self._cut(maker[0]), maker[1])
+        readers = self._readers.get(tensor, {})
+        read = [(self._cut(operator), find_rule(operator), positions) for operator, positions in readers.items()]
+        stored = self._plan.stored.get(tensor)
+        units = [self._plan.unit.get(operator) for operator in readers] if stored is not None and stored.anew else []
+        starts = [start for (_, start), *_ in read]
+        if made is not None:
+            starts.append(made[0][1])
+        # What every rank has from the start, or gets in the end, is about all ranks by their numbers.
+        everywhere = tensor in self._returned or stored is not None or (made is None and tensor.kind != "parameter")
+        first = 0 if everywhere else min(starts)
+        likeness = (
+            tensor.shape,
+            tensor.dtype,
+            tensor.kind == "parameter",
+            stored,
+            everywhere,
+            tensor in self._returned,
+            made and (made[0][0], made[0][1] - first, made[1]),
+            tuple([(number, start - first, rule, positions) for (number, start), rule, positions in read]),
+            tuple([any(made in active for made in operator.outputs) for operator in readers]),
+            tuple(map(units.index, units)),
+        )
+        return likeness, first
+
+    def _cut(self, operator: Operator) -> tuple[int, int]:
+        """A number for how an operator is cut, placed and shared out among microbatches, and where its ranks start."""
+        cut = self._cut_of.get(operator)
+        if cut is None:
+            ranks, microbatch, tasks = self._plan.ranks, self._plan.microbatch, self._tasks[operator]
+            first = min(min(ranks[task]) for task in tasks) // self._ranks_per_node * self._ranks_per_node
+            key = tuple([(task.piece, self._from(first, ranks[task]), microbatch.get(task)) for task in tasks])
+            cut = self._cut_of[operator] = self._cuts.setdefault(key, len(self._cuts)), first
+        return cut
+
+    def _from(self, first: int, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        if (first, ranks) not in self._relative:
+            self._relative[first, ranks] = tuple(rank - first for rank in ranks)
+        return self._relative[first, ranks]
 
 
 def _flows(task: Task, active: frozenset[LogicalTensor]) -> bool:
-    return any(view is not None and view.tensor in active for view in task.outputs)
+    return any(made in active for made in task.operator.outputs)
 
 
 def _active(plan: Plan) -> frozenset[LogicalTensor]:
@@ -216,14 +255,18 @@ def _exchanges(
         return
     in_microbatches = {plan.microbatch.get(maker.task) for maker in makers}
     written = {index: _written(plan, tensor, makers, index) for index in (*in_microbatches, None)}
+    made: dict[tuple[int | None, Mask], bool] = {}
+
+    def is_made(index: int | None, mask: Mask) -> bool:
+        if (index, mask) not in made:
+            made[index, mask] = index in written and _is_made_of(written[index], mask)
+        return made[index, mask]
+
     by_microbatch: defaultdict[int | None, list[Reader]] = defaultdict(list)
     for uses in _by_use(readers).values():
         indices = [None if reader.task is None else plan.microbatch.get(reader.task) for reader in uses]
         # What is summed over all microbatches, and read by each: no microbatch has it.
-        apart = all(
-            index is None or (index in written and _is_made_of(written[index], reader.mask))
-            for index, reader in zip(indices, uses, strict=True)
-        )
+        apart = all(index is None or is_made(index, reader.mask) for index, reader in zip(indices, uses, strict=True))
         for index, reader in zip(indices, uses, strict=True):
             by_microbatch[index if apart else None].append(reader)
     for index, some in by_microbatch.items():
@@ -360,12 +403,8 @@ def _add_gradients(exchange: Exchange, plan: Plan, active: frozenset[LogicalTens
 
     need = tuple(dict.fromkeys(Placed(part.rank, part.mask.region) for part in exchange.makers))
     groups: list[GradientGroup] = []
-    group_of: dict[Reader, GradientGroup] = {}
     for layouts in by_layout.values():
         together = {part: tuple(reader for layout in layouts for reader in layout[part]) for part in layouts[0]}
         found = find_communication(tensor.shape, tensor.dtype.itemsize, tuple(together), need, topology)
-        group = GradientGroup(together, found)
-        groups.append(group)
-        group_of.update((reader, group) for readers_ in together.values() for reader in readers_)
+        groups.append(GradientGroup(together, found))
     exchange.groups = tuple(groups)
-    exchange.group_of = group_of

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch_vtensor.compile.rules import Rule, find_rule
+from torch_vtensor.compile.rules import find_rule
 from torch_vtensor.compile.task_graph import Operator
 from torch_vtensor.compile.tensor_view import LogicalTensor
 
@@ -54,7 +54,7 @@ def find_dimensions(operators: Sequence[Operator]) -> tuple[Dimension, ...]:
         return node
 
     for operator in operators:
-        for tensor, dim, identifier in _ties(operator, find_rule(operator)):
+        for tensor, dim, identifier in _ties(operator):
             parent[root((tensor, dim))] = root((operator, identifier))
 
     members: defaultdict[_Tied, list[_Tied]] = defaultdict(list)
@@ -63,19 +63,12 @@ def find_dimensions(operators: Sequence[Operator]) -> tuple[Dimension, ...]:
     return tuple(_dimension(nodes) for nodes in members.values())
 
 
-def _ties(operator: Operator, rule: Rule) -> Iterator[tuple[LogicalTensor, int, str]]:
+def _ties(operator: Operator) -> Iterator[tuple[LogicalTensor, int, str]]:
     """Each dimension of the operator's tensors that can be cut, with the identifier that cuts it."""
-    pairs = (*zip(operator.inputs, rule.inputs, strict=True), *zip(operator.outputs, rule.outputs, strict=True))
-    for tensor, dims in pairs:
-        for dim, identifiers in enumerate(dims or ()):
-            outermost = next((name for name in identifiers if rule.sizes[name] > 1), None)
-            if tensor is not None and outermost is not None and _can_be_cut(rule, outermost):
-                yield tensor, dim, outermost
-
-
-def _can_be_cut(rule: Rule, identifier: str) -> bool:
-    """Whether it is outermost wherever it occurs: a view of [b, s, m] as [(b s), m] keeps s whole."""
-    return identifier not in rule.whole and all(rule.sizes[name] == 1 for name in rule.outer(identifier))
+    for tensors, ties in zip((operator.inputs, operator.outputs), find_rule(operator).ties, strict=True):
+        for slot, dim, identifier in ties:
+            if (tensor := tensors[slot]) is not None:
+                yield tensor, dim, identifier
 
 
 def _dimension(nodes: Sequence[_Tied]) -> Dimension:
@@ -99,6 +92,7 @@ def identifier_to_cut(operator: Operator, dimension: Dimension) -> str | None:
     Where several lie along it, as queries and keys of self-attention along the sequence, the one that cuts the output.
     """
     names = dimension.identifiers.get(operator, ())
-    rule = find_rule(operator)
-    in_outputs = {name for dims in rule.outputs for identifiers in dims or () for name in identifiers}
-    return next((name for name in names if name in in_outputs), names[0] if names else None)
+    if len(names) < 2:
+        return names[0] if names else None
+    in_outputs = find_rule(operator).output_identifiers
+    return next((name for name in names if name in in_outputs), names[0])

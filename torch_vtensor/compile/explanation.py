@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch_vtensor.compile.names import name_inputs
 from torch_vtensor.compile.plans import cuts_classes
 from torch_vtensor.compile.plans.resolve import resolve
 from torch_vtensor.compile.primitives import PlanFunction
-from torch_vtensor.compile.schedules import Timeline, draw, simulate, write_trace
+from torch_vtensor.compile.schedules import Timeline, draw, grid, simulate, write_trace
 from torch_vtensor.compile.schedules.job import readable_bytes
 
 
@@ -76,7 +77,7 @@ class Explanation:
         names = ("step",) if len(self.timelines) == 1 else ("forward", "backward")
         for name, timeline in zip(names, self.timelines, strict=True):
             yield f"\n{name}, forward and backward passes of stages and microbatches by time:"
-            yield str(timeline.schedule)
+            yield grid(timeline.schedule, timeline.spans)
         yield "\nbytes sent in a step, by the rank that sends most:"
         for kind, by_rank in self.sent_bytes.items():
             rank, most = by_rank.most_common(1)[0]
@@ -119,7 +120,8 @@ def explain(
         raise ValueError("explain got neither a plan nor a memory_budget; give one, plan='single' for no cuts.")
     num_ranks = mesh if isinstance(mesh, int) else math.prod(mesh.values())
     function_of_plan, on = resolve(plan or "single", None if isinstance(mesh, int) else mesh, num_ranks)
-    captured = capture_call(function, arguments, keywords, cuts_classes=cuts_classes(function_of_plan))
+    call = capture_call(function, arguments, keywords, cuts_classes=cuts_classes(function_of_plan))
+    captured = call.captured
     if memory_budget is None:
         return Explanation(compile_plan(captured, function_of_plan, on, trains=True))
     tracer = Tracer(_torch_compat.device_of(_torch_compat.leaves([*arguments, keywords])), {})
@@ -130,26 +132,39 @@ def explain(
     return Explanation(fitted)
 
 
+@dataclass(frozen=True, eq=False)
+class CapturedCall:
+    """A call as the backend sees it: the program, and its arguments, parameters among them."""
+
+    captured: Captured
+    arguments: Sequence[Any]
+
+
 def capture_call(
-    function: Callable[..., Any], arguments: Sequence[Any], keywords: Mapping[str, Any], *, cuts_classes: bool
-) -> Captured:
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    keywords: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    cuts_classes: bool = False,
+) -> CapturedCall:
     """Capture a function at a call, with a loss whose classes can be cut if that is asked for.
 
     Raises:  RuntimeError if the call is not one graph, with the number of graphs.
     """
-    found: list[Captured] = []
+    found: list[CapturedCall] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         names = name_inputs(gm, example_inputs)
-        found.append(capture(gm, example_inputs, names, cuts_classes=cuts_classes))
+        captured = capture(gm, example_inputs, names, cuts_classes=cuts_classes)
+        found.append(CapturedCall(captured, list(example_inputs)))
         return gm.forward
 
-    function = getattr(function, "_torchdynamo_orig_callable", function)
-    torch._dynamo.reset()
+    function = _torch_compat.original_of(function)
+    torch.compiler.reset()
     try:
         torch.compile(function, backend=backend, dynamic=False)(*arguments, **keywords)
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     if len(found) != 1:
         raise RuntimeError(
             f"the call is {len(found)} graphs, and a plan is for one. See where it breaks with "

@@ -70,14 +70,11 @@ def _depends_on_seeds(program: Program) -> set[str]:
     """The jobs that wait for the caller's gradients, directly or not."""
     known = set(program.seeds)
     late: set[str] = set()
-    waiting = list(program.jobs)
-    while True:
-        found = [job for job in waiting if any((place.rank, place.key) in known for place in job.read_places())]
-        if not found:
-            return late
-        late.update(job.name for job in found)
-        known.update((place.rank, place.key) for job in found for place in job.written_places())
-        waiting = [job for job in waiting if job.name not in late]
+    for job in program.jobs:  # each of these comes after those that it waits for, as they were written
+        if any((place.rank, place.key) in known for place in job.read_places()):
+            late.add(job.name)
+            known.update((place.rank, place.key) for place in job.written_places())
+    return late
 
 
 def _values_of(program: Program, jobs: Sequence[Job], results: Sequence[Result]) -> list[Value]:

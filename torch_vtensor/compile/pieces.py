@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch_vtensor.compile.rules import Call, Rule, find_rule
-from torch_vtensor.compile.task_graph import Task
-from torch_vtensor.compile.tensor_view import WHOLE_VALUE, Interval, TensorView, ValueChunk
+from torch_vtensor.compile.task_graph import Piece, Task
+from torch_vtensor.compile.tensor_view import WHOLE_VALUE, Interval, Mask, ValueChunk
 
 GradientChunk = tuple[tuple[str, Interval | ValueChunk], ...]
 """Which addend of an input's gradient a piece computes: equal keys are the same addend, different ones add up."""
@@ -29,6 +28,14 @@ def cut(task: Task, identifier: str, intervals: Sequence[Interval]) -> tuple[Tas
     Raises:  ValueError if the rule does not let this identifier be cut, or the intervals do not tile it.
     """
     rule = find_rule(task.operator)
+    asked = ("cut", rule, identifier, tuple(intervals))
+    pieces = task.piece.found.get(asked)
+    if pieces is None:
+        pieces = task.piece.found[asked] = _cut(task, rule, identifier, intervals)
+    return tuple([Task(task.operator, piece, task.replica) for piece in pieces]) if len(pieces) > 1 else (task,)
+
+
+def _cut(task: Task, rule: Rule, identifier: str, intervals: Sequence[Interval]) -> tuple[Piece, ...]:
     has = _can_be_cut(task, rule, identifier)
     if has is None:
         _refuse(task, rule, identifier)
@@ -40,9 +47,9 @@ def cut(task: Task, identifier: str, intervals: Sequence[Interval]) -> tuple[Tas
         given = ", ".join(str(Interval(*interval)) for interval in intervals)
         raise ValueError(f"{task} has {identifier} {has}: intervals {given or 'none'} do not tile it in order.")
     if len(intervals) == 1:
-        return (task,)
+        return (task.piece,)
     return tuple(
-        _piece(task, rule, identifier, Interval(*interval), has, ValueChunk(number, len(intervals)))
+        _part(task.piece, rule, identifier, Interval(*interval), has, ValueChunk(number, len(intervals)))
         for number, interval in enumerate(intervals)
     )
 
@@ -54,6 +61,13 @@ def split_value(task: Task, inputs: Sequence[int], count: int) -> tuple[Task, ..
     """
     rule = find_rule(task.operator)
     asked, before = tuple(sorted(inputs)), split_inputs(task)
+    known = ("split", rule, asked, count)
+    if known not in task.piece.found:
+        task.piece.found[known] = _split(task, rule, asked, before, count)
+    return tuple([Task(task.operator, piece, task.replica) for piece in task.piece.found[known]])
+
+
+def _split(task: Task, rule: Rule, asked: tuple[int, ...], before: tuple[int, ...], count: int) -> tuple[Piece, ...]:
     allowed = [tuple(sorted(slots)) for slots in rule.linear] if not before else [before]
     if count < 1 or asked not in allowed:
         sets = ", ".join(str(list(slots)) for slots in allowed) or "no inputs"
@@ -61,11 +75,14 @@ def split_value(task: Task, inputs: Sequence[int], count: int) -> tuple[Task, ..
             f"{task} cannot be split into {count} by the values of inputs {list(asked)}: {task.operator.target}"
             f" may be split by {sets}."
         )
+    piece = task.piece
     pieces = []
     for number in range(count):
-        views = tuple(_chunked(view, number, count) if slot in asked else view for slot, view in enumerate(task.inputs))
-        outputs = tuple(None if view is None else _chunked(view, number, count) for view in task.outputs)
-        pieces.append(replace(task, inputs=views, outputs=outputs, chunk=task.chunk.split(number, count)))
+        inputs = tuple(
+            _chunked(mask, number, count) if slot in asked else mask for slot, mask in enumerate(piece.inputs)
+        )
+        outputs = tuple(None if mask is None else _chunked(mask, number, count) for mask in piece.outputs)
+        pieces.append(Piece(inputs, outputs, piece.cuts, piece.chunk.split(number, count)))
     return tuple(pieces)
 
 
@@ -76,7 +93,7 @@ def split_inputs(task: Task) -> tuple[int, ...]:
     rule = find_rule(task.operator)
     # An input that is taken once may be a chunk without a split; one in each set is not, which tells the sets apart.
     return next(
-        tuple(sorted(slots)) for slots in rule.linear if all(task.inputs[s].mask.chunk != WHOLE_VALUE for s in slots)
+        tuple(sorted(slots)) for slots in rule.linear if all(task.piece.inputs[s].chunk != WHOLE_VALUE for s in slots)
     )
 
 
@@ -87,7 +104,7 @@ def replicate(task: Task, count: int) -> tuple[Task, ...]:
     """
     if count < 1:
         raise ValueError(f"{task} cannot be replicated {count} times; choose 1 or more.")
-    return tuple(replace(task, replica=task.replica * count + number) for number in range(count))
+    return tuple([Task(task.operator, task.piece, task.replica * count + number) for number in range(count)])
 
 
 def local_call(task: Task) -> Call:
@@ -105,11 +122,15 @@ def gradient_chunk(task: Task, position: int) -> GradientChunk:
     neither a dimension of it is cut by them nor its value (taken once, or split).
     """
     rule = find_rule(task.operator)
-    followed = rule.input_identifiers[position] | rule.taken_once[position]
-    key: list[tuple[str, Any]] = sorted(pair for pair in task.cuts.items() if pair[0] not in followed)
-    if task.chunk != WHOLE_VALUE and position not in split_inputs(task):
-        key.append(("", task.chunk))
-    return tuple(key)
+    asked = ("gradient", rule, position)
+    if asked not in task.piece.found:
+        followed = rule.input_identifiers[position] | rule.taken_once[position]
+        key: list[tuple[str, Any]] = sorted(pair for pair in task.cuts.items() if pair[0] not in followed)
+        if task.chunk != WHOLE_VALUE and position not in split_inputs(task):
+            key.append(("", task.chunk))
+        task.piece.found[asked] = tuple(key)
+    chunk: GradientChunk = task.piece.found[asked]
+    return chunk
 
 
 def backward_reads(task: Task, position: int) -> bool:
@@ -137,26 +158,25 @@ def _has(task: Task, rule: Rule, identifier: str) -> Interval:
     return task.cuts.get(identifier) or Interval(0, rule.sizes[identifier])
 
 
-def _piece(task: Task, rule: Rule, identifier: str, interval: Interval, has: Interval, chunk: ValueChunk) -> Task:
-    inputs, outputs = list(task.inputs), list(task.outputs)
+def _part(piece: Piece, rule: Rule, identifier: str, interval: Interval, has: Interval, chunk: ValueChunk) -> Piece:
+    inputs, outputs = list(piece.inputs), list(piece.outputs)
     first = interval.start - has.start
-    for places, views in ((rule.input_places, inputs), (rule.output_places, outputs)):
+    for places, masks in ((rule.input_places, inputs), (rule.output_places, outputs)):
         for slot, dim, stride, _ in places[identifier]:
-            view = views[slot]
-            assert view is not None
-            start = view.mask.intervals[dim].start + first * stride
-            mask = view.mask.with_interval(dim, Interval(start, start + interval.size * stride))
-            views[slot] = TensorView(view.tensor, mask)
+            mask = masks[slot]
+            assert mask is not None
+            start = mask.intervals[dim].start + first * stride
+            masks[slot] = mask.with_interval(dim, Interval(start, start + interval.size * stride))
     if identifier in rule.summed:
         for slot, once in enumerate(rule.taken_once):
             if identifier in once:
                 inputs[slot] = _chunked(inputs[slot], *chunk)
-        outputs = [None if view is None else _chunked(view, *chunk) for view in outputs]
-    return replace(task, inputs=tuple(inputs), outputs=tuple(outputs), cuts={**task.cuts, identifier: interval})
+        outputs = [None if mask is None else _chunked(mask, *chunk) for mask in outputs]
+    return Piece(tuple(inputs), tuple(outputs), {**piece.cuts, identifier: interval}, piece.chunk)
 
 
-def _chunked(view: TensorView, number: int, count: int) -> TensorView:
-    return TensorView(view.tensor, view.mask.with_chunk(view.mask.chunk.split(number, count)))
+def _chunked(mask: Mask, number: int, count: int) -> Mask:
+    return mask.with_chunk(mask.chunk.split(number, count))
 
 
 def _refuse(task: Task, rule: Rule, identifier: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch_vtensor.compile.mesh import Mesh, name_ranks
@@ -100,65 +101,78 @@ def _place_the_rest(view: Graph, tasks: Sequence[Task]) -> None:
     What gradients flow through runs where its latest input is made, or else where it is first read; what none flow
     through, positions and masks, wherever it is read.
     """
-    makers: defaultdict[LogicalTensor, list[Task]] = defaultdict(list)
-    readers: defaultdict[LogicalTensor, list[Task]] = defaultdict(list)
+    left = [task for task in tasks if task not in view.ranks]
+    if not left:
+        return
+    pieces: defaultdict[Operator, list[Task]] = defaultdict(list)
     for task in tasks:
-        for made in task.outputs:
-            if made is not None:
-                makers[made.tensor].append(task)
-        for read in dict.fromkeys(view_.tensor for view_ in task.inputs):
-            readers[read].append(task)
-    position = {task: index for index, task in enumerate(tasks)}
+        pieces[task.operator].append(task)
+    position = {operator: number for number, operator in enumerate(pieces)}
+    maker: dict[LogicalTensor, Operator] = {}
+    readers: defaultdict[LogicalTensor, list[Operator]] = defaultdict(list)
+    for operator in pieces:
+        maker.update((made, operator) for made in operator.outputs if made is not None)
+        for read in dict.fromkeys(operator.inputs):
+            readers[read].append(operator)
 
-    def related(candidates: Iterable[Task], task: Task) -> list[Task]:
-        own = view.microbatch_of.get(task)
-        return [
-            other
-            for other in candidates
-            if other in view.ranks and (own is None or view.microbatch_of.get(other, own) == own)
-        ]
+    def related(candidates: Iterable[Operator], own: int | None) -> Iterator[Task]:
+        """Their tasks that are placed, of a microbatch those of the same or of none."""
+        for task in itertools.chain.from_iterable(pieces[candidate] for candidate in candidates):
+            if task in view.ranks and (own is None or view.microbatch_of.get(task, own) == own):
+                yield task
 
-    def flows(task: Task) -> bool:
-        return any(made is not None and made.tensor.differentiable for made in task.outputs)
+    def place(task: Task, ranks: Iterable[int]) -> None:
+        if found := tuple(sorted(set(ranks))):
+            view.ranks[task] = found
 
-    def place(task: Task, neighbours: Sequence[Task]) -> None:
-        if neighbours:
-            view.ranks[task] = tuple(sorted({rank for other in neighbours for rank in view.ranks[other]}))
+    def ranks_of(neighbours: Iterable[Task]) -> Iterator[int]:
+        return (rank for other in neighbours for rank in view.ranks[other])
 
-    for task in tasks:  # after what makes its latest input
-        if task not in view.ranks and flows(task):
-            for tensor in sorted(
-                {read.tensor for read in task.inputs if makers[read.tensor]},
-                key=lambda tensor: -max(position[maker] for maker in makers[tensor]),
-            ):
-                if found := related(makers[tensor], task):
-                    place(task, found)
+    for task in left:  # after what makes its latest input
+        if flows(task.operator):
+            own = view.microbatch_of.get(task)
+            makers = {maker[read] for read in task.operator.inputs if read in maker}
+            for candidate in sorted(makers, key=position.__getitem__, reverse=True):
+                place(task, ranks_of(related([candidate], own)))
+                if task in view.ranks:
                     break
-    for task in reversed(tasks):  # where it is read
+    # What later operators run on is settled when an earlier one asks.
+    settled: dict[tuple[Operator, int | None], set[int]] = {}
+    for task in reversed(left):  # where it is read
         if task not in view.ranks:
-            found = related((r for made in task.outputs if made is not None for r in readers[made.tensor]), task)
-            if flows(task) and found:
-                found = [reader for reader in found if reader.operator is found[0].operator]
-            place(task, found)
-    for task in tasks:  # what nobody reads but the caller
+            own = view.microbatch_of.get(task)
+            wanting = [reader for made in task.operator.outputs if made is not None for reader in readers[made]]
+            for reader in wanting:
+                if (reader, own) not in settled:
+                    settled[reader, own] = set(ranks_of(related([reader], own)))
+            if flows(task.operator):
+                wanting = [reader for reader in wanting if settled[reader, own]][:1]
+            place(task, itertools.chain.from_iterable(settled[reader, own] for reader in wanting))
+    for task in left:  # what nobody reads but the caller
         if task not in view.ranks:
-            found = related((maker for read in task.inputs for maker in makers[read.tensor]), task)
-            place(task, found[-1:])
-            view.ranks.setdefault(task, view.mesh.ranks[:1])
+            makers_of = [maker[read] for read in task.operator.inputs if read in maker]
+            *_, last = [None, *related(makers_of, view.microbatch_of.get(task))]
+            view.ranks[task] = view.mesh.ranks[:1] if last is None else tuple(sorted(view.ranks[last]))
+
+
+def flows(operator: Operator) -> bool:
+    """Whether gradients flow through what the operator makes."""
+    return any(made is not None and made.differentiable for made in operator.outputs)
 
 
 def _merge_replicas(view: Graph, tasks: Sequence[Task]) -> dict[Task, tuple[int, ...]]:
     """The tasks with their ranks; of replicas, only the first on each rank."""
-    taken: dict[tuple[object, ...], set[int]] = defaultdict(set)
+    taken: defaultdict[tuple[object, ...], set[int]] = defaultdict(set)
     merged: dict[Task, tuple[int, ...]] = {}
     pieces: defaultdict[Operator, dict[tuple[object, ...], Task]] = defaultdict(dict)
     for task in tasks:
-        # Sums cut in another order have their addends in another order.
-        chunks = tuple(made and made.mask.chunk for made in task.outputs)
-        same = (task.operator, frozenset(task.cuts.items()), task.chunk, chunks)
+        same = task.operator, _computes(task)
         pieces[task.operator].setdefault(same, task)
-        ranks = tuple(rank for rank in view.ranks[task] if rank not in taken[same])
-        taken[same].update(ranks)
+        on = taken[same]
+        ranks = view.ranks[task]
+        if on:
+            ranks = tuple([rank for rank in ranks if rank not in on])
+        on.update(ranks)
         if ranks:
             merged[task] = ranks
     for operator, of_operator in pieces.items():
@@ -166,11 +180,25 @@ def _merge_replicas(view: Graph, tasks: Sequence[Task]) -> dict[Task, tuple[int,
     return merged
 
 
+def _computes(task: Task) -> tuple[object, ...]:
+    """What tasks of one operator have in common if they compute the same."""
+    known = task.piece.found
+    if "computes" not in known:
+        # Sums cut in another order have their addends in another order.
+        chunks = tuple(mask and mask.chunk for mask in task.piece.outputs)
+        known["computes"] = frozenset(task.cuts.items()), task.chunk, chunks
+    computes: tuple[object, ...] = known["computes"]
+    return computes
+
+
 def _check_random_numbers(ranks_of_task: Mapping[Task, tuple[int, ...]]) -> None:
     """Refuse replicas of what draws random numbers: each rank would draw its own, and train on something else."""
     ranks: defaultdict[tuple[object, ...], set[int]] = defaultdict(set)
+    random = {
+        operator for operator in {task.operator: None for task in ranks_of_task} if draws_random_numbers(operator)
+    }
     for task, own in ranks_of_task.items():
-        if draws_random_numbers(task.operator):
+        if task.operator in random:
             same = ranks[task.operator, tuple(task.cuts.items()), task.chunk]
             same.update(own)
             if len(same) > 1:
@@ -184,11 +212,21 @@ def _check_random_numbers(ranks_of_task: Mapping[Task, tuple[int, ...]]) -> None
 
 def _check_replicas(operator: Operator, pieces: Sequence[Task]) -> None:
     """Refuse pieces of which some compute what others compute, too, and are no replicas of these."""
-    sizes = find_rule(operator).sizes
-    parts = (math.prod(part.size / sizes[name] for name, part in task.cuts.items()) / task.chunk.of for task in pieces)
+    parts = (_share(task) for task in pieces)
     if len(pieces) > 1 and sum(parts) > 1 + 1e-6:
         names = ", ".join(map(str, pieces[:6])) + (" …" if len(pieces) > 6 else "")
         raise ValueError(
             f"the replicas of {operator.name} ({operator.target}) are cut differently, into {names}, so that ranks "
             f"would not know whose parts belong together. Cut all replicas alike, or cut before replicating."
         )
+
+
+def _share(task: Task) -> float:
+    """Which part of its operator a task computes."""
+    rule = find_rule(task.operator)
+    known = task.piece.found
+    if ("share", rule) not in known:
+        parts = (part.size / rule.sizes[name] for name, part in task.cuts.items())
+        known["share", rule] = math.prod(parts) / task.chunk.of
+    share: float = known["share", rule]
+    return share

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch_vtensor.compile.cost import task_work
@@ -14,7 +14,7 @@ from torch_vtensor.compile.dimensions import Dimension, find_dimensions, identif
 from torch_vtensor.compile.mesh import Mesh, Place, ranks_of
 from torch_vtensor.compile.pieces import cut, replicate, split_value
 from torch_vtensor.compile.rules import find_rule
-from torch_vtensor.compile.task_graph import Operator, OperatorGraph, Task
+from torch_vtensor.compile.task_graph import Operator, OperatorGraph, Piece, Task
 from torch_vtensor.compile.tensor_view import Interval, LogicalTensor, cut_evenly
 
 DimensionName = str
@@ -39,8 +39,9 @@ class Graph:
         self.unit_of: dict[Operator, int] = {}
         self.pipeline: Pipeline | None = None
         self.num_microbatches = 1
+        self.num_cut = 0  # how often a task was cut: what `current` says holds until the next time
         self._pieces: dict[Task, tuple[Task, ...]] = {}
-        self._whole = {operator: Task.of(operator) for operator in graph.operators}
+        self._whole = dict(_whole_tasks(graph.operators))
         self._dimensions: tuple[Dimension, ...] | None = None
 
     @property
@@ -86,17 +87,25 @@ class Graph:
         self.num_microbatches = count
         return Microbatches(tuple(groups))
 
-    def current(self, task: Task) -> Iterator[Task]:
+    def current(self, task: Task) -> Sequence[Task]:
         """The tasks that a task is now: itself, or the pieces that it was cut into."""
         if task not in self._pieces:
-            yield task
-            return
-        for piece in self._pieces[task]:
-            yield from self.current(piece)
+            return (task,)
+        found: list[Task] = []
+        ahead = [task]
+        while ahead:
+            now = ahead.pop()
+            pieces = self._pieces.get(now)
+            if pieces is None:
+                found.append(now)
+            else:
+                ahead.extend(reversed(pieces))
+        return found
 
     def replace(self, task: Task, pieces: tuple[Task, ...]) -> None:
         """Put pieces in the place of a task; they inherit what was decided about it."""
         self._pieces[task] = pieces
+        self.num_cut += 1
         decided: tuple[dict[Task, object], ...] = (self.microbatch_of, self.recomputed, self.apart, self.ranks)  # type: ignore[assignment]
         for decisions in decided:
             if task in decisions:
@@ -162,6 +171,7 @@ class Tasks:
     def __init__(self, graph: Graph, tasks: Iterable[Task]) -> None:
         self.graph = graph
         self._tasks = tuple(tasks)
+        self._current = self._tasks, -1  # what they are now, and after how many cuts that was looked up
 
     def select(self, pattern: str) -> Tasks:
         """Those of these tasks that `Graph.select` would take."""
@@ -185,11 +195,17 @@ class Tasks:
         return tuple(Tasks(self.graph, tasks) for tasks in groups.values())
 
     def __iter__(self) -> Iterator[Task]:
-        for task in self._tasks:
-            yield from self.graph.current(task)
+        return iter(self._now())
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._now())
+
+    def _now(self) -> tuple[Task, ...]:
+        tasks, num_cut = self._current
+        if num_cut != self.graph.num_cut:
+            tasks = tuple([current for task in self._tasks for current in self.graph.current(task)])
+            self._current = tasks, self.graph.num_cut
+        return tasks
 
     def __add__(self, other: Tasks) -> Tasks:
         return Tasks(self.graph, dict.fromkeys([*self, *other]))
@@ -388,6 +404,17 @@ def store(
     first = len(graph.unit_of)
     for number, unit in enumerate(units):
         graph.unit_of.update((task.operator, first + number) for task in unit)
+
+
+def _whole_tasks(operators: Iterable[Operator]) -> Iterator[tuple[Operator, Task]]:
+    """All of each operator; those that are alike share their pieces, and with them what is found out about these."""
+    whole: dict[Hashable, Piece] = {}
+    for operator in operators:
+        likeness = operator.likeness
+        piece = Piece.whole(operator) if likeness is None else whole.get(likeness)
+        if piece is None:
+            piece = whole[likeness] = Piece.whole(operator)
+        yield operator, Task(operator, piece)
 
 
 PlanFunction = Callable[[Graph, Mesh], None]

@@ -13,10 +13,11 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
-from torch_vtensor.compile.communication import Assemble, Buffer, Communication, Placed, Step, Transfer, seconds_of
+from torch_vtensor.compile.communication import Assemble, Buffer, Communication, Placed, Step, StepFacts, Transfer
 from torch_vtensor.compile.contributions import Contributions
 from torch_vtensor.compile.cost import memory_seconds
-from torch_vtensor.compile.dataflow import Dataflow, Exchange, GradientGroup
+from torch_vtensor.compile.dataflow import Dataflow
+from torch_vtensor.compile.exchange import Exchange, GradientGroup
 from torch_vtensor.compile.footprint import Measure, estimate
 from torch_vtensor.compile.pass_costs import pass_seconds
 from torch_vtensor.compile.schedules.job import Job, JobKind, Result, Value, ValueKind
@@ -225,27 +226,31 @@ class _Builder:
         self._add_job(f"F {segment.name}", "F", forward, inputs, (*outputs, *saved), segment)
 
     def _add_exchange(self, exchange: Exchange, *, again: bool = False) -> None:
-        keys = {buffer: self._key(exchange, buffer, again=again) for buffer in _buffers(exchange.communication)}
+        communication = exchange.communication
+        if not communication.steps:
+            return
+        keys = {buffer: self._key(exchange, buffer, again=again) for buffer in communication.buffers}
         kind: ValueKind = "parameter" if exchange.tensor.kind == "parameter" else "activation"
-        self._add_steps(exchange.tensor, exchange.communication.steps, keys, exchange.microbatch, kind)
+        steps = communication.facts(exchange.tensor.dtype.itemsize, self._topology)
+        self._add_steps(exchange.tensor, steps, keys, exchange.microbatch, kind)
 
     def _add_steps(
         self,
         tensor: LogicalTensor,
-        steps: Iterable[Step],
+        steps: Iterable[StepFacts],
         keys: Mapping[Buffer, str],
         microbatch: int | None,
         kind: ValueKind,
     ) -> None:
-        itemsize = tensor.dtype.itemsize
-        for step in steps:
-            reads = {rank: tuple(dict.fromkeys(keys[buffer] for buffer in step.reads(rank))) for rank in step.ranks}
-            writes = {rank: tuple(keys[buffer] for buffer in step.writes(rank)) for rank in step.ranks}
-            for rank in step.ranks:
-                for buffer in step.writes(rank):
+        itemsize, stage = tensor.dtype.itemsize, self._label[tensor]
+        for step, read, written, seconds, wire_bytes in steps:
+            reads = {rank: tuple(dict.fromkeys([keys[b] for b in buffers])) for rank, buffers in read.items()}
+            writes = {rank: tuple([keys[buffer] for buffer in buffers]) for rank, buffers in written.items()}
+            for rank, buffers in written.items():
+                for buffer in buffers:
                     self._add_value(keys[buffer], rank, buffer.mask.num_elements * itemsize, kind)
-            name = f"{_kind_of(step)} {next(key for keys_ in writes.values() for key in keys_)}"
-            name = f"{name} {'-'.join(map(str, step.ranks))}"
+            first = next(iter(writes.values()))[0]
+            name = f"{_kind_of(step)} {first} {'-'.join(map(str, step.ranks))}"
             job_kind: JobKind = (
                 "move" if isinstance(step, Assemble) else "transfer" if isinstance(step, Transfer) else "collective"
             )
@@ -255,12 +260,12 @@ class _Builder:
                     name,
                     job_kind,
                     step.ranks,
-                    reads={rank: names for rank, names in reads.items() if names},
-                    writes={rank: names for rank, names in writes.items() if names},
-                    stage=self._label[tensor],
+                    reads=reads,
+                    writes=writes,
+                    stage=stage,
                     microbatch=microbatch,
-                    seconds=seconds_of((step,), itemsize, self._topology),
-                    wire_bytes=sum(step.bytes_sent(rank, itemsize) for rank in step.ranks),
+                    seconds=seconds,
+                    wire_bytes=wire_bytes,
                 )
             )
 
@@ -282,7 +287,6 @@ class _Builder:
             for arrival in segment.arrivals:
                 if arrival.group is not None:
                     waiting[arrival.exchange].add(segment)
-        done: set[Segment] = set()
         finished: set[Exchange] = set()
         by_maker: defaultdict[Segment, list[Exchange]] = defaultdict(list)
         by_reader: defaultdict[Segment, list[Exchange]] = defaultdict(list)
@@ -293,8 +297,10 @@ class _Builder:
             for giver in givers:
                 by_reader[giver].append(exchange)
 
+        left = {exchange: len(givers) for exchange, givers in waiting.items()}
+
         def finish(exchange: Exchange) -> None:
-            if exchange not in finished and waiting[exchange] <= done:
+            if exchange not in finished and not left[exchange]:
                 finished.add(exchange)
                 self._add_gradient_steps(exchange)
 
@@ -304,24 +310,22 @@ class _Builder:
             for exchange in by_maker[segment]:
                 assert exchange in finished, f"{segment} would run backward before the gradient of {exchange.tensor}"
             self._add_backward_of(segment)
-            done.add(segment)
             for exchange in by_reader[segment]:
+                left[exchange] -= 1
                 finish(exchange)
         return self._collect_gradients()
 
     def _add_seeds(self) -> None:
         """The caller's gradients of what is returned, one for each rank and output."""
         for exchange, reader in self._flow.returns:
-            group = exchange.group_of.get(reader)
-            if group is None or exchange.tensor not in self._flow.plan.graph.outputs:
+            if reader not in exchange.contributes or exchange.tensor not in self._flow.plan.graph.outputs:
                 continue
+            group, part = exchange.contributes[reader]
             key = f"seed {self._label[exchange.tensor]}"
             if (reader.rank, key) not in self._seeds:
                 self._add_value(key, reader.rank, exchange.tensor.num_bytes, "input", pinned=True)
                 self._seeds[reader.rank, key] = exchange.tensor
-            for part, readers in group.addends.items():
-                if reader in readers:
-                    self._given[group, part].append((None, key))
+            self._given[group, part].append((None, key))
 
     def _add_backward_of(self, segment: Segment) -> None:
         forward = self._forward_of[segment]
@@ -394,6 +398,9 @@ class _Builder:
         """Add up what each rank has of the gradient, and take it to the makers."""
         tensor, label = exchange.tensor, self._label[exchange.tensor]
         kind = _gradient_kind(tensor)
+        makers: defaultdict[Placed, list[Placed]] = defaultdict(list)
+        for maker in exchange.makers:
+            makers[Placed(maker.rank, maker.mask.region)].append(maker)
         for number, group in enumerate(exchange.groups):
             communication = group.communication
             of = f"{self._number[exchange]}.{number}"
@@ -413,29 +420,31 @@ class _Builder:
                 )
                 if total is not None:
                     keys[buffer] = total
-            for buffer in _buffers(communication):
+            for buffer in communication.buffers:
                 if buffer.tag:
                     keys[buffer] = f"d {label}{buffer.mask}'{of}.{buffer.tag}"
             self._fill_with_zeros(tensor, communication, keys, kind)
-            self._add_steps(tensor, communication.steps, keys, exchange.microbatch, kind)
+            steps = communication.facts(tensor.dtype.itemsize, self._topology)
+            self._add_steps(tensor, steps, keys, exchange.microbatch, kind)
             for part, buffer in communication.need.items():
                 if buffer in keys:
-                    for maker in exchange.makers:
-                        if maker.rank == part.rank and maker.mask.region == part.mask:
-                            self._tangents[tensor, maker].append(keys[buffer])
+                    for maker in makers[part]:
+                        self._tangents[tensor, maker].append(keys[buffer])
 
     def _fill_with_zeros(
         self, tensor: LogicalTensor, communication: Communication, keys: dict[Buffer, str], kind: ValueKind
     ) -> None:
         """Parts that steps read and no segment gives a gradient of are zeros."""
+        if communication.sent <= keys.keys():
+            return
         for step in communication.steps:
             for rank in step.ranks:
                 for buffer in step.reads(rank):
                     if buffer not in keys:
                         keys[buffer] = f"zeros {self._label[tensor]}{buffer.mask}"
-                        assemble = Assemble((), buffer)
+                        zeros = StepFacts.of(Assemble((), buffer), tensor.dtype.itemsize, self._topology)
                         if (rank, keys[buffer]) not in self._values:
-                            self._add_steps(tensor, (assemble,), keys, None, kind)
+                            self._add_steps(tensor, (zeros,), keys, None, kind)
 
     def _sum(self, given: Sequence[str], key: str, rank: int, view: TensorView, microbatch: int | None) -> str | None:
         """The key of the sum of some values, added one after the other so that no more than two are there at a time."""
@@ -513,15 +522,6 @@ def _labels(exchanges: Sequence[Exchange]) -> dict[LogicalTensor, str]:
             taken[tensor.name] += 1
             labels[tensor] = tensor.name if taken[tensor.name] == 1 else f"{tensor.name}~{taken[tensor.name]}"
     return labels
-
-
-def _buffers(communication: Communication) -> set[Buffer]:
-    found = {*communication.have.values(), *communication.need.values()}
-    for step in communication.steps:
-        for rank in step.ranks:
-            found.update(step.reads(rank))
-            found.update(step.writes(rank))
-    return found
 
 
 def _gradient_kind(tensor: LogicalTensor) -> ValueKind:

@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 from torch_vtensor.compile.addends import Reader
 from torch_vtensor.compile.communication import Placed
-from torch_vtensor.compile.dataflow import Dataflow, Exchange, GradientGroup, Instance
+from torch_vtensor.compile.dataflow import Dataflow
+from torch_vtensor.compile.exchange import Exchange, GradientGroup, Input, Instance
 from torch_vtensor.compile.pieces import backward_reads
 from torch_vtensor.compile.schedules.job import JobKind
 from torch_vtensor.compile.stages import find_stages
@@ -81,8 +82,21 @@ class Segment:
         return f"{self.name} on rank {self.rank}{of}: {len(self.tasks)} tasks, {names}"
 
 
+class _Common(NamedTuple):
+    """What tasks of one segment have in common, beside the rank and the level."""
+
+    microbatch: int | None
+    stage: int
+    recomputed: int | None
+    apart: int | None
+    turn: tuple[int, int] | None
+    unit: int | None
+    flows: bool
+    before: bool
+
+
 class _Key(NamedTuple):
-    """What tasks of one segment have in common."""
+    """What tells a segment from the others."""
 
     rank: int
     microbatch: int | None
@@ -109,104 +123,87 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
     plan = flow.plan
     stages = find_stages(plan).of_task
     level: dict[Instance, int] = {}
-    keys: dict[Instance, _Key] = {}
-    internal: set[tuple[Instance, int]] = set()
+    common: dict[Task, _Common] = {}
+    internal: set[int] = set()  # readers, by identity: there are many, and what they hold takes long to hash
     above: dict[tuple[Exchange, bool], int] = {}
-    before: set[Instance] = set()
     is_cut = bool(plan.microbatch or plan.recomputed or plan.apart or plan.turn)
+
+    def level_above(exchange: Exchange, before: bool) -> int:
+        if (exchange, before) not in above:
+            makers = itertools.chain(*exchange.makers.values())
+            levels = (level[maker] for maker in makers if before or not common[maker.task].before)
+            above[exchange, before] = max(levels, default=-1) + 1
+        return above[exchange, before]
+
+    def is_before(task: Task) -> bool:
+        read = (one.exchange for rank in plan.ranks[task] for one in flow.inputs.get(Instance(task, rank), ()))
+        makers = (maker for exchange in read for maker in itertools.chain(*exchange.makers.values()))
+        return all(common[maker.task].before for maker in makers)
+
+    members: defaultdict[tuple[int, int, _Common], list[Instance]] = defaultdict(list)
     for task in plan.tasks:
+        index = plan.microbatch.get(task)
+        # What needs no turn in a pipeline must not wait for one: all microbatches' targets are counted first.
+        has_gradient = any(made in flow.active for made in task.operator.outputs)
+        recomputed, apart, turn = plan.recomputed.get(task), plan.apart.get(task), plan.turn.get(task)
+        is_free = is_cut and (recomputed, apart, turn) == (None, None, None)
+        before = is_free and not has_gradient and is_before(task)
+        unit = plan.unit.get(task.operator)
+        flows = index is None or has_gradient
+        own = common[task] = _Common(index, stages[task], recomputed, apart, turn, unit, flows, before)
         for rank in plan.ranks[task]:
             instance = Instance(task, rank)
-            index, recomputed, turn = plan.microbatch.get(task), plan.recomputed.get(task), plan.turn.get(task)
-            # What needs no turn in a pipeline must not wait for one: all microbatches' targets are counted first.
-            flows = index is None or _flows(flow, task)
-            apart, unit = plan.apart.get(task), plan.unit.get(task.operator)
-            if is_cut and (recomputed, apart, turn) == (None, None, None) and not _flows(flow, task):
-                read = (flow.reads[instance, position][0].makers for position in range(len(task.inputs)))
-                if before.issuperset(maker for parts in read for makers in parts.values() for maker in makers):
-                    before.add(instance)
-            is_before = instance in before
-            own = _Key(rank, index, stages[task], recomputed, apart, turn, unit, flows, is_before, level=0)
-            sources = {
-                position: source
-                for position in range(len(task.inputs))
-                if (source := _direct_source(flow, *flow.reads[instance, position])) is not None
-                and keys[source]._replace(level=0) == own
-            }
-            lowest = max((level[source] for source in sources.values()), default=0)
+            direct: list[tuple[int, Input]] = []
+            lowest = 0
+            for read in flow.inputs.get(instance, ()):
+                source = read.source
+                if source is not None and common[source.task] == own:
+                    of_source = level[source]
+                    direct.append((of_source, read))
+                else:
+                    of_source = level_above(read.exchange, before)
+                if of_source > lowest:
+                    lowest = of_source
             settled = False
             while not settled:
                 settled = True
-                for position in range(len(task.inputs)):
+                for of_source, read in direct:
                     # What is made below arrives like everything else: its gradient goes back once all readers are done.
-                    if position not in sources or level[sources[position]] < lowest:
-                        exchange, _ = flow.reads[instance, position]
-                        if (exchange, is_before) not in above:
-                            makers = itertools.chain(*exchange.makers.values())
-                            levels = (level[maker] for maker in makers if is_before or maker not in before)
-                            above[exchange, is_before] = max(levels, default=-1) + 1
-                        if above[exchange, is_before] > lowest:
-                            lowest, settled = above[exchange, is_before], False
+                    if of_source < lowest and level_above(read.exchange, before) > lowest:
+                        lowest, settled = level_above(read.exchange, before), False
             level[instance] = lowest
-            keys[instance] = own._replace(level=lowest)
-            internal.update(
-                (instance, position) for position, source in sources.items() if keys[source] == keys[instance]
-            )
+            internal.update([id(read.reader) for of_source, read in direct if of_source == lowest])
+            members[lowest, rank, own].append(instance)
 
-    members: defaultdict[_Key, list[Instance]] = defaultdict(list)
-    for instance, key in keys.items():
-        members[key].append(instance)
-    in_order = sorted(members, key=lambda key: (not key.before, key.level, key.rank))
+    in_order = sorted(members, key=lambda key: (not key[2].before, *key[:2]))
     leaving = _leaving(flow, internal)
-    return tuple(_segment(flow, f"s{n}", key, members[key], internal, leaving) for n, key in enumerate(in_order))
+    return tuple(
+        _segment(flow, f"s{n}", _Key(key[1], *key[2], key[0]), members[key], internal, leaving)
+        for n, key in enumerate(in_order)
+    )
 
 
-def _direct_source(flow: Dataflow, exchange: Exchange, reader: Reader) -> Instance | None:
-    """The task on the reader's rank whose output it reads as it is, if the gradient also comes back as it is."""
-    part = Placed(reader.rank, reader.mask)
-    makers = exchange.makers.get(part, ())
-    if not makers or exchange.buffer(reader) != exchange.communication.have[part]:
-        return None
-    if exchange.tensor in flow.active:
-        group = exchange.group_of.get(reader)
-        if group is None:
-            return None
-        region = Placed(reader.rank, reader.mask.region)
-        needed = group.communication.need[region]
-        if needed != group.communication.have.get(region) or reader.mask != reader.mask.region:
-            return None
-        if group.sends(needed):
-            return None
-    return makers[0]
-
-
-def _leaving(flow: Dataflow, internal: set[tuple[Instance, int]]) -> set[Output]:
+def _leaving(flow: Dataflow, internal: set[int]) -> set[Output]:
     """The parts of tensors that others read than the segment that makes them, or whose gradient comes from others.
 
     A replica that nobody reads has a gradient nevertheless: its pieces of parameters are trained by it.
     """
 
-    def is_internal(reader: Reader) -> bool:
-        return reader.task is not None and (Instance(reader.task, reader.rank), reader.position) in internal
-
     leaving: set[Output] = set()
     for exchange in flow.exchanges:
+        if not exchange.makers or not next(iter(exchange.makers.values())):
+            continue  # there from the start: no segment makes it
         tensor, communication = exchange.tensor, exchange.communication
+        met = communication.met
         for reader in exchange.readers:
-            # Of a value that exists whole, the whole may be read as its first chunk.
-            buffer = exchange.buffer(reader)
-            if not is_internal(reader) and buffer == communication.have.get(Placed(reader.rank, buffer.mask)):
-                leaving.add(Output(tensor, reader.rank, buffer.mask))
-        for step in communication.steps:
-            for rank in step.ranks:
-                for buffer in step.reads(rank):
-                    if buffer == communication.have.get(Placed(rank, buffer.mask)):
-                        leaving.add(Output(tensor, rank, buffer.mask))
+            if id(reader) not in internal and (part := met.get(Placed(reader.rank, reader.mask))) is not None:
+                leaving.add(Output(tensor, *part))
+        leaving.update([Output(tensor, *part) for part in communication.given])
         for group in exchange.groups:
+            direct = group.communication.met
             for maker in exchange.makers:
                 region = Placed(maker.rank, maker.mask.region)
-                direct = group.communication.need[region] == group.communication.have.get(region)
-                if not direct or not all(map(is_internal, group.addends[region])):
+                if direct.get(region) != region or not internal.issuperset(map(id, group.addends[region])):
                     leaving.add(Output(tensor, maker.rank, maker.mask))
     return leaving
 
@@ -216,25 +213,22 @@ def _segment(
     name: str,
     key: _Key,
     instances: list[Instance],
-    internal: set[tuple[Instance, int]],
+    internal: set[int],
     leaving: set[Output],
 ) -> Segment:
     arrivals: defaultdict[Arrival, list[Reader]] = defaultdict(list)
     inside: set[tuple[Task, int]] = set()
     for instance in instances:
-        for position in range(len(instance.task.inputs)):
-            if (instance, position) in internal:
-                inside.add((instance.task, position))
-                continue
-            exchange, reader = flow.reads[instance, position]
-            group = exchange.group_of.get(reader)
-            part = None if group is None else group.part_of[reader]
-            arrivals[Arrival(exchange, reader.mask, group, part)].append(reader)
+        for exchange, reader, _, group, part in flow.inputs.get(instance, ()):
+            if id(reader) in internal:
+                inside.add((instance.task, reader.position))
+            else:
+                arrivals[Arrival(exchange, reader.mask, group, part)].append(reader)
     departures = tuple(
-        view
+        TensorView(tensor, mask)
         for instance in instances
-        for view in instance.task.outputs
-        if view is not None and Output(view.tensor, key.rank, view.mask) in leaving
+        for tensor, mask in zip(instance.task.operator.outputs, instance.task.piece.outputs, strict=True)
+        if tensor is not None and mask is not None and Output(tensor, key.rank, mask) in leaving
     )
     cuts_backward = flow.plan.pipeline is not None and flow.plan.pipeline.cuts_backward
     return Segment(
@@ -270,7 +264,3 @@ def _parts(arrivals: Sequence[Arrival], *, in_two: bool) -> dict[JobKind, tuple[
     if not in_two or not weights or weights == wanted:
         return {"B": wanted}
     return {"dI": tuple(index for index in wanted if index not in weights), "dW": weights}
-
-
-def _flows(flow: Dataflow, task: Task) -> bool:
-    return any(view is not None and view.tensor in flow.active for view in task.outputs)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch_vtensor.compile.plan import Plan
+from torch_vtensor.compile.plan import Plan, flows
 from torch_vtensor.compile.schedules.job import Job
 from torch_vtensor.compile.schedules.pipelines import (
     Orders,
@@ -40,17 +40,18 @@ def find_stages(plan: Plan) -> Stages:
         return _named_stages(plan, plan.pipeline.stages)
     # The ranks of an operator in a microbatch are those of all its pieces.
     home: defaultdict[tuple[Operator, int | None], set[int]] = defaultdict(set)
+    flowing = {operator for operator in plan.graph.operators if flows(operator)}
     for task in plan.tasks:
-        if any(view is not None and view.tensor.differentiable for view in task.outputs):
+        if task.operator in flowing:
             home[task.operator, plan.microbatch.get(task)].update(plan.ranks[task])
     everywhere = set(plan.mesh.ranks)
     apart = any(ranks != everywhere for ranks in home.values())
     stage_of: dict[Operator, int] = {}
     ranks_of_stage: list[frozenset[int]] = []
     for task in plan.tasks:
-        ranks = home.get((task.operator, plan.microbatch.get(task)), set())
         if task.operator in stage_of:
             continue
+        ranks = home.get((task.operator, plan.microbatch.get(task)), set())
         counts = bool(ranks) and not (apart and ranks == everywhere)
         if counts and (not ranks_of_stage or ranks_of_stage[-1] != frozenset(ranks)):
             ranks_of_stage.append(frozenset(ranks))

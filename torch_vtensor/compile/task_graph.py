@@ -6,12 +6,13 @@ that no plan cuts is one task.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from torch_vtensor.compile.tensor_view import WHOLE_VALUE, Interval, LogicalTensor, TensorView, ValueChunk
+from torch_vtensor.compile.tensor_view import WHOLE_VALUE, Interval, LogicalTensor, Mask, TensorView, ValueChunk
 
 
 class Slot(NamedTuple):
@@ -27,7 +28,7 @@ class Operator:
     ``args`` and ``kwargs`` are the call's, nested lists and all, with a `Slot` for each tensor. ``inputs`` are those
     tensors, one for each slot, so a tensor that is passed twice is there twice. ``outputs`` are what it returns, in
     order; None for what is no tensor. ``module`` is the path of the innermost module that made the call, ``""`` outside
-    any.
+    any. ``found`` keeps what others find out about it.
     """
 
     name: str
@@ -37,6 +38,19 @@ class Operator:
     inputs: tuple[LogicalTensor, ...]
     outputs: tuple[LogicalTensor | None, ...]
     module: str = ""
+    found: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def likeness(self) -> Hashable | None:
+        """Equal for calls that differ in nothing but which tensors they are about; None for one like no other."""
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in self.inputs)
+        made = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in self.outputs)
+        likeness = self.target, _frozen(self.args), _frozen(self.kwargs), shapes, made
+        try:
+            hash(likeness)
+        except TypeError:
+            return None
+        return likeness
 
     def __str__(self) -> str:
         """One line: what it makes, the call, what it reads."""
@@ -44,7 +58,38 @@ class Operator:
         return f"{made} = {self.target}({', '.join(tensor.name for tensor in self.inputs)})"
 
 
+def _frozen(value: Any) -> Hashable:
+    """The value with lists and dicts made hashable; equal only if the types are, too: 1 is not True."""
+    if isinstance(value, Mapping):
+        return dict, tuple((key, _frozen(one)) for key, one in value.items())
+    if isinstance(value, list | tuple) and not isinstance(value, Slot):
+        return list, tuple(map(_frozen, value))
+    frozen: Hashable = (type(value), value)
+    return frozen
+
+
 _NO_CUTS: Mapping[str, Interval] = MappingProxyType({})
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Which part of an operator a task is, without saying of which: operators that are alike share their pieces.
+
+    ``inputs`` and ``outputs`` are the parts of its tensors, in the operator's order; ``cuts`` and ``chunk`` are those
+    of `Task`. ``found`` keeps what others find out about a piece, for all the operators that share it.
+    """
+
+    inputs: tuple[Mask, ...]
+    outputs: tuple[Mask | None, ...]
+    cuts: Mapping[str, Interval] = field(default_factory=lambda: _NO_CUTS)
+    chunk: ValueChunk = WHOLE_VALUE
+    found: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def whole(cls, operator: Operator) -> Piece:
+        """All of an operator."""
+        outputs = tuple(None if tensor is None else Mask.of(tensor.shape) for tensor in operator.outputs)
+        return cls(tuple(Mask.of(tensor.shape) for tensor in operator.inputs), outputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +102,34 @@ class Task:
     """
 
     operator: Operator
-    inputs: tuple[TensorView, ...]
-    outputs: tuple[TensorView | None, ...]
-    cuts: Mapping[str, Interval] = field(default_factory=lambda: _NO_CUTS)
-    chunk: ValueChunk = WHOLE_VALUE
+    piece: Piece
     replica: int = 0
 
     @classmethod
     def of(cls, operator: Operator) -> Task:
         """All of an operator."""
-        outputs = tuple(None if tensor is None else tensor.whole for tensor in operator.outputs)
-        return cls(operator, tuple(tensor.whole for tensor in operator.inputs), outputs)
+        return cls(operator, Piece.whole(operator))
+
+    @cached_property
+    def inputs(self) -> tuple[TensorView, ...]:
+        """What it reads."""
+        return tuple(map(TensorView, self.operator.inputs, self.piece.inputs))
+
+    @cached_property
+    def outputs(self) -> tuple[TensorView | None, ...]:
+        """What it writes; None for what is no tensor."""
+        pairs = zip(self.operator.outputs, self.piece.outputs, strict=True)
+        return tuple(None if tensor is None or mask is None else TensorView(tensor, mask) for tensor, mask in pairs)
+
+    @property
+    def cuts(self) -> Mapping[str, Interval]:
+        """Which interval of which identifiers it computes."""
+        return self.piece.cuts
+
+    @property
+    def chunk(self) -> ValueChunk:
+        """Which addend of the operator's value it computes."""
+        return self.piece.chunk
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ A part is a `Mask`: one interval for each dimension, and a value chunk. Value ch
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -74,7 +75,10 @@ class Mask(NamedTuple):
     @property
     def num_elements(self) -> int:
         """Elements in the part."""
-        return math.prod(self.shape)
+        number = 1
+        for start, stop in self.intervals:
+            number *= stop - start
+        return number
 
     @property
     def region(self) -> Mask:
@@ -92,7 +96,7 @@ class Mask(NamedTuple):
     def moved(self, offsets: Sequence[int]) -> Mask:
         """The same part of another region: every interval moved by its dimension's offset."""
         pairs = zip(self.intervals, offsets, strict=True)
-        return Mask(tuple(Interval(start + offset, stop + offset) for (start, stop), offset in pairs), self.chunk)
+        return Mask(tuple([Interval(start + offset, stop + offset) for (start, stop), offset in pairs]), self.chunk)
 
     def intersection(self, other: Mask) -> Mask | None:
         """The indices and addends that both have; None if there are none.
@@ -185,8 +189,7 @@ class Mask(NamedTuple):
 
     def __str__(self) -> str:
         """``[0:4, 2:6]``, followed by the chunk where that is not all."""
-        box = f"[{', '.join(map(str, self.intervals))}]"
-        return box if self.chunk == WHOLE_VALUE else f"{box} {self.chunk}"
+        return _text(self)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -235,6 +238,13 @@ class TensorView:
         return f"{self.tensor.name}{self.mask}"
 
 
+@functools.lru_cache(maxsize=4096)
+def _text(mask: Mask) -> str:
+    box = f"[{', '.join(f'{start}:{stop}' for start, stop in mask.intervals)}]"
+    return box if mask.chunk == WHOLE_VALUE else f"{box} {mask.chunk}"
+
+
+@functools.lru_cache(maxsize=4096)
 def cut_evenly(size: int, num_parts: int) -> tuple[Interval, ...]:
     """Intervals that cover ``[0, size)``, the first ones longer by one where it does not divide.
 

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import SHAPES, grid, scattered, wanted
 
-from torch_vtensor.compile.communication import Assemble, Buffer, Collective, Communication, Placed, Transfer
+from torch_vtensor.compile.communication import (
+    Assemble,
+    Buffer,
+    Collective,
+    Communication,
+    Placed,
+    Transfer,
+    seconds_of,
+)
 from torch_vtensor.compile.moves import find_communication
 from torch_vtensor.compile.point_to_point import find_point_to_point
 from torch_vtensor.compile.tensor_view import Interval, Mask, ValueChunk
@@ -158,7 +166,7 @@ def test_equal_plans_on_other_ranks_are_equal() -> None:
     assert on(8) == on(0).renamed({rank: rank + 8 for rank in range(4)}, (0,))
     check(SHAPE, tuple(on(8).have), tuple(on(8).need), on(8))
     # Ranks 6 to 9 lie on two nodes: the time is another.
-    assert on(6).seconds(4, Topology()) > on(0).seconds(4, Topology())
+    assert seconds_of(on(6).steps, 4, Topology()) > seconds_of(on(0).steps, 4, Topology())
 
 
 def test_it_reads_well() -> None:

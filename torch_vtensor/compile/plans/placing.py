@@ -6,11 +6,13 @@ ranks 0 1 / 2 3                      batch 1 → 2, 3        batch 0 heads 0 →
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from torch_vtensor.compile.mesh import Mesh
 from torch_vtensor.compile.plans.layers import Cut
 from torch_vtensor.compile.primitives import Graph, Tasks, op_assign, op_trans
+from torch_vtensor.compile.task_graph import Task
 
 
 def parts_of(mesh: Mesh, axis: str) -> tuple[Mesh, ...]:
@@ -32,10 +34,13 @@ def place_everywhere(graph: Graph, mesh: Mesh) -> None:
 def place_pieces(groups: Sequence[Tasks], parts: Sequence[Mesh]) -> None:
     """Keep of each group's ranks those of its part of the mesh; what has no place still follows its neighbours."""
     for group, part in zip(groups, parts, strict=True):
-        for task in tuple(group):
-            if task in group.graph.ranks:
-                ranks = [rank for rank in group.graph.ranks[task] if rank in part.ranks]
-                op_assign(Tasks(group.graph, [task]), ranks)
+        graph, inside = group.graph, frozenset(part.ranks)
+        on_ranks: defaultdict[tuple[int, ...], list[Task]] = defaultdict(list)
+        for task in group:
+            if task in graph.ranks:
+                on_ranks[graph.ranks[task]].append(task)
+        for ranks, tasks in on_ranks.items():
+            op_assign(Tasks(graph, tasks), [rank for rank in ranks if rank in inside])
 
 
 def cut_over(cut: Cut, parts: Sequence[Mesh], axis: str) -> None:

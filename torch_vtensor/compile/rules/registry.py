@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from torch_vtensor.compile.rules._torch_compat import overload_of, qualified_name
 from torch_vtensor.compile.rules.annotation import Annotation, parse
@@ -17,7 +18,18 @@ MakeRule = Callable[[Operator], Rule | None]
 
 _ours: dict[str, MakeRule] = {}
 _registered: dict[object, MakeRule] = {}
-_found: WeakKeyDictionary[Operator, tuple[Rule, bool]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """The rule of an operator, and of all that are like it; ``is_given`` if it is somebody's and not the default."""
+
+    rule: Rule
+    is_given: bool
+
+
+# By what operators that are alike have in common. An operator keeps what it found here, and until which dictionary.
+_alike: list[WeakValueDictionary[Hashable, _Found]] = [WeakValueDictionary()]
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -61,7 +73,7 @@ def register_rule(
         target = overload_of(function if operator is None else operator)
         localize = None if operator is None else function
         _registered[target] = lambda call: _bind(parsed, call, sizes, linear, localize)
-        _found.clear()
+        _alike[0] = WeakValueDictionary()
         return function
 
     return register
@@ -69,21 +81,28 @@ def register_rule(
 
 def find_rule(operator: Operator) -> Rule:
     """How this call may be cut. One that nobody has a rule for may only be replicated."""
-    return _find(operator)[0]
+    return _find(operator).rule
 
 
 def has_rule(operator: Operator) -> bool:
     """Whether somebody has a rule for this call."""
-    return _find(operator)[1]
+    return _find(operator).is_given
 
 
-def _find(operator: Operator) -> tuple[Rule, bool]:
-    found = _found.get(operator)
+def _find(operator: Operator) -> _Found:
+    (alike,) = _alike
+    known: tuple[object, _Found] | None = operator.found.get("rule")
+    if known is not None and known[0] is alike:
+        return known[1]
+    likeness = operator.likeness
+    found = None if likeness is None else alike.get(likeness)
     if found is None:
         make = _registered.get(operator.target) or _ours.get(qualified_name(operator.target) or "")
         rule = make(operator) if make else None
-        found = (Rules(operator).rule() if rule is None else rule, rule is not None)
-        _found[operator] = found
+        found = _Found(Rules(operator).rule() if rule is None else rule, rule is not None)
+        if likeness is not None:
+            alike[likeness] = found
+    operator.found["rule"] = alike, found
     return found
 
 

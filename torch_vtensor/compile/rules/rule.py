@@ -96,6 +96,29 @@ class Rule:
         """Where the outputs have each identifier."""
         return self._places(self.outputs)
 
+    @cached_property
+    def ties(self) -> tuple[tuple[tuple[int, int, str], ...], tuple[tuple[int, int, str], ...]]:
+        """Dimensions that can be cut, of inputs and of outputs: tensor, dimension, and the identifier that cuts it."""
+        return self._ties(self.inputs), self._ties(self.outputs)
+
+    def _ties(self, tensors: tuple[Dims | None, ...]) -> tuple[tuple[int, int, str], ...]:
+        found = []
+        for slot, dims in enumerate(tensors):
+            for dim, identifiers in enumerate(dims or ()):
+                outermost = next((name for name in identifiers if self.sizes[name] > 1), None)
+                if outermost is not None and self._is_outermost(outermost):
+                    found.append((slot, dim, outermost))
+        return tuple(found)
+
+    def _is_outermost(self, identifier: str) -> bool:
+        """Whether it can be cut wherever it occurs: a view of [b, s, m] as [(b s), m] keeps s whole."""
+        return identifier not in self.whole and all(self.sizes[name] == 1 for name in self.outer(identifier))
+
+    @cached_property
+    def output_identifiers(self) -> frozenset[str]:
+        """The identifiers that outputs have."""
+        return frozenset(name for dims in self.outputs for identifiers in dims or () for name in identifiers)
+
     def outer(self, identifier: str) -> Iterator[str]:
         """The identifiers that have to be down to one index before this one can be cut."""
         for place in (*self.input_places[identifier], *self.output_places[identifier]):

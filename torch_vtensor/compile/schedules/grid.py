@@ -23,15 +23,16 @@ class _Cell(NamedTuple):
 _Row = tuple[tuple[int, str], ...]  # which cell is in which column
 
 
-def grid(schedule: Schedule) -> str:
+def grid(schedule: Schedule, spans: Mapping[str, Span] | None = None) -> str:
     """A row for each rank: its computations, those that start together on paper below each other.
 
     ``F0.3`` is forward of stage 0 on microbatch 3, ``F0..7.3`` of stages 0 to 7 one after the other. Ranks that do the
-    same at the same time share a row. Of a long schedule the middle is left out.
+    same at the same time share a row. Of a long schedule the middle is left out. `spans` are those of a simulation, if
+    there has been one.
 
     Raises:  PlanError for a schedule that gets stuck on paper.
     """
-    spans = simulate(schedule).spans
+    spans = simulate(schedule).spans if spans is None else spans
     cells = {rank: _cells(schedule, rank, spans) for rank in schedule.actions}
     unit = _unit([row for row in cells.values() if row])
     ranks_of: dict[_Row, list[int]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -43,7 +44,17 @@ class Timeline:
     schedule: Schedule
     spans: Mapping[str, Span]
     busy_seconds: Mapping[int, float]
-    memory: Mapping[int, tuple[MemoryAt, ...]]
+
+    @cached_property
+    def memory(self) -> Mapping[int, tuple[MemoryAt, ...]]:
+        """What every rank holds from when on."""
+        schedule = self.schedule
+        at_start: dict[int, int] = dict.fromkeys(schedule.actions, 0)
+        for place, value in schedule.values.items():
+            if place not in schedule.flow.writer:
+                at_start[place.rank] = at_start.get(place.rank, 0) + value.num_bytes
+        rows = schedule.actions.items()
+        return {rank: _memory(schedule, rank, row, at_start[rank], self.spans) for rank, row in rows}
 
     @property
     def makespan(self) -> float:
@@ -88,12 +99,7 @@ def simulate(schedule: Schedule) -> Timeline:
             busy_seconds[job.ranks[0]] += job.seconds
         spans[job.name] = Span(start, start + job.seconds)
         finish.update(dict.fromkeys(schedule.flow.writes[job.name], start + job.seconds))
-    at_start: dict[int, int] = dict.fromkeys(schedule.actions, 0)
-    for place, value in schedule.values.items():
-        if place not in schedule.flow.writer:
-            at_start[place.rank] = at_start.get(place.rank, 0) + value.num_bytes
-    memory = {rank: _memory(schedule, rank, row, at_start[rank], spans) for rank, row in schedule.actions.items()}
-    return Timeline(schedule, spans, busy_seconds, memory)
+    return Timeline(schedule, spans, busy_seconds)
 
 
 def _memory(

@@ -1,0 +1,152 @@
+"""Exchanges of tensors that are alike: found for the first, written down for the others.
+
+Tensors are alike if operators that are cut and placed in the same way make and read them: those of equal layers, on the
+same ranks or on ranks that share nodes in the same way. Their makers and readers correspond by position, and on the
+same ranks the communication between them is the same object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Self
+
+from torch_vtensor.compile.addends import Reader
+from torch_vtensor.compile.communication import Communication, Placed
+from torch_vtensor.compile.exchange import Exchange, GradientGroup, Input, Instance
+from torch_vtensor.compile.tensor_view import LogicalTensor, Mask
+
+Numbers = tuple[int, ...]
+"""Makers or readers, by position among all of their tensor."""
+
+
+class _Group(NamedTuple):
+    addends: tuple[tuple[Placed, Numbers], ...]
+    communication: Communication
+
+
+class _One(NamedTuple):
+    """An exchange with numbers for makers, readers and groups; ``inputs`` has what an `Input` tells of each reader."""
+
+    microbatch: int | None
+    makers: tuple[tuple[Placed, Numbers], ...]
+    readers: Numbers
+    inputs: tuple[tuple[int | None, int | None, Placed | None], ...]
+    communication: Communication
+    groups: tuple[_Group, ...]
+    anew: bool
+
+
+class Pattern(NamedTuple):
+    """The exchanges of a tensor, and the parts of it that ranks keep, without the tensor.
+
+    ``is_local`` tells whether no rank keeps a part that does not read the tensor.
+    """
+
+    exchanges: tuple[_One, ...]
+    storage: Mapping[int, Mask] | None
+    is_local: bool
+
+    @classmethod
+    def of(
+        cls,
+        exchanges: Sequence[Exchange],
+        storage: Mapping[int, Mask] | None,
+        makers: Sequence[Instance],
+        readers: Sequence[Reader],
+    ) -> Self:
+        """What a tensor's exchanges have in common with those of others."""
+        maker_number = {maker: number for number, maker in enumerate(makers)}
+        reader_number = {reader: number for number, reader in enumerate(readers)}
+        ones = []
+        for exchange in exchanges:
+            group_number = {group: number for number, group in enumerate(exchange.groups)}
+            inputs: list[tuple[int | None, int | None, Placed | None]] = []
+            for reader in exchange.readers:
+                source = exchange.direct_source(reader)
+                group, part = exchange.contributes.get(reader, (None, None))
+                inputs.append(
+                    (
+                        None if source is None else maker_number[source],
+                        None if group is None else group_number[group],
+                        part,
+                    )
+                )
+            ones.append(
+                _One(
+                    exchange.microbatch,
+                    tuple((part, tuple(maker_number[one] for one in by)) for part, by in exchange.makers.items()),
+                    tuple(reader_number[reader] for reader in exchange.readers),
+                    tuple(inputs),
+                    exchange.communication,
+                    tuple(
+                        _Group(
+                            tuple(
+                                (part, tuple(reader_number[reader] for reader in some))
+                                for part, some in group.addends.items()
+                            ),
+                            group.communication,
+                        )
+                        for group in exchange.groups
+                    ),
+                    exchange.anew,
+                )
+            )
+        return cls(tuple(ones), storage, set(storage or ()) <= {reader.rank for reader in readers})
+
+    def shifted(self, by: int) -> Pattern:
+        """The same on ranks of other numbers."""
+
+        def move(parts: tuple[tuple[Placed, Numbers], ...]) -> tuple[tuple[Placed, Numbers], ...]:
+            return tuple((Placed(part.rank + by, part.mask), numbers) for part, numbers in parts)
+
+        return Pattern(
+            tuple(
+                one._replace(
+                    makers=move(one.makers),
+                    inputs=tuple(
+                        (source, group, part and Placed(part.rank + by, part.mask))
+                        for source, group, part in one.inputs
+                    ),
+                    communication=one.communication.shifted(by),
+                    groups=tuple(_Group(move(addends), found.shifted(by)) for addends, found in one.groups),
+                )
+                for one in self.exchanges
+            ),
+            None if self.storage is None else {rank + by: mask for rank, mask in self.storage.items()},
+            self.is_local,
+        )
+
+    def exchanges_of(
+        self, tensor: LogicalTensor, makers: Sequence[Instance], readers: Sequence[Reader]
+    ) -> Iterator[tuple[Exchange, Iterator[Input]]]:
+        """The exchanges of a tensor that is alike, each with what it is to its readers."""
+        for one in self.exchanges:
+            groups = tuple(
+                [
+                    GradientGroup(
+                        {part: tuple([readers[number] for number in some]) for part, some in addends}, communication
+                    )
+                    for addends, communication in one.groups
+                ]
+            )
+            exchange = Exchange(
+                tensor,
+                one.microbatch,
+                {part: tuple([makers[number] for number in by]) for part, by in one.makers},
+                tuple([readers[number] for number in one.readers]),
+                one.communication,
+                groups,
+                one.anew,
+            )
+            yield exchange, _inputs(exchange, one, makers)
+
+
+def _inputs(exchange: Exchange, one: _One, makers: Sequence[Instance]) -> Iterator[Input]:
+    for reader, (source, group, part) in zip(exchange.readers, one.inputs, strict=True):
+        yield Input(
+            exchange,
+            reader,
+            None if source is None else makers[source],
+            None if group is None else exchange.groups[group],
+            part,
+        )
