@@ -317,3 +317,27 @@ def test_a_captured_append_keeps_its_memory(memory: Memory, monkeypatch: pytest.
     assert memory.live_bytes == committed_bytes
     held.clear()
     assert memory.live_bytes == 0
+
+
+@pytest.mark.parametrize("room", [0, 40, 90])  # a layer of strips takes 32 pages
+def test_a_batch_that_cannot_change_in_all_layers_changes_in_none(memory: Memory, room: int) -> None:
+    """Six slots, none of which ends with a page, become eight: pages for some layers' new ones, not for all."""
+    cache = grown(999, batch=6)
+    expected = [layer.keys.clone() for layer in cache.layers]
+    slots = torch.tensor([0, 1, 2, 3, 4, 5, 0, 3])
+    memory.settle()
+    pool = default_pool(CPU)
+    pool.budget_bytes = memory.live_bytes + (room if memory.layout == "strips" else 0) * PAGE_BYTES
+    with pytest.raises(OutOfPagesError):
+        cache.batch_select_indices(slots)
+    memory.settle()
+    for layer, keys in zip(cache.layers, expected, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, keys)
+    pool.check_integrity()
+    pool.budget_bytes = None
+    cache.batch_select_indices(slots)
+    grow(cache, 30, batch=8)
+    for layer, keys in zip(cache.layers, expected, strict=True):
+        assert torch.equal(layer.keys[:, :, :999], keys[slots])
+        assert layer.keys.shape[2] == 1029

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, cache_utils, masking_utils
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "EncoderDecoderCache",
     "GenerationMixin",
     "MaskParts",
     "attentions_are_wanted",

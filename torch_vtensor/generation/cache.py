@@ -90,7 +90,9 @@ class VTensorCache(DynamicCache):
         return memory(self)
 
 
-VTensorCache.update = REPLACEMENTS[Cache, "update"]
+for (_owner, _name), _method in REPLACEMENTS.items():
+    if _owner is Cache:
+        setattr(VTensorCache, _name, _method)
 
 
 def memory(cache: Cache) -> CacheMemory:

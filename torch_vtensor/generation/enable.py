@@ -19,6 +19,7 @@ from torch_vtensor.generation._transformers_compat import (
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
     GenerationMixin,
 )
 from torch_vtensor.settings import load_settings
@@ -27,6 +28,10 @@ __all__ = ["REPLACEMENTS", "disable", "enable", "enabled", "is_enabled"]
 
 _METHODS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (Cache, "update", layers.cache_update),
+    (Cache, "batch_select_indices", layers.change_batch),
+    (Cache, "batch_repeat_interleave", layers.change_batch),
+    (EncoderDecoderCache, "batch_select_indices", layers.change_batch),
+    (EncoderDecoderCache, "batch_repeat_interleave", layers.change_batch),
     (DynamicLayer, "update", layers.update),
     (DynamicSlidingWindowLayer, "update", layers.update_window),
     (DynamicLayer, "reorder_cache", layers.reorder_cache),

@@ -9,7 +9,7 @@ key, value [B, H, T, D] of the new tokens
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import torch
 
@@ -177,6 +177,22 @@ class LayerColumn:
         forked._seen, forked._history, forked._merged = self._seen, self._history, self._merged
         forked._view(store.derive(self.index, ("fork", request), store.fork))
         return forked
+
+    def rewinder(self) -> Callable[[], None]:
+        """What puts this column back to where it is now, if `select` has moved it and nothing was written since.
+
+        It keeps the memory alive, and counts as somebody who can see it.
+        """
+        before = vars(self).copy()
+
+        def rewind() -> None:
+            if self.store is not None:
+                self.store.viewers.discard(self)
+            vars(self).update(before)
+            if self.store is not None:
+                self.store.viewers.add(self)
+
+        return rewind
 
     def renew(self) -> None:
         """Let go of memory before the first token that the store still has."""

@@ -41,6 +41,7 @@ __all__ = [
     "batch_repeat_interleave",
     "batch_select_indices",
     "cache_update",
+    "change_batch",
     "counters",
     "deepcopy",
     "getstate",
@@ -268,6 +269,44 @@ def batch_repeat_interleave(stock: Callable[..., None], layer: DynamicLayer, rep
     slots = [slot for slot in range(batch) for _ in range(repeats)] if isinstance(repeats, int) else []
     if not _select(layer, slots):
         stock(layer, repeats)
+
+
+def change_batch(stock: Callable[..., None], cache: Any, *args: Any, **kw: Any) -> None:
+    """``batch_select_indices`` and ``batch_repeat_interleave`` of a whole cache: all of its layers change, or none.
+
+    Raises: OutOfPagesError, with every layer as it was.
+    """
+    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    layers = [layer for part in (cache, *parts) for layer in getattr(part, "layers", ())]
+    if not any(layer in _states for layer in layers if isinstance(layer, DynamicLayer)):
+        return stock(cache, *args, **kw)
+    rewinders = [_rewinder(layer) for layer in layers]
+    try:
+        stock(cache, *args, **kw)
+    except OutOfPagesError:
+        for rewind in rewinders:
+            rewind()
+        raise
+    return None
+
+
+def _rewinder(layer: Any) -> Callable[[], None]:
+    """What puts a layer, stock or ours, back to what it is now, if only its batch has changed."""
+    attributes = {name: copy.copy(it) if type(it) in (list, dict) else it for name, it in vars(layer).items()}
+    state = state_of(layer) if isinstance(layer, DynamicLayer) else None
+    if state is None:
+        return lambda: vars(layer).update(attributes)
+    rewind_column, first, stop, step = state.column.rewinder(), state.first, state.stop, state.step
+
+    def rewind() -> None:
+        with state.lock:
+            rewind_column()
+            vars(layer).update(attributes)
+            state.publish(layer, first, stop, layer.keys, layer.values)
+            state.step = step
+            _states[layer] = state
+
+    return rewind
 
 
 def reset(stock: Callable[..., None], layer: DynamicLayer) -> None:
