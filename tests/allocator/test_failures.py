@@ -50,7 +50,8 @@ class Scenario:
             lambda: self.scheduler.trim() and None,
             lambda: self.make("e"),
             lambda: self.append("e", 20),
-            lambda: self.relocate("e"),
+            lambda: self.write_under_a_view("e", 10),
+            lambda: self.views.clear(),
         ]
 
     def make(self, name: str) -> None:
@@ -85,8 +86,10 @@ class Scenario:
         self.scheduler.settle()
         self.tensors[name].commit(100)
 
-    def relocate(self, name: str) -> None:
-        self.tensors[name].relocate(10)
+    def write_under_a_view(self, name: str, length: int) -> None:
+        """Overwrite rows that a view shows: the tensor moves."""
+        self.keep_view(name)
+        self.truncate_and_append(name, length, 5)
 
     def close(self, name: str) -> None:
         if name in self.tensors:

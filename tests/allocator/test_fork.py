@@ -58,7 +58,6 @@ def child():
     refused(lambda: vtensor.commit(900))
     refused(lambda: vtensor.commit_ahead(900))
     refused(vtensor.fork)
-    refused(lambda: vtensor.relocate(0))
     refused(lambda: VTensor((1000,), capacity=1000, first_rows=200, scheduler=scheduler))  # nor what is parked
     vtensor.truncate(20)
     refused(lambda: vtensor.append(torch.zeros(5, 1000)))

@@ -142,7 +142,6 @@ def test_without_memory_the_tensor_is_as_it_was(make_scheduler: MakeScheduler) -
         lambda: vtensor.append(rows(800, 300)),
         lambda: vtensor.commit(1000),
         lambda: vtensor.fork(share_rows=0),
-        lambda: vtensor.relocate(0),
         lambda: (vtensor.truncate(10), vtensor.append(rows(400, 300))),  # would move first, for the view
     ]
     for attempt in attempts:
@@ -230,7 +229,6 @@ def test_a_closed_tensor_says_so(scheduler: GrowthScheduler) -> None:
         lambda: vtensor.drop_head(1),
         lambda: vtensor.commit(10),
         lambda: vtensor.commit_ahead(10),
-        lambda: vtensor.relocate(0),
         lambda: vtensor.committed,
         lambda: vtensor.data_ptr,
     ):

@@ -159,7 +159,7 @@ class VTensorMachine(RuleBasedStateMachine):
         if explicit:
             it.vtensor.close()
 
-    @rule(data=st.data(), what=st.sampled_from(["trim", "budget", "commit", "commit ahead", "relocate"]))
+    @rule(data=st.data(), what=st.sampled_from(["trim", "budget", "commit", "commit ahead"]))
     def memory(self, data: st.DataObject, what: str) -> None:
         if what == "trim":
             self.scheduler.settle()
@@ -170,15 +170,11 @@ class VTensorMachine(RuleBasedStateMachine):
         elif what == "budget":
             self.scheduler.pool.budget_bytes = data.draw(budgets(PAGE))
         elif self.tensors:
-            self.commit_or_relocate(self.pick(data), data, what)
+            self.commit(self.pick(data), data, what)
 
-    def commit_or_relocate(self, it: Modelled, data: st.DataObject, what: str) -> None:
+    def commit(self, it: Modelled, data: st.DataObject, what: str) -> None:
         vtensor, address = it.vtensor, it.vtensor.data_ptr
         try:
-            if what == "relocate":
-                vtensor.relocate(data.draw(row_counts(vtensor.length)))
-                it.most_rows = vtensor.length
-                return
             rows = data.draw(row_counts(vtensor.capacity))
             if what == "commit":
                 vtensor.commit(rows)

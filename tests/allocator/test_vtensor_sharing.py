@@ -31,12 +31,10 @@ def test_writing_again_what_a_view_from_before_growing_shows(scheduler: GrowthSc
     assert torch.equal(view, rows(20, 300))
 
 
-@pytest.mark.parametrize("writer", ["source", "fork", "relocated"])
+@pytest.mark.parametrize("writer", ["source", "fork"])
 def test_writing_again_what_another_tensor_shares(scheduler: GrowthScheduler, writer: str) -> None:
     source = make(scheduler, 100)
     fork = source.fork()
-    if writer == "relocated":
-        source.relocate(90)
     writing, other = (fork, source) if writer == "fork" else (source, fork)
     for length in (50, 7):
         writing.truncate(length)

@@ -39,7 +39,7 @@ a_plan: Any = {
 }
 
 
-@settings(max_examples=250, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(model=st.integers(0, NUM_MODELS - 1), **a_plan)
 def test_a_random_plan_computes_what_one_process_does(
     model: int, choose: random.Random, shuffle: random.Random | None, optimizer: str

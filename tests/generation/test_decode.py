@@ -471,9 +471,12 @@ def test_a_step_that_cannot_be_compiled(
     where: str, step_of_end: int, memory: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = copy.deepcopy(model_of("llama"))
+    num_tries = 0
 
     def broken(forward: Any) -> Any:
         def fail(*args: Any) -> Any:
+            nonlocal num_tries
+            num_tries += 1
             if where == "in the middle of a layer":
                 forward(*args)
             raise ValueError("no such thing")
@@ -496,6 +499,26 @@ def test_a_step_that_cannot_be_compiled(
     (warning,) = [record for record in caplog.records if "cannot be compiled" in record.message]
     assert "ValueError: no such thing" in warning.message
     assert reasons(memory) == {"the model's step cannot be compiled": 3}
+    assert num_tries == 1
+
+
+def test_a_prompt_that_cannot_be_captured(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is for transformers from then on; what comes after it is compiled all the same."""
+    model = copy.deepcopy(model_of("llama"))
+    theirs = generate(model, prompt(2))
+    num_tries = 0
+
+    def fail(*_: Any) -> Any:
+        nonlocal num_tries
+        num_tries += 1
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(program.DecodeProgram, "_capture_prompt", fail)
+    for _ in range(2):
+        assert torch.equal(compiled(model, prompt(2)), theirs)
+    assert num_tries == 1
+    assert reasons(memory) == {}
+    assert memory.appends["prompt by transformers: prompts are for transformers"] == 1
 
 
 @pytest.mark.skipif(VERSION == (5, 0), reason="transformers 5.0 cannot: a prompt in chunks")

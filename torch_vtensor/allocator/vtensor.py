@@ -132,7 +132,7 @@ class VTensor:
 
     @property
     def data_ptr(self) -> int:
-        """The address of row 0 of the first strip; the same for life."""
+        """The address of row 0 of the first strip; another one only after rows that others can see were overwritten."""
         return self._range.base_ptr
 
     def tensor(self) -> torch.Tensor:
@@ -290,13 +290,6 @@ class VTensor:
         Source:  vTensor (arXiv 2407.15309) section 4.3, prefix sharing; the paper shares whole chunks only.
         """
         return self._fork(select, capacity, self.length if share_rows is None else min(share_rows, self.length))
-
-    def relocate(self, writable_from: int) -> None:
-        """Move to a fresh range in which the rows from ``writable_from`` on are this tensor's alone.
-
-        Live views keep the old range. The one case in which the address changes.
-        """
-        self._move(self._fork(None, None, min(writable_from, self.length)))
 
     def close(self) -> None:
         """Give the memory back as soon as no view uses it. Closing twice is fine."""

@@ -1,11 +1,11 @@
 """Ready plans on real processes, which talk by gloo: they train as one process does, and none outlives another."""
 
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ import pytest
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[3]
-WAIT_SECONDS = 200
 KILLED = 13
 
 pytestmark = [
+    pytest.mark.timeout(1500),
     pytest.mark.xdist_group("processes"),  # two worlds at once would share two cores
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"),
 ]
@@ -26,31 +26,6 @@ pytestmark = [
 def environment() -> dict[str, str]:
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "compile")))
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
-
-
-def run_world(num_ranks: int, tasks: Sequence[str], folder: Path) -> list[tuple[int, str]]:
-    """What each rank ended with, and what it printed; none is left running."""
-    command = [sys.executable, "-m", "distributed.train", str(folder / "store")]
-    logs = [(folder / f"rank{rank}.txt").open("w+") for rank in range(num_ranks)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(num_ranks), *tasks], cwd=ROOT, env=environment(), stdout=log, stderr=log
-        )
-        for rank, log in enumerate(logs)
-    ]
-    until = time.monotonic() + WAIT_SECONDS
-    try:
-        for process in ranks:
-            process.wait(max(until - time.monotonic(), 0.1))
-    finally:
-        for process in ranks:
-            process.kill()
-    ended = []
-    for process, log in zip(ranks, logs, strict=True):
-        log.seek(0)
-        ended.append((process.wait(), log.read()))
-        log.close()
-    return ended
 
 
 @dataclass(frozen=True)
@@ -63,27 +38,46 @@ class World:
 
 WORLDS = {
     "two ranks": (
-        2,
-        (
-            *("dp2@gpt2@eager", "tp2@tied_llama@eager", "interlaced/2@tied_llama@eager"),
-            *("sp2@mlp@eager", "1f1b/4@mlp@eager", "zb/4@mlp@eager", "zero3/2@mlp@eager"),
-            *("dp2@mlp@inductor", "die@dp2"),
-        ),
+        *("dp2@gpt2@eager", "tp2@tied_llama@eager", "interlaced/2@tied_llama@eager"),
+        *("sp2@mlp@eager", "1f1b/4@mlp@eager", "zb/4@mlp@eager", "zero3/2@mlp@eager", "die@dp2"),
     ),
     "four ranks": (
-        4,
-        (
-            *("dp2+tp2@mlp@eager", "dp2+1f1b/2@mlp@eager", "zero2+pp2+zb/2@mlp@eager", "tp2+gpipe/2@gpt2@eager"),
-            "die@dp2+1f1b/2",
-        ),
+        *("dp2+tp2@mlp@eager", "dp2+1f1b/2@mlp@eager", "zero2+pp2+zb/2@mlp@eager", "tp2+gpipe/2@gpt2@eager"),
+        "die@dp2+1f1b/2",
     ),
+    "compiled": ("dp2@mlp@inductor", "1f1b/2@mlp@inductor", "die@dp2"),
 }
+NUM_RANKS = {"two ranks": 2, "four ranks": 4, "compiled": 2}
 
 
-@pytest.fixture(scope="module", params=WORLDS)
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    num_ranks, tasks = WORLDS[request.param]
-    return World(tasks, run_world(num_ranks, tasks, tmp_path_factory.mktemp("world")))
+def run_worlds(names: Sequence[str], folder: Path) -> dict[str, World]:
+    worlds = [f"{NUM_RANKS[name]}:{','.join(WORLDS[name])}" for name in names]
+    command = [sys.executable, "-m", "distributed.train", str(folder), *worlds]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for number, (name, codes) in enumerate(zip(names, json.loads(done.stdout.splitlines()[-1]), strict=True)):
+        printed = [(folder / str(number) / f"rank{rank}.txt").read_text() for rank in range(len(codes))]
+        found[name] = World(WORLDS[name], list(zip(codes, printed, strict=True)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def eager_worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
+    return run_worlds(["two ranks", "four ranks"], tmp_path_factory.mktemp("worlds"))
+
+
+@pytest.fixture(scope="module")
+def compiled_worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
+    return run_worlds(["compiled"], tmp_path_factory.mktemp("worlds"))
+
+
+@pytest.fixture(params=["two ranks", "four ranks", pytest.param("compiled", marks=pytest.mark.slow)])
+def world(request: pytest.FixtureRequest) -> World:
+    worlds: dict[str, World] = request.getfixturevalue(
+        f"{'compiled' if request.param == 'compiled' else 'eager'}_worlds"
+    )
+    return worlds[request.param]
 
 
 def test_plans_train_as_one_process_does(world: World) -> None:
@@ -110,7 +104,7 @@ def test_torchrun_is_all_it_takes() -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=WAIT_SECONDS,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

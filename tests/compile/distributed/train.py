@@ -1,14 +1,23 @@
-"""One rank of a world of gloo processes: trains models with plans next to copies without one, and says how it went.
+"""Worlds of gloo processes that train models with plans next to copies without one, and say how it went.
 
-Run as ``python -m distributed.train store rank world_size task …``; a task is ``plan@model@codegen`` or
-``die@plan``.
+Run as ``python -m distributed.train folder world …`` with worlds such as ``2:dp2@gpt2@eager,die@dp2``: a number of
+ranks, and tasks that each of them does in turn: ``plan@model@codegen``, or ``die@plan``. Rank 1 of the first world
+prints to folder/0/rank1.txt. The last line printed here lists the exit codes by world and rank.
+
+Ranks are forks of one process that has imported everything: importing it for each would take longer than their work.
 """
 
 import datetime
+import json
 import os
+import signal
 import sys
+import time
+import traceback
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +30,8 @@ from torch_vtensor.compile.sharded_tensor import ShardedTensor
 from torch_vtensor.compile.transport import ProcessGroups
 
 NUM_STEPS = 5
-WAIT = datetime.timedelta(seconds=60)
+WAIT = datetime.timedelta(seconds=120)
+WORLD_SECONDS = 600
 
 
 class Block(nn.Module):
@@ -84,10 +94,9 @@ def die(plan: str) -> None:
     train(plan, "mlp", "eager")
 
 
-def main(store: str, rank: str, world_size: str, *tasks: str) -> None:
-    torch.set_num_threads(1)
+def run_rank(store: Path, rank: int, num_ranks: int, tasks: Sequence[str]) -> None:
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, int(world_size)), rank=int(rank), world_size=int(world_size), timeout=WAIT
+        "gloo", store=dist.FileStore(str(store), num_ranks), rank=rank, world_size=num_ranks, timeout=WAIT
     )
     for task in tasks:
         name, *rest = task.split("@")
@@ -98,6 +107,53 @@ def main(store: str, rank: str, world_size: str, *tasks: str) -> None:
         torch.compiler.reset()
         print(task, "is right", flush=True)
     dist.destroy_process_group()
+
+
+def fork_rank(folder: Path, rank: int, num_ranks: int, tasks: Sequence[str]) -> int:
+    """The process id of a rank, which prints to a file of its own."""
+    child = os.fork()
+    if child:
+        return child
+    log = os.open(folder / f"rank{rank}.txt", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        run_rank(folder / "store", rank, num_ranks, tasks)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def run_world(folder: Path, num_ranks: int, tasks: Sequence[str]) -> list[int]:
+    """The exit codes of the ranks of one world; one that has to be stopped has a negative one."""
+    folder.mkdir()
+    ranks = [fork_rank(folder, rank, num_ranks, tasks) for rank in range(num_ranks)]
+    codes: dict[int, int] = {}
+    until = time.monotonic() + WORLD_SECONDS
+    while len(codes) < num_ranks:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            codes[child] = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() < until:
+            time.sleep(0.1)
+        else:
+            for rank in set(ranks) - set(codes):
+                os.kill(rank, signal.SIGKILL)
+    return [codes[rank] for rank in ranks]
+
+
+def main(folder: str, *worlds: str) -> None:
+    torch.set_num_threads(1)
+    import_module("ready_models")
+    import_module("torch_vtensor.compile.backend")
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
+    codes = []
+    for number, world in enumerate(worlds):
+        num_ranks, tasks = world.split(":")
+        codes.append(run_world(Path(folder) / str(number), int(num_ranks), tasks.split(",")))
+    print(json.dumps(codes))
 
 
 if __name__ == "__main__":

@@ -215,6 +215,7 @@ def _prepare(call: _Call, sequences: torch.Tensor, prompt: _Prompt | None) -> _D
         return _CANNOT_COMPILE
     max_new = call.criteria.max_length - sequences.shape[1]
     num_rows = 1 if prompt is None else prompt.tokens.shape[1]
+    program: DecodeProgram | None = None
     try:
         traced = traced_model(call.model)
         if prompt is not None and not traced.takes_prompts:
@@ -246,7 +247,7 @@ def _prepare(call: _Call, sequences: torch.Tensor, prompt: _Prompt | None) -> _D
     except Exception as error:  # whatever torch.compile or the model's own code may raise
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         name = type(call.model).__name__
-        if prompt is not None:
+        if prompt is not None and program is not None and program.has_step:
             _prompts_refused.add(call.model)
             _log.info("prompts of %s are taken up by transformers: %s", name, reason, exc_info=error)
             return _PROMPT_IS_STOCK

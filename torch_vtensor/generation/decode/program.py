@@ -160,6 +160,11 @@ class DecodeProgram:
             self._prompts[size] = self._capture_prompt(size)
         self.warm_up_s += time.perf_counter() - began
 
+    @property
+    def has_step(self) -> bool:
+        """Whether the model's step is compiled and captured."""
+        return self._graph is not None
+
     def run_prompt(self, tokens: torch.Tensor, positions: torch.Tensor, parts: Sequence[Part]) -> None:
         """Take up a prompt: rows are appended, and ``logits`` are left for the token after it.
 
