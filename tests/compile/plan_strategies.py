@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -90,9 +91,10 @@ class RandomPlan:
         self.log.append(f"all on {ranks}{' by turns' if by_turns else ''}")
         op_assign(graph.tasks, ranks)
         seen: dict[object, int] = {}
+        num_pieces = Counter(task.operator for task in graph.tasks)
         for task in graph.tasks:
             number = seen[task.operator] = seen.get(task.operator, -1) + 1
-            if by_turns and sum(1 for _ in graph.current(graph._whole[task.operator])) > 1:
+            if by_turns and num_pieces[task.operator] > 1:
                 op_assign(Tasks(graph, [task]), ranks[number % len(ranks)])
             if self._choose.random() < 0.05:
                 self._assign(graph, task, self._ranks(mesh))

@@ -78,9 +78,9 @@ def _taken_once(readers: Sequence[Reader]) -> list[Reader]:
     At each place of what the input is taken once under, the pieces there have the whole gradient. Where they are cut
     alike at most places, these count; pieces elsewhere are left out.
     """
-    places = {reader: place_under_sums(reader) for reader in readers}
+    places = [place_under_sums(reader) for reader in readers]
     starts: defaultdict[str, dict[Fraction | int, None]] = defaultdict(dict)
-    for place in places.values():
+    for place in places:
         for name, (start, _) in place.items():
             starts[name][start] = None
     if not starts:
@@ -90,7 +90,7 @@ def _taken_once(readers: Sequence[Reader]) -> list[Reader]:
         at = dict(zip(starts, point, strict=True))
         members = [
             reader
-            for reader, place in places.items()
+            for reader, place in zip(readers, places, strict=True)
             if all(start <= at[name] < stop for name, (start, stop) in place.items())
         ]
         there.append((frozenset((reader.mask.region, _key(reader)) for reader in members), members))

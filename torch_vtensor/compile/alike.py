@@ -55,8 +55,9 @@ class Pattern(NamedTuple):
         readers: Sequence[Reader],
     ) -> Self:
         """What a tensor's exchanges have in common with those of others."""
-        maker_number = {maker: number for number, maker in enumerate(makers)}
-        reader_number = {reader: number for number, reader in enumerate(readers)}
+        # By identity: what they hold takes long to hash.
+        maker_number = {id(maker): number for number, maker in enumerate(makers)}
+        reader_number = {id(reader): number for number, reader in enumerate(readers)}
         ones = []
         for exchange in exchanges:
             group_number = {group: number for number, group in enumerate(exchange.groups)}
@@ -66,7 +67,7 @@ class Pattern(NamedTuple):
                 group, part = exchange.contributes.get(reader, (None, None))
                 inputs.append(
                     (
-                        None if source is None else maker_number[source],
+                        None if source is None else maker_number[id(source)],
                         None if group is None else group_number[group],
                         part,
                     )
@@ -74,14 +75,14 @@ class Pattern(NamedTuple):
             ones.append(
                 _One(
                     exchange.microbatch,
-                    tuple((part, tuple(maker_number[one] for one in by)) for part, by in exchange.makers.items()),
-                    tuple(reader_number[reader] for reader in exchange.readers),
+                    tuple((part, tuple([maker_number[id(one)] for one in by])) for part, by in exchange.makers.items()),
+                    tuple([reader_number[id(reader)] for reader in exchange.readers]),
                     tuple(inputs),
                     exchange.communication,
                     tuple(
                         _Group(
                             tuple(
-                                (part, tuple(reader_number[reader] for reader in some))
+                                (part, tuple([reader_number[id(reader)] for reader in some]))
                                 for part, some in group.addends.items()
                             ),
                             group.communication,
@@ -118,7 +119,7 @@ class Pattern(NamedTuple):
 
     def exchanges_of(
         self, tensor: LogicalTensor, makers: Sequence[Instance], readers: Sequence[Reader]
-    ) -> Iterator[tuple[Exchange, Iterator[Input]]]:
+    ) -> Iterator[tuple[Exchange, list[Input]]]:
         """The exchanges of a tensor that is alike, each with what it is to its readers."""
         for one in self.exchanges:
             groups = tuple(
@@ -138,15 +139,16 @@ class Pattern(NamedTuple):
                 groups,
                 one.anew,
             )
-            yield exchange, _inputs(exchange, one, makers)
-
-
-def _inputs(exchange: Exchange, one: _One, makers: Sequence[Instance]) -> Iterator[Input]:
-    for reader, (source, group, part) in zip(exchange.readers, one.inputs, strict=True):
-        yield Input(
-            exchange,
-            reader,
-            None if source is None else makers[source],
-            None if group is None else exchange.groups[group],
-            part,
-        )
+            yield (
+                exchange,
+                [
+                    Input(
+                        exchange,
+                        reader,
+                        None if source is None else makers[source],
+                        None if group is None else groups[group],
+                        part,
+                    )
+                    for reader, (source, group, part) in zip(exchange.readers, one.inputs, strict=True)
+                ],
+            )

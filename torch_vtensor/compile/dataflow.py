@@ -57,7 +57,7 @@ def find_dataflow(
     active = _active(plan) if trains else frozenset()
     storage: dict[LogicalTensor, Mapping[int, Mask]] = {}
     exchanges: list[Exchange] = []
-    by_position: defaultdict[Instance, dict[int, Input]] = defaultdict(dict)
+    inputs: dict[Instance, list[Input]] = {}
     returns: list[tuple[Exchange, Reader]] = []
     patterns: dict[Hashable, dict[int, Pattern]] = {}
     for tensor in uses.tensors:
@@ -78,17 +78,20 @@ def find_dataflow(
             pattern = known[start] = Pattern.of(found, parts, makers, readers)
         if pattern.storage is not None:
             storage[tensor] = pattern.storage
-        for exchange, inputs in pattern.exchanges_of(tensor, makers, readers):
+        for exchange, reads in pattern.exchanges_of(tensor, makers, readers):
             exchanges.append(exchange)
-            for read in inputs:
+            for read in reads:
                 task, rank, position, _ = read.reader
                 if task is None:
                     returns.append((exchange, read.reader))
-                else:
-                    by_position[Instance(task, rank)][position] = read
+                    continue
+                instance = Instance(task, rank)
+                of_instance = inputs.get(instance)
+                if of_instance is None:
+                    of_instance = inputs[instance] = [read] * len(task.operator.inputs)
+                of_instance[position] = read
     returns.sort(key=lambda item: item[1].position)
-    inputs_of = {one: [reads[number] for number in range(len(reads))] for one, reads in by_position.items()}
-    return Dataflow(plan, tuple(exchanges), inputs_of, tuple(returns), storage, active)
+    return Dataflow(plan, tuple(exchanges), inputs, tuple(returns), storage, active)
 
 
 class _Uses:
@@ -253,8 +256,7 @@ def _exchanges(
             exchange.anew = anew
             yield exchange
         return
-    in_microbatches = {plan.microbatch.get(maker.task) for maker in makers}
-    written = {index: _written(plan, tensor, makers, index) for index in (*in_microbatches, None)}
+    written = _written(plan, tensor, makers)
     made: dict[tuple[int | None, Mask], bool] = {}
 
     def is_made(index: int | None, mask: Mask) -> bool:
@@ -302,16 +304,22 @@ def _by_use(readers: Iterable[Reader]) -> Mapping[Hashable, list[Reader]]:
 
 
 def _written(
-    plan: Plan, tensor: LogicalTensor, makers: Sequence[Instance], microbatch: int | None
-) -> dict[Placed, tuple[Instance, ...]]:
-    """The parts of a tensor that are made in a microbatch, or in none; all parts, for None."""
-    written: defaultdict[Placed, list[Instance]] = defaultdict(list)
-    for maker in makers:
-        if microbatch is None or plan.microbatch.get(maker.task) in (microbatch, None):
-            for view in maker.task.outputs:
-                if view is not None and view.tensor is tensor:
-                    written[Placed(maker.rank, view.mask)].append(maker)
-    return {part: tuple(by) for part, by in written.items()}
+    plan: Plan, tensor: LogicalTensor, makers: Sequence[Instance]
+) -> dict[int | None, dict[Placed, tuple[Instance, ...]]]:
+    """The parts of a tensor that are made in each microbatch, or in none; all parts, for None."""
+    indices = [plan.microbatch.get(maker.task) for maker in makers]
+    written: dict[int | None, defaultdict[Placed, list[Instance]]] = {
+        index: defaultdict(list) for index in (*indices, None)
+    }
+    for maker, index in zip(makers, indices, strict=True):
+        task, rank = maker
+        into = list(written.values()) if index is None else [written[index], written[None]]
+        for made, mask in zip(task.operator.outputs, task.piece.outputs, strict=True):
+            if made is tensor and mask is not None:
+                part = Placed(rank, mask)
+                for parts in into:
+                    parts[part].append(maker)
+    return {index: {part: tuple(by) for part, by in parts.items()} for index, parts in written.items()}
 
 
 def _is_made_of(parts: Iterable[Placed], mask: Mask) -> bool:

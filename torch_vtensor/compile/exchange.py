@@ -80,7 +80,7 @@ class Exchange:
         """The task on the reader's rank whose output it reads as it is, if the gradient also comes back as it is."""
         part = Placed(reader.rank, reader.mask)
         makers = self.makers.get(part, ())
-        if not makers or self.buffer(reader) != self.communication.have[part]:
+        if not makers or self.communication.need[part] != self.communication.have[part]:
             return None
         if self.groups:
             if reader not in self.contributes:

@@ -47,16 +47,20 @@ def _find_for_ranks(
     shape: tuple[int, ...], itemsize: int, have: tuple[Placed, ...], need: tuple[Placed, ...], topology: Topology
 ) -> Communication:
     whole = Mask.of(shape)
+    first_with: dict[Mask, Placed] = {}  # replicas have the same
     for placed in (*have, *need):
-        if len(placed.mask.intervals) != len(shape) or not whole.contains(placed.mask):
+        first_with.setdefault(placed.mask, placed)
+    for mask, placed in first_with.items():
+        if len(mask.intervals) != len(shape) or not whole.contains(mask):
             raise ValueError(f"{placed} is no part of a tensor of shape {list(shape)}; cut masks out of {whole}.")
     # Plans repeat themselves on other ranks and for other microbatches: ranks that share nodes in the same way and
     # parts that lie to each other in the same way are searched once.
-    starts = tuple(min(starts) for starts in zip(*(_starts(placed.mask) for placed in (*have, *need)), strict=True))
+    starts = tuple(min(starts) for starts in zip(*map(_starts, first_with), strict=True))
     to_origin = tuple(-start for start in starts)
+    at_origin = {mask: mask.moved(to_origin) for mask in first_with}
     number_of = _number_ranks((placed.rank for placed in (*have, *need)), topology)
     numbered_have, numbered_need = (
-        tuple(Placed(number_of[rank], mask.moved(to_origin)) for rank, mask in parts) for parts in (have, need)
+        tuple([Placed(number_of[rank], at_origin[mask]) for rank, mask in parts]) for parts in (have, need)
     )
     try:
         found = _find(itemsize, numbered_have, numbered_need, topology)
@@ -64,6 +68,8 @@ def _find_for_ranks(
         # Say it with the caller's ranks.
         find_point_to_point(itertools.starmap(Buffer, have), need, itemsize, topology, itertools.count(1))
         raise
+    if not any(starts) and all(rank == number for rank, number in number_of.items()):
+        return found
     return found.renamed({number: rank for rank, number in number_of.items()}, starts)
 
 

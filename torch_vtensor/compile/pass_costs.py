@@ -23,7 +23,7 @@ def saved_bytes(segment: Segment) -> tuple[int, ...]:
     """Bytes kept for each backward pass: what dI and dW both read is kept for dW; nothing if it is computed again."""
     if segment.recomputes:
         return (0,) * len(segment.parts)
-    everything = _num_bytes(view for task in segment.tasks for view in task.outputs if view is not None)
+    everything = _made_bytes(segment)
     if len(segment.parts) == 1:
         return (everything,)
     late = _num_bytes(_read_by_weights(segment))
@@ -46,13 +46,36 @@ def kept_bytes(segment: Segment) -> int:
 
 def pass_seconds(segment: Segment, kind: JobKind) -> float:
     """Time of a pass, estimated from the multiplications and the bytes of its tasks."""
-    forward = sum(task_seconds(task) for task in segment.tasks)
+    forward = _forward_seconds(segment)
     if kind == "F":
         return forward
     of_weights = sum(task_seconds(task) for task in _weight_tasks(segment)) if len(segment.parts) > 1 else 0.0
     if kind == "dW":
         return of_weights
     return forward * (3 if segment.recomputes else 2) - of_weights
+
+
+def _forward_seconds(segment: Segment) -> float:
+    """Found out once for all segments of the same pieces, as those of equal layers are."""
+    pieces = tuple([task.piece for task in segment.tasks])
+    asked, known = ("forward seconds", pieces), pieces[0].found
+    if asked not in known:
+        known[asked] = sum(map(task_seconds, segment.tasks))
+    seconds: float = known[asked]
+    return seconds
+
+
+def _made_bytes(segment: Segment) -> int:
+    """Bytes that tasks make, also found out once: pieces of one operator may make the same, others never do."""
+    pieces, operators = tuple([task.piece for task in segment.tasks]), {task.operator for task in segment.tasks}
+    asked, known = ("made bytes", pieces), pieces[0].found
+    if asked not in known or len(operators) < len(pieces):
+        made = _num_bytes(view for task in segment.tasks for view in task.outputs if view is not None)
+        if len(operators) < len(pieces):
+            return made
+        known[asked] = made
+    num_bytes: int = known[asked]
+    return num_bytes
 
 
 def _weight_tasks(segment: Segment) -> list[Task]:

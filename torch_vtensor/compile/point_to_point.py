@@ -96,6 +96,8 @@ class _Planner:
             return [], []
         if placed.mask.chunk == WHOLE_VALUE:
             found, missing = self._whole_values(placed)
+            if not missing:
+                return found, []
             edges = [buffer.mask for buffer in self.have if buffer.mask.chunk != WHOLE_VALUE]
         else:
             found, missing = [], [placed.mask.region]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -41,13 +42,13 @@ class Graph:
         self.num_microbatches = 1
         self.num_cut = 0  # how often a task was cut: what `current` says holds until the next time
         self._pieces: dict[Task, tuple[Task, ...]] = {}
-        self._whole = dict(_whole_tasks(graph.operators))
+        self._all = Tasks(self, _whole_tasks(graph.operators))
         self._dimensions: tuple[Dimension, ...] | None = None
 
     @property
     def tasks(self) -> Tasks:
         """Every task."""
-        return Tasks(self, tuple(self._whole.values()))
+        return self._all
 
     @property
     def parameters(self) -> tuple[LogicalTensor, ...]:
@@ -109,7 +110,7 @@ class Graph:
         decided: tuple[dict[Task, object], ...] = (self.microbatch_of, self.recomputed, self.apart, self.ranks)  # type: ignore[assignment]
         for decisions in decided:
             if task in decisions:
-                decisions.update((piece, decisions[task]) for piece in pieces)
+                decisions.update(dict.fromkeys(pieces, decisions[task]))
                 del decisions[task]
 
     def dimension(self, name: DimensionName, tasks: Tasks) -> Dimension:
@@ -203,7 +204,7 @@ class Tasks:
     def _now(self) -> tuple[Task, ...]:
         tasks, num_cut = self._current
         if num_cut != self.graph.num_cut:
-            tasks = tuple([current for task in self._tasks for current in self.graph.current(task)])
+            tasks = tuple([current for task in tasks for current in self.graph.current(task)])
             self._current = tasks, self.graph.num_cut
         return tasks
 
@@ -406,7 +407,7 @@ def store(
         graph.unit_of.update((task.operator, first + number) for task in unit)
 
 
-def _whole_tasks(operators: Iterable[Operator]) -> Iterator[tuple[Operator, Task]]:
+def _whole_tasks(operators: Iterable[Operator]) -> Iterator[Task]:
     """All of each operator; those that are alike share their pieces, and with them what is found out about these."""
     whole: dict[Hashable, Piece] = {}
     for operator in operators:
@@ -414,7 +415,7 @@ def _whole_tasks(operators: Iterable[Operator]) -> Iterator[tuple[Operator, Task
         piece = Piece.whole(operator) if likeness is None else whole.get(likeness)
         if piece is None:
             piece = whole[likeness] = Piece.whole(operator)
-        yield operator, Task(operator, piece)
+        yield Task(operator, piece)
 
 
 PlanFunction = Callable[[Graph, Mesh], None]
@@ -430,25 +431,26 @@ def _cut_along(tasks: Tasks, dimension: Dimension, n: int, *, shares_the_rest: b
     graph = tasks.graph
     summed: set[LogicalTensor] = set()
     rows: list[tuple[Task, ...]] = []
-    for task in tuple(tasks):
-        operator = task.operator
+    for operator, of_operator in itertools.groupby(tuple(tasks), lambda task: task.operator):
         identifier = identifier_to_cut(operator, dimension)
-        pieces: tuple[Task, ...] | None = None
         if identifier is not None:
-            whole = task.cuts.get(identifier, Interval(0, find_rule(operator).sizes[identifier]))
-            unit = find_rule(operator).sizes[identifier] // dimension.size
-            parts = cut_evenly(whole.size // unit, n)
-            intervals = [Interval(whole.start + p.start * unit, whole.start + p.stop * unit) for p in parts]
-            pieces = cut(task, identifier, intervals)
-            if follows_sums and identifier in find_rule(operator).summed:
+            rule = find_rule(operator)
+            unit = rule.sizes[identifier] // dimension.size
+            everything = Interval(0, rule.sizes[identifier])
+            intervals: dict[Interval, list[Interval]] = {}
+            for task in of_operator:
+                has = task.cuts.get(identifier, everything)
+                if has not in intervals:
+                    parts = cut_evenly(has.size // unit, n)
+                    intervals[has] = [Interval(has.start + p.start * unit, has.start + p.stop * unit) for p in parts]
+                rows.append(_replace(graph, task, cut(task, identifier, intervals[has])))
+            if follows_sums and identifier in rule.summed:
                 summed.update(tensor for tensor in operator.outputs if tensor is not None)
         elif follows_sums and (positions := _linear_in(operator, summed)):
-            pieces = split_value(task, positions, n)
+            rows += [_replace(graph, task, split_value(task, positions, n)) for task in of_operator]
             summed.update(tensor for tensor in operator.outputs if tensor is not None)
         elif not shares_the_rest:
-            pieces = replicate(task, n)
-        if pieces is not None:
-            rows.append(_replace(graph, task, pieces))
+            rows += [_replace(graph, task, replicate(task, n)) for task in of_operator]
     if not rows:
         raise ValueError(f"none of {tasks} computes along {dimension}.")
     return _transpose(graph, rows)

@@ -21,7 +21,7 @@ from torch_vtensor.compile.exchange import Exchange, GradientGroup
 from torch_vtensor.compile.footprint import Measure, estimate
 from torch_vtensor.compile.pass_costs import pass_seconds
 from torch_vtensor.compile.schedules.job import Job, JobKind, Result, Value, ValueKind
-from torch_vtensor.compile.segment import Segment
+from torch_vtensor.compile.segment import Arrival, Segment
 from torch_vtensor.compile.tensor_view import LogicalTensor, Mask, TensorView
 from torch_vtensor.compile.topology import Topology
 
@@ -337,8 +337,8 @@ class _Builder:
             tangents.append(self._sum(given, f"d {key}", segment.rank, view, segment.microbatch))
         if not any(tangents):
             return
-        gradients = [self._add_gradient_of(segment, number) for number in range(len(segment.arrivals))]
-        arrivals = list(segment.arrivals)
+        arrivals = tuple(segment.arrivals)
+        gradients = [self._add_gradient_of(segment, number, arrival) for number, arrival in enumerate(arrivals)]
         self._read_again.update((arrivals[index].exchange, None) for index in segment.reads_again)
         inputs = tuple(
             self._key(
@@ -361,15 +361,14 @@ class _Builder:
                 else Backward(segment, part, (forward.saved[-1], kept), (), (), mine, None)
             )
 
-    def _add_gradient_of(self, segment: Segment, number: int) -> str | None:
+    def _add_gradient_of(self, segment: Segment, number: int, arrival: Arrival) -> str | None:
         """Declare the gradient that a segment gives of an arrival, None if that has none."""
-        arrival = list(segment.arrivals)[number]
         if arrival.group is None:
             return None
-        tensor = arrival.exchange.tensor
-        key = f"d {self._label[tensor]}{arrival.mask.region}@{segment.name}.{number}"
-        view = TensorView(tensor, arrival.mask.region)
-        self._add_value(key, segment.rank, view.num_bytes, _gradient_kind(tensor))
+        tensor, region = arrival.exchange.tensor, arrival.mask.region
+        key = f"d {self._label[tensor]}{region}@{segment.name}.{number}"
+        num_bytes = region.num_elements * tensor.dtype.itemsize
+        self._add_value(key, segment.rank, num_bytes, _gradient_kind(tensor))
         assert arrival.part is not None
         self._given[arrival.group, arrival.part].append((segment.microbatch, key))
         return key
@@ -406,20 +405,24 @@ class _Builder:
             of = f"{self._number[exchange]}.{number}"
             keys: dict[Buffer, str] = {}
             for part, buffer in communication.have.items():
-                given = self._given.get((group, part), [])
+                given = self._given.get((group, part))
+                if not given:
+                    continue
                 if tensor.kind == "parameter":
                     passes = [self._gives[key] for _, key in given if key in self._gives]
                     self._contributions.add(tensor, of, part.mask, part.rank, passes)
-                view = TensorView(tensor, part.mask.region)
+                if len(given) == 1:
+                    ((_, keys[buffer]),) = given
+                    continue
                 total = self._sum(
                     [key for _, key in sorted(given, key=lambda item: -1 if item[0] is None else item[0])],
                     f"d {label}{part.mask}~{of}",
                     part.rank,
-                    view,
+                    TensorView(tensor, part.mask.region),
                     exchange.microbatch,
                 )
-                if total is not None:
-                    keys[buffer] = total
+                assert total is not None
+                keys[buffer] = total
             for buffer in communication.buffers:
                 if buffer.tag:
                     keys[buffer] = f"d {label}{buffer.mask}'{of}.{buffer.tag}"

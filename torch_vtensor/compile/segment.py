@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,37 +110,39 @@ class _Key(NamedTuple):
     level: int
 
 
-class Output(NamedTuple):
-    """A part of a tensor that a task makes on a rank."""
-
-    tensor: LogicalTensor
-    rank: int
-    mask: Mask
-
-
 def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
     """Put tasks into segments, as few as communication, recomputation and what the plan asks for allow."""
     plan = flow.plan
     stages = find_stages(plan).of_task
     level: dict[Instance, int] = {}
     common: dict[Task, _Common] = {}
+    known: dict[_Common, _Common] = {}  # equal ones are one object
     internal: set[int] = set()  # readers, by identity: there are many, and what they hold takes long to hash
-    above: dict[tuple[Exchange, bool], int] = {}
+    above: tuple[dict[Exchange, int], dict[Exchange, int]] = {}, {}
+    all_before: dict[Exchange, bool] = {}
     is_cut = bool(plan.microbatch or plan.recomputed or plan.apart or plan.turn)
 
     def level_above(exchange: Exchange, before: bool) -> int:
-        if (exchange, before) not in above:
+        found = above[before].get(exchange)
+        if found is None:
             makers = itertools.chain(*exchange.makers.values())
             levels = (level[maker] for maker in makers if before or not common[maker.task].before)
-            above[exchange, before] = max(levels, default=-1) + 1
-        return above[exchange, before]
+            found = above[before][exchange] = max(levels, default=-1) + 1
+        return found
+
+    def is_made_before(exchange: Exchange) -> bool:
+        found = all_before.get(exchange)
+        if found is None:
+            makers = itertools.chain(*exchange.makers.values())
+            found = all_before[exchange] = all(common[maker.task].before for maker in makers)
+        return found
 
     def is_before(task: Task) -> bool:
         read = (one.exchange for rank in plan.ranks[task] for one in flow.inputs.get(Instance(task, rank), ()))
-        makers = (maker for exchange in read for maker in itertools.chain(*exchange.makers.values()))
-        return all(common[maker.task].before for maker in makers)
+        return all(map(is_made_before, read))
 
-    members: defaultdict[tuple[int, int, _Common], list[Instance]] = defaultdict(list)
+    members: defaultdict[tuple[int, int, int], list[Instance]] = defaultdict(list)
+    commons: dict[_Common, int] = {}
     for task in plan.tasks:
         index = plan.microbatch.get(task)
         # What needs no turn in a pipeline must not wait for one: all microbatches' targets are counted first.
@@ -150,14 +152,16 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
         before = is_free and not has_gradient and is_before(task)
         unit = plan.unit.get(task.operator)
         flows = index is None or has_gradient
-        own = common[task] = _Common(index, stages[task], recomputed, apart, turn, unit, flows, before)
+        own = _Common(index, stages[task], recomputed, apart, turn, unit, flows, before)
+        own = common[task] = known.setdefault(own, own)
+        number = commons.setdefault(own, len(commons))
         for rank in plan.ranks[task]:
             instance = Instance(task, rank)
             direct: list[tuple[int, Input]] = []
             lowest = 0
             for read in flow.inputs.get(instance, ()):
                 source = read.source
-                if source is not None and common[source.task] == own:
+                if source is not None and common[source.task] is own:
                     of_source = level[source]
                     direct.append((of_source, read))
                 else:
@@ -173,38 +177,40 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
                         lowest, settled = level_above(read.exchange, before), False
             level[instance] = lowest
             internal.update([id(read.reader) for of_source, read in direct if of_source == lowest])
-            members[lowest, rank, own].append(instance)
+            members[lowest, rank, number].append(instance)
 
-    in_order = sorted(members, key=lambda key: (not key[2].before, *key[:2]))
+    numbered = tuple(commons)
+    in_order = sorted(members, key=lambda key: (not numbered[key[2]].before, *key[:2]))
     leaving = _leaving(flow, internal)
     return tuple(
-        _segment(flow, f"s{n}", _Key(key[1], *key[2], key[0]), members[key], internal, leaving)
+        _segment(flow, f"s{n}", _Key(key[1], *numbered[key[2]], key[0]), members[key], internal, leaving)
         for n, key in enumerate(in_order)
     )
 
 
-def _leaving(flow: Dataflow, internal: set[int]) -> set[Output]:
+def _leaving(flow: Dataflow, internal: set[int]) -> dict[LogicalTensor, set[Placed]]:
     """The parts of tensors that others read than the segment that makes them, or whose gradient comes from others.
 
     A replica that nobody reads has a gradient nevertheless: its pieces of parameters are trained by it.
     """
 
-    leaving: set[Output] = set()
+    leaving: defaultdict[LogicalTensor, set[Placed]] = defaultdict(set)
     for exchange in flow.exchanges:
         if not exchange.makers or not next(iter(exchange.makers.values())):
             continue  # there from the start: no segment makes it
-        tensor, communication = exchange.tensor, exchange.communication
-        met = communication.met
-        for reader in exchange.readers:
-            if id(reader) not in internal and (part := met.get(Placed(reader.rank, reader.mask))) is not None:
-                leaving.add(Output(tensor, *part))
-        leaving.update([Output(tensor, *part) for part in communication.given])
+        parts, communication = leaving[exchange.tensor], exchange.communication
+        outside = [reader for reader in exchange.readers if id(reader) not in internal]
+        if outside:
+            met = communication.met
+            needed = (met.get(Placed(reader.rank, reader.mask)) for reader in outside)
+            parts.update([part for part in needed if part is not None])
+        parts.update(communication.given)
         for group in exchange.groups:
-            direct = group.communication.met
+            direct, addends = group.communication.met, group.addends
             for maker in exchange.makers:
                 region = Placed(maker.rank, maker.mask.region)
-                if direct.get(region) != region or not internal.issuperset(map(id, group.addends[region])):
-                    leaving.add(Output(tensor, maker.rank, maker.mask))
+                if direct.get(region) != region or not internal.issuperset(map(id, addends[region])):
+                    parts.add(maker)
     return leaving
 
 
@@ -214,7 +220,7 @@ def _segment(
     key: _Key,
     instances: list[Instance],
     internal: set[int],
-    leaving: set[Output],
+    leaving: Mapping[LogicalTensor, Collection[Placed]],
 ) -> Segment:
     arrivals: defaultdict[Arrival, list[Reader]] = defaultdict(list)
     inside: set[tuple[Task, int]] = set()
@@ -224,12 +230,13 @@ def _segment(
                 inside.add((instance.task, reader.position))
             else:
                 arrivals[Arrival(exchange, reader.mask, group, part)].append(reader)
-    departures = tuple(
-        TensorView(tensor, mask)
-        for instance in instances
-        for tensor, mask in zip(instance.task.operator.outputs, instance.task.piece.outputs, strict=True)
-        if tensor is not None and mask is not None and Output(tensor, key.rank, mask) in leaving
-    )
+    departures: list[TensorView] = []
+    for task, rank in instances:
+        for tensor, mask in zip(task.operator.outputs, task.piece.outputs, strict=True):
+            if tensor is not None and mask is not None:
+                parts = leaving.get(tensor)
+                if parts and Placed(rank, mask) in parts:
+                    departures.append(TensorView(tensor, mask))
     cuts_backward = flow.plan.pipeline is not None and flow.plan.pipeline.cuts_backward
     return Segment(
         name,
@@ -242,7 +249,7 @@ def _segment(
         key.turn,
         tuple(instance.task for instance in instances),
         {arrival: tuple(readers) for arrival, readers in arrivals.items()},
-        departures,
+        tuple(departures),
         frozenset(inside),
         _parts(list(arrivals), in_two=cuts_backward and key.microbatch is not None),
         tuple(

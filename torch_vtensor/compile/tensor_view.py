@@ -83,7 +83,7 @@ class Mask(NamedTuple):
     @property
     def region(self) -> Mask:
         """The same indices with their whole values."""
-        return Mask(self.intervals)
+        return self if self.chunk == WHOLE_VALUE else Mask(self.intervals)
 
     def with_interval(self, dim: int, interval: Interval) -> Mask:
         """This mask with another interval in one dimension."""
@@ -238,7 +238,7 @@ class TensorView:
         return f"{self.tensor.name}{self.mask}"
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=65536)
 def _text(mask: Mask) -> str:
     box = f"[{', '.join(f'{start}:{stop}' for start, stop in mask.intervals)}]"
     return box if mask.chunk == WHOLE_VALUE else f"{box} {mask.chunk}"

@@ -39,16 +39,16 @@ def find_layers(graph: Graph, pattern: str | None = None) -> tuple[Tasks, ...]:
     if pattern is not None:
         return graph.layers(pattern)
     families: defaultdict[str, defaultdict[str, list[Task]]] = defaultdict(lambda: defaultdict(list))
-    for task in graph.tasks:
-        if match := _NUMBERED.match(task.operator.module):
-            families[match[1] or ""][match[2]].append(task)
+    for module, tasks in itertools.groupby(graph.tasks, lambda task: task.operator.module):
+        if match := _NUMBERED.match(module):
+            families[match[1] or ""][match[2]].extend(tasks)
     repeated = [family for family in families.values() if len(family) > 1]
     work = [sum(map(task_work, itertools.chain(*family.values()))) / len(family) for family in repeated]
     layers = [
-        tasks
+        layer
         for family, own in zip(repeated, work, strict=True)
         if own >= _LEAST_SHARE * max(work)
-        for tasks in family.values()
+        for layer in family.values()
     ]
     if not layers:
         modules = ", ".join(sorted({repr(task.operator.module) for task in graph.tasks})[:5])
@@ -58,7 +58,7 @@ def find_layers(graph: Graph, pattern: str | None = None) -> tuple[Tasks, ...]:
             f"functools.partial(plan, layers='blocks_*')."
         )
     order = {task: number for number, task in enumerate(graph.tasks)}
-    return tuple(Tasks(graph, tasks) for tasks in sorted(layers, key=lambda tasks: order[tasks[0]]))
+    return tuple(Tasks(graph, layer) for layer in sorted(layers, key=lambda layer: order[layer[0]]))
 
 
 def flows(task: Task) -> bool:

@@ -42,7 +42,7 @@ class Action(NamedTuple):
             kind: ActionKind = "SEND" if rank == job.ranks[0] else "RECV"
         else:
             kind = _KIND_OF[job.kind]
-        peers = tuple(peer for peer in job.ranks if peer != rank) if len(job.ranks) > 1 else ()
+        peers = tuple([peer for peer in job.ranks if peer != rank]) if len(job.ranks) > 1 else ()
         return cls(kind, rank, job.name, job.stage, job.microbatch, peers)
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch_vtensor.compile.schedules.action import ACTION_KINDS, Action, Schedule
@@ -84,19 +84,24 @@ def check(schedule: Schedule, limit_bytes: int | Mapping[int, int] | None = None
 def _check_complete(schedule: Schedule) -> None:
     """Every action is its job's on that rank, and every job is on all its ranks once."""
     seen: set[tuple[str, int]] = set()
+    jobs, values = schedule.jobs, schedule.values
     for rank, row in schedule.actions.items():
         for action in row:
-            _check_action(schedule, rank, action)
             if action.kind == "FREE":
+                if action.rank != rank or (rank, action.name) not in values:
+                    raise _misplaced(schedule, rank, action)
                 continue
+            job = jobs.get(action.name)
+            if job is None or rank not in job.ranks or action != Action.of(job, rank):
+                raise _misplaced(schedule, rank, action)
             if (action.name, rank) in seen:
                 raise PlanError(
-                    f"{schedule.jobs[action.name]} occurs twice on rank {rank}. Remove one of the two {action.kind}.",
+                    f"{job} occurs twice on rank {rank}. Remove one of the two {action.kind}.",
                     rank=rank,
                     job=action.name,
                 )
             seen.add((action.name, rank))
-    for job in schedule.jobs.values():
+    for job in jobs.values():
         for rank in job.ranks:
             if (job.name, rank) not in seen:
                 raise PlanError(
@@ -106,25 +111,23 @@ def _check_complete(schedule: Schedule) -> None:
                 )
 
 
-def _check_action(schedule: Schedule, rank: int, action: Action) -> None:
-    wrong = None
+def _misplaced(schedule: Schedule, rank: int, action: Action) -> PlanError:
+    """Why an action cannot stand in the list of a rank."""
     if action.kind not in ACTION_KINDS:
         wrong = f"{action.kind!r} is no kind of action; they are {', '.join(ACTION_KINDS)}"
     elif action.rank != rank:
         wrong = f"it says rank {action.rank}"
     elif action.kind == "FREE":
-        if Place(rank, action.name) not in schedule.values:
-            wrong = f"there is no value {action.name!r} on rank {rank}"
+        wrong = f"there is no value {action.name!r} on rank {rank}"
     elif action.name not in schedule.jobs:
         wrong = f"there is no job {action.name!r}"
     elif rank not in schedule.jobs[action.name].ranks:
         wrong = f"the job runs on ranks {schedule.jobs[action.name].ranks}"
-    elif action != Action.of(schedule.jobs[action.name], rank):
+    else:
         wrong = f"the job's part on this rank is {Action.of(schedule.jobs[action.name], rank)!r}"
-    if wrong is not None:
-        raise PlanError(
-            f"{action} cannot stand in the list of rank {rank}: {wrong}. Remove it.", rank=rank, job=action.name
-        )
+    return PlanError(
+        f"{action} cannot stand in the list of rank {rank}: {wrong}. Remove it.", rank=rank, job=action.name
+    )
 
 
 class _Replay:
@@ -136,37 +139,41 @@ class _Replay:
         self._there_at_start = tuple(there_at_start)
         self._live: dict[str, Value] = {}
         self._freed: dict[str, int] = {}
-        self._peak, self._at, self._workspace = max(self._bytes(), key=lambda found: found[0])
+        self._peak, self._at, self._workspace = self._replay(len(schedule.actions[rank]))
         self.live_at_end = self._live
 
     def peak(self) -> RankMemory:
         """Replay up to the peak, and see what is live there."""
-        next(number for _, number, _ in self._bytes() if number == self._at)
+        self._replay(self._at + 1)
         return RankMemory(self._peak, self._at, self._workspace, tuple(self._live.values()))
 
-    def _bytes(self) -> Iterator[tuple[int, int, int]]:
-        """Bytes held while each action runs, its number, and how many of them are workspace."""
-        self._live = {value.key: value for value in self._there_at_start}
-        self._freed = {}
+    def _replay(self, num_actions: int) -> tuple[int, int, int]:
+        """Replay the first actions; returns the most bytes held, during which action, and how much is workspace."""
+        live = self._live = {value.key: value for value in self._there_at_start}
+        freed = self._freed = {}
+        rank, jobs, values = self._rank, self._schedule.jobs, self._schedule.values
         held = sum(value.num_bytes for value in self._there_at_start)
-        yield held, -1, 0
-        for number, action in enumerate(self._schedule.actions[self._rank]):
+        most, at, workspace = held, -1, 0
+        for number, action in enumerate(self._schedule.actions[rank][:num_actions]):
+            name = action.name
             if action.kind == "FREE":
-                if action.name not in self._live:
-                    raise self._absent(number, action, action.name, "frees")
-                if self._live[action.name].pinned:
+                if name not in live:
+                    raise self._absent(number, action, name, "frees")
+                if live[name].pinned:
                     raise self._pinned(action)
-                held -= self._live.pop(action.name).num_bytes
-                self._freed[action.name] = number
+                held -= live.pop(name).num_bytes
+                freed[name] = number
                 continue
-            job = self._schedule.jobs[action.name]
-            for key in job.reads.get(self._rank, ()):
-                if key not in self._live:
+            job = jobs[name]
+            for key in job.reads.get(rank, ()):
+                if key not in live:
                     raise self._absent(number, action, key, "reads")
-            for key in job.writes.get(self._rank, ()):
-                self._live[key] = self._schedule.values[Place(self._rank, key)]
-                held += self._live[key].num_bytes
-            yield held + job.workspace_bytes, number, job.workspace_bytes
+            for key in job.writes.get(rank, ()):
+                value = live[key] = values[Place(rank, key)]
+                held += value.num_bytes
+            if held + job.workspace_bytes > most:
+                most, at, workspace = held + job.workspace_bytes, number, job.workspace_bytes
+        return most, at, workspace
 
     def _absent(self, number: int, action: Action, key: str, verb: str) -> PlanError:
         if key in self._freed:

@@ -207,6 +207,8 @@ def _by(what: str, items: Iterable[_Item], key_of: Callable[[_Item], _Key]) -> d
 
 
 def _check_shape(job: Job) -> None:
+    if len(job.ranks) == 1 and job.kind not in COMMUNICATION:
+        return
     least, most = {"transfer": (2, 2), "collective": (1, None)}.get(job.kind, (1, 1))
     if not least <= len(job.ranks) <= (most or len(job.ranks)) or len(set(job.ranks)) < len(job.ranks):
         rule = {"transfer": "(source, destination)", "collective": "different members"}.get(job.kind, "one rank")

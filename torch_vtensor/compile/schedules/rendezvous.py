@@ -22,13 +22,13 @@ def run_blocking(schedule: Schedule) -> Iterator[Job]:
     Raises:  PlanError where all ranks that are not done wait, telling who waits for whom.
     """
     rows = {rank: [a for a in row if a.kind != "FREE"] for rank, row in schedule.actions.items()}
-    at = dict.fromkeys(rows, 0)
+    jobs, at = schedule.jobs, dict.fromkeys(rows, 0)
     arrived: dict[str, int] = defaultdict(int)
     active = sorted(rows, reverse=True)
     while active:
         rank = active.pop()
         while at[rank] < len(rows[rank]):
-            job = schedule.jobs[rows[rank][at[rank]].name]
+            job = jobs[rows[rank][at[rank]].name]
             arrived[job.name] += 1
             if arrived[job.name] < len(job.ranks):
                 break
@@ -79,10 +79,11 @@ def check_meeting_order(schedule: Schedule) -> None:
     Raises:  PlanError with the first message or collective that would be taken for another.
     """
     orders: dict[tuple[str, tuple[int, ...]], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    jobs = schedule.jobs
     for rank, row in schedule.actions.items():
         for action in row:
             if action.peers:
-                job = schedule.jobs[action.name]
+                job = jobs[action.name]
                 group = job.ranks if job.kind == "transfer" else tuple(sorted(job.ranks))
                 orders[job.kind, group][rank].append(job.name)
     for (kind, group), by_rank in orders.items():
