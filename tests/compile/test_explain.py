@@ -2,21 +2,23 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import torch_vtensor.compile as ss
+from torch_vtensor.compile import _torch_compat
 
 NUM_LAYERS, WIDTH, BATCH = 4, 64, 32
 
 
-def make_step() -> tuple[nn.Module, torch.Tensor]:
+def make_step(num_layers: int = NUM_LAYERS) -> tuple[nn.Module, torch.Tensor]:
     with torch.device("meta"):
         layers = [
             nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-            for _ in range(NUM_LAYERS)
+            for _ in range(num_layers)
         ]
         return nn.Sequential(*layers), torch.empty(BATCH, WIDTH)
 
@@ -59,6 +61,22 @@ def test_a_larger_pipeline_needs_less_memory_a_rank() -> None:
         for ranks in (1, 2, 4)
     ]
     assert peaks[0] > peaks[1] > peaks[2]
+
+
+def test_a_share_of_the_uncut_step_is_measured_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = []
+    trace = _torch_compat.trace_passes
+
+    def watched(graph: torch.fx.GraphModule, *arguments: Any) -> Any:
+        traced.append(str(graph.code).count("torch.ops.aten.linear"))
+        return trace(graph, *arguments)
+
+    monkeypatch.setattr(_torch_compat, "trace_passes", watched)
+    model, x = make_step()
+    explained = ss.explain(lambda x: model(x).square().sum(), x, plan="zb/4", mesh=2, memory_budget=1.0)
+    of_stage = 2 * NUM_LAYERS // 2
+    assert max(traced) == of_stage, "never all layers at once"
+    assert max(explained.peak_bytes.values()) > 0
 
 
 def test_timelines_are_drawn_and_traced(tmp_path: Path) -> None:

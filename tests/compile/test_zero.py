@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from virtual import assert_plan_is_right, capture_call
 
 import torch_vtensor.compile as ss
-from torch_vtensor.compile import Mesh, virtual_world
+from torch_vtensor.compile import Mesh, _torch_compat, virtual_world
 from torch_vtensor.compile.backend import Compilation, compile_plan
 from torch_vtensor.compile.codegen import CodeGenerator
 from torch_vtensor.compile.executor import Code
@@ -246,6 +246,32 @@ def test_inductor_generates_code_that_reads_parameters_anew() -> None:
     assert_plan_is_right(
         model, lambda x: model(x).square().mean(), (x,), plan, Mesh((0, 1), plan.axes), codegen="inductor"
     )
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, classes: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return F.cross_entropy(self.head(x), classes)
+
+
+@pytest.mark.parametrize("generates", [False, *slow(True)], ids=["traced", "generated"])
+def test_inductors_passes_of_a_cross_entropy_read_parameters_anew(
+    generates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not generates:  # all that inductor does to the graphs, which then run as they are
+        monkeypatch.setattr(_torch_compat, "generate_with_inductor", lambda graph, inputs, settings: graph)
+        monkeypatch.setattr(_torch_compat, "compile_with_inductor", lambda graph, inputs, settings: graph)
+    model, plan = Classifier().double(), named("zero3", 2)
+    batch = torch.randn(4, 6, dtype=torch.double), torch.tensor([1, 5, 0, 2])
+    compilation = assert_plan_is_right(model, model, batch, plan, Mesh((0, 1), plan.axes), codegen="inductor")
+    in_passes = [task.name for segment in compilation.program.segments if segment.in_passes for task in segment.tasks]
+    assert any("cross_entropy" in name for name in in_passes)
 
 
 def test_names_that_mean_nothing_are_refused() -> None:

@@ -25,6 +25,7 @@ from torch_vtensor.compile.parameters import Parts, find_kept, shard_parameters
 from torch_vtensor.compile.passes import Passes, order_passes
 from torch_vtensor.compile.plan import Plan, record
 from torch_vtensor.compile.plans import cuts_classes, named
+from torch_vtensor.compile.plans.layerwise import by_layers
 from torch_vtensor.compile.plans.resolve import resolve
 from torch_vtensor.compile.primitives import Graph, PlanFunction
 from torch_vtensor.compile.program import Program, build_program
@@ -169,14 +170,15 @@ def fit(
     Raises:  PlanError for a budget that cannot be met.
     """
 
-    def evaluate(name: str) -> Compilation:
-        return compile_plan(captured, named(name, 1), mesh, trains=trains, kept=kept, measure=measure)
+    def evaluate(plan: PlanFunction) -> Compilation:
+        return compile_plan(captured, plan, mesh, trains=trains, kept=kept, measure=measure)
 
     if function is None:
-        choice, chosen = choose(Graph(captured.graph, mesh), budget, evaluate)
+        choice, chosen = choose(Graph(captured.graph, mesh), budget, lambda name: evaluate(named(name, 1)))
         return choice if chosen is None else replace(chosen, choice=choice)
-    compilation = compile_plan(captured, function, mesh, trains=trains, kept=kept, measure=measure)
-    limit = math.floor(budget * evaluate("single").predicted_peak_bytes) if isinstance(budget, float) else budget
+    compilation = evaluate(function)
+    uncut = by_layers(named("single", 1))
+    limit = math.floor(budget * evaluate(uncut).predicted_peak_bytes) if isinstance(budget, float) else budget
     for report, schedule in zip(compilation.passes.reports, compilation.passes.schedules, strict=True):
         if max(report.peak_bytes.values()) > limit:
             check(schedule, limit)

@@ -21,6 +21,7 @@ from torch_vtensor.compile.footprint import Tracer
 from torch_vtensor.compile.mesh import name_ranks
 from torch_vtensor.compile.names import name_inputs
 from torch_vtensor.compile.plans import cuts_classes
+from torch_vtensor.compile.plans.layerwise import by_layers
 from torch_vtensor.compile.plans.resolve import resolve
 from torch_vtensor.compile.primitives import PlanFunction
 from torch_vtensor.compile.schedules import Timeline, draw, grid, simulate, write_trace
@@ -111,8 +112,9 @@ def explain(
 
     `plan` is a function, a name such as ``"dp2+tp2+1f1b/8"``, or ``"file.py:function"``. `mesh` names the axes and
     their sizes, as ``{"pp": 2, "tp": 4}``, or is the number of ranks. A `memory_budget`, with a plan or without, is
-    that of torch.compile's options; memory is then predicted from traced passes instead of shapes. The model and the
-    arguments may be on the device "meta": nothing is computed. `function` may also be what torch.compile returned.
+    that of torch.compile's options; memory is then predicted from traced passes instead of shapes, which takes as long
+    as torch takes to trace each different segment once: for a pipeline its stages. The model and the arguments may be
+    on the device "meta": nothing is computed. `function` may also be what torch.compile returned.
 
     Raises:  ValueError for a plan that cannot run there; RuntimeError if the function is not one graph.
     """
@@ -127,7 +129,7 @@ def explain(
     tracer = Tracer(_torch_compat.device_of(_torch_compat.leaves([*arguments, keywords])), {})
     fitted = fit(captured, None if plan is None else function_of_plan, on, memory_budget, tracer, trains=True)
     if isinstance(fitted, Choice):
-        whole = compile_plan(captured, function_of_plan, on, trains=True, measure=tracer)
+        whole = compile_plan(captured, by_layers(function_of_plan), on, trains=True, measure=tracer)
         fitted = replace(whole, choice=fitted)
     return Explanation(fitted)
 
