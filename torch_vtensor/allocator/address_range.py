@@ -11,12 +11,13 @@ A range has one or more equal strips that grow in step, each from its own start:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 
 from torch_vtensor.allocator.driver import round_up
 from torch_vtensor.allocator.page_pool import Page, PagePool
+from torch_vtensor.allocator.page_run import PageRun
 from torch_vtensor.errors import DriverError
 
 __all__ = ["AddressRange"]
@@ -31,12 +32,14 @@ class AddressRange:
         pool: where pages come from and go to.
         num_strips: how many parts grow in step.
         strip_bytes: addresses a strip; rounded up to whole pages.
+        salt: the tenant whose memory it is.
 
     Raises: DriverError if the addresses cannot be had.
     """
 
-    def __init__(self, pool: PagePool, num_strips: int, strip_bytes: int) -> None:
+    def __init__(self, pool: PagePool, num_strips: int, strip_bytes: int, salt: Hashable = None) -> None:
         self.pool = pool
+        self.salt = salt
         self.num_strips = num_strips
         self.strip_bytes = round_up(strip_bytes, pool.page_bytes)
         self.reserved_bytes = self.num_strips * self.strip_bytes
@@ -71,8 +74,11 @@ class AddressRange:
         """Every page that this range maps, strip by strip."""
         return [page for strip in self._pages for page in strip]
 
-    def commit(self, nbytes: int) -> None:
+    def commit(self, nbytes: int, *, ahead: bool = False) -> None:
         """Back every strip up to offset ``nbytes`` (rounded up to a page) with pages of its own.
+
+        Args:
+            ahead: leave pages that need scrubbing to a later commit by the one whose stream will write to them.
 
         Raises: OutOfPagesError or DriverError, with the range as it was.
         """
@@ -83,8 +89,9 @@ class AddressRange:
                 return
             self._unmap_strays()
             plan = self.pool.page_plan(missing)
-            pages = self.pool.acquire(plan * self.num_strips)
-            self._map([pages[i * len(plan) : (i + 1) * len(plan)] for i in range(self.num_strips)])
+            pages = self._acquire(plan, self.num_strips, ahead)
+            if pages:
+                self._map(pages)
 
     def commit_shared(self, source: AddressRange, source_strips: Sequence[int], nbytes: int) -> int:
         """Map the whole pages below offset ``nbytes`` of ``source``'s strips into this empty range.
@@ -93,18 +100,33 @@ class AddressRange:
 
         Raises: DriverError, with both ranges as they were.
         """
-        assert self.committed_bytes == 0 and len(source_strips) == self.num_strips
         with self.pool.lock:
-            num_pages = sum(end <= nbytes for end in source._bounds[1:])
-            shared = [source._pages[strip][:num_pages] for strip in source_strips]
-            self.pool.share(page for strip in shared for page in strip)
-            self._bounds = [source.head_bytes]
+            run = source.run(source_strips).whole_until(nbytes)
+            self.commit_run(run.bounds, run.strips)
+        return self.committed_bytes
+
+    def commit_run(self, bounds: Sequence[int], strips: Sequence[Sequence[Page] | None]) -> None:
+        """Map pages [``bounds[0]``, ``bounds[-1]``) into this empty range: a strip's given ones or, for None, new ones.
+
+        Raises: OutOfPagesError or DriverError, with the range as it was.
+        """
+        assert self.committed_bytes == 0 and len(strips) == self.num_strips and bounds[-1] <= self.strip_bytes
+        with self.pool.lock:
+            self._unmap_strays()
+            sizes = [end - start for start, end in pairwise(bounds)]
+            new = iter(self._acquire(sizes, sum(strip is None for strip in strips)))
+            self.pool.share(page for strip in strips if strip is not None for page in strip)
+            self._bounds = [bounds[0]]
             try:
-                self._map(shared)
+                self._map([next(new) if strip is None else list(strip) for strip in strips])
             except BaseException:
                 self._bounds = [0]
                 raise
-        return self.committed_bytes
+
+    def run(self, strips: Sequence[int]) -> PageRun:
+        """The pages behind these strips."""
+        with self.pool.lock:
+            return PageRun(tuple(self._bounds), tuple(tuple(self._pages[strip]) for strip in strips))
 
     def detach_head(self, nbytes: int) -> AddressRange | None:
         """Hand the whole pages below offset ``nbytes`` to a new range over the same addresses, to be emptied later.
@@ -118,6 +140,7 @@ class AddressRange:
                 return None
             head = AddressRange.__new__(AddressRange)
             head.pool, head.num_strips, head.strip_bytes = self.pool, self.num_strips, self.strip_bytes
+            head.salt = self.salt
             head.base_ptr, head.reserved_bytes = self.base_ptr, 0
             head.num_heads, head._rest = 0, self
             head._bounds = self._bounds[: num_pages + 1]
@@ -162,6 +185,7 @@ class AddressRange:
                 if pages:
                     self.pool.driver.unmap(self._address(strip, start), nbytes)
                     self._pages[strip] = []
+                    self.pool.num_mappings -= len(pages)
                     self.pool.drop(pages)
             self._bounds = [0]
 
@@ -180,6 +204,21 @@ class AddressRange:
     def _address(self, strip: int, offset: int) -> int:
         return self.base_ptr + strip * self.strip_bytes + offset
 
+    def _acquire(self, sizes: list[int], num_strips: int, ahead: bool = False) -> list[list[Page]]:
+        """New pages of these sizes for each of ``num_strips`` strips; none if they would have to be scrubbed ahead."""
+        pages = self.pool.acquire(sizes * num_strips, self.salt)
+        if any(page.is_dirty for page in pages):
+            is_capturing = self.pool.driver.is_capturing()
+            if ahead or is_capturing:
+                self.pool.drop(pages)
+                if ahead:
+                    return []
+                raise DriverError(
+                    "scrub", "CAPTURING", self.pool.device, sum(sizes) * num_strips,
+                    "memory of another tenant cannot be overwritten while a graph is being captured; commit it before",
+                )  # fmt: skip
+        return [pages[i * len(sizes) : (i + 1) * len(sizes)] for i in range(num_strips)]
+
     def _map(self, pages: list[list[Page]]) -> None:
         """Map the same number of pages, of the same sizes, behind the end of every strip, or drop them all.
 
@@ -197,7 +236,12 @@ class AddressRange:
                 for offset, page in zip(bounds, strip_pages, strict=False):
                     driver.map(self._address(strip, offset), page.nbytes, page.handle)
                     self._strays.append((self._address(strip, offset), unmapped.pop()))
+                    self.pool.num_mappings += 1
                 driver.set_access(self._address(strip, start), bounds[-1] - start)
+            for ptr, page in self._strays:
+                if page.is_dirty:
+                    driver.tensor(ptr, page.nbytes, self).zero_()
+            self.pool.scrubbed(page for _, page in self._strays)
         except BaseException:
             self.pool.drop(unmapped)
             with suppress(DriverError):
@@ -213,6 +257,7 @@ class AddressRange:
             ptr, page = self._strays[-1]
             self.pool.driver.unmap(ptr, page.nbytes)
             self._strays.pop()
+            self.pool.num_mappings -= 1
             self.pool.drop([page])
 
     def check_integrity(self) -> None:

@@ -100,6 +100,7 @@ class CudaDriver:
     # A mapping call costs the same for one page as for many tokens, but bytes committed ahead are bytes that no one
     # else can use: the scheduler maps one page ahead in time instead.
     growth_fraction = 0.0
+    zeroes_pages = False
 
     def __init__(self, device: torch.device | str | int = "cuda") -> None:
         try:

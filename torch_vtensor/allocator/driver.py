@@ -38,6 +38,8 @@ class Driver(Protocol):
     """Sizes a handle may have, ascending; each divides the next. The first is the granularity of every address."""
     growth_fraction: float
     """How much of a range's committed bytes is worth committing ahead in one batch when it grows."""
+    zeroes_pages: bool
+    """Whether what ``create`` returns surely holds zeros, whatever was destroyed before."""
 
     def reserve(self, nbytes: int) -> int:
         """Reserve addresses, aligned to the granularity, and return the first. Takes no physical memory."""

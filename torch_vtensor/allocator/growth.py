@@ -21,12 +21,12 @@ import queue
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 from torch_vtensor.allocator.address_range import AddressRange
 from torch_vtensor.allocator.driver import Fence
-from torch_vtensor.allocator.page_pool import PagePool, PoolStats
+from torch_vtensor.allocator.page_pool import Page, PagePool, PoolStats
 from torch_vtensor.errors import VTensorError
 
 __all__ = ["GrowthScheduler", "RangeHold"]
@@ -77,6 +77,7 @@ class GrowthScheduler:
         self.num_device_waits = 0
         self._idle_bytes = idle_bytes
         self._dead: deque[AddressRange] = deque()
+        self._forsaken: deque[Sequence[Page]] = deque()
         self._parked: list[_Idle] = []
         self._retired: list[_Idle] = []
         self._reserved_bytes = 0
@@ -92,8 +93,8 @@ class GrowthScheduler:
         budget_bytes = self.pool.budget_bytes
         return (self.pool.driver.total_bytes() if budget_bytes is None else budget_bytes) // _IDLE_FRACTION
 
-    def reserve(self, num_strips: int, strip_bytes: int, first_bytes: int | None) -> RangeHold:
-        """A range with room for ``strip_bytes`` a strip: a parked one, still mapped, or a new one.
+    def reserve(self, num_strips: int, strip_bytes: int, first_bytes: int | None, salt: Hashable = None) -> RangeHold:
+        """A range with room for ``strip_bytes`` a strip: a parked one of the same tenant, still mapped, or a new one.
 
         A parked range is adopted only if it holds at most twice the ``first_bytes`` a strip that the caller is about
         to commit (plus a page), so that adoption never ties up much more memory than a new range would; None: never.
@@ -108,11 +109,11 @@ class GrowthScheduler:
                 for index in range(len(self._parked) - 1, -1, -1):
                     parked = self._parked[index].range
                     fits = parked.num_strips == num_strips and parked.strip_bytes >= strip_bytes
-                    if fits and parked.committed_bytes <= limit:
+                    if fits and parked.committed_bytes <= limit and parked.salt == salt:
                         self._parked[index].fence.order_after()
                         del self._parked[index]
                         return RangeHold(parked, self._dead)
-            new = AddressRange(self.pool, num_strips, strip_bytes)
+            new = AddressRange(self.pool, num_strips, strip_bytes, salt)
             self._reserved_bytes += new.reserved_bytes
             return RangeHold(new, self._dead)
 
@@ -135,6 +136,10 @@ class GrowthScheduler:
         with self.pool.lock:
             self._drain()
 
+    def let_go_soon(self, pages: Sequence[Page]) -> None:
+        """``PagePool.let_go`` at the next operation; may be called from a finalizer."""
+        self._forsaken.append(pages)
+
     def commit_soon(self, hold: RangeHold, nbytes: int) -> None:
         """Commit up to offset ``nbytes`` on the scheduler's thread; without memory, the next commit will say so."""
         self.pool.check_process()
@@ -147,7 +152,7 @@ class GrowthScheduler:
                     while current is not None and current.rest is not None:
                         current = current.rest  # the front was given back since; the rest grows
                     if current is not None:
-                        current.range.commit(nbytes)
+                        current.range.commit(nbytes, ahead=True)
                 finally:
                     del current  # before the lock is released, also from a traceback: references to holds are counted
 
@@ -176,7 +181,7 @@ class GrowthScheduler:
         done.wait()
 
     def trim(self) -> int:
-        """Return all parked and pooled memory to the system; waits for the device where it must.
+        """Return all parked and pooled memory, and unused prefixes, to the system; waits for the device if it must.
 
         While this stream is being captured into a graph, only pooled memory: waiting would break the capture.
 
@@ -190,6 +195,7 @@ class GrowthScheduler:
                 self._retired += self._parked
                 self._parked.clear()
                 self._empty_retired(wait=True)
+            self.pool.reclaim()
             return self.pool.trim()
 
     def stats(self) -> PoolStats:
@@ -200,15 +206,21 @@ class GrowthScheduler:
             pages, counts = pool.live_pages(), pool.ledger.counts()
             idle_refs = Counter(page for idle in self._parked + self._retired for page in idle.range.pages)
             parked_bytes = sum(page.nbytes for page, num_refs in idle_refs.items() if num_refs == page.num_refs)
+            prefixes = [page for page in pages if page.num_held and page.num_refs - idle_refs[page] == page.num_held]
+            prefix_bytes = sum(page.nbytes for page in prefixes)
+            num_uses = {page: page.num_refs - idle_refs[page] - max(page.num_held - 1, 0) for page in pages}
             return PoolStats(
                 reserved_bytes=self._reserved_bytes,
                 committed_bytes=counts.committed_bytes,
-                live_bytes=sum(page.nbytes for page in pages) - parked_bytes,
-                shared_bytes=sum(page.nbytes for page in pages if page.num_refs - idle_refs[page] > 1),
+                live_bytes=sum(page.nbytes for page in pages) - parked_bytes - prefix_bytes,
+                shared_bytes=sum(page.nbytes for page in pages if num_uses[page] > 1),
+                prefix_bytes=prefix_bytes,
                 parked_bytes=parked_bytes,
                 pooled_bytes=counts.free_bytes,
                 torch_bytes=counts.torch_bytes,
                 budget_bytes=counts.budget_bytes,
+                scrubbed_bytes=pool.scrubbed_bytes,
+                num_mappings=pool.num_mappings,
                 num_device_waits=self.num_device_waits,
                 driver_calls=pool.driver.stats(),
             )
@@ -217,7 +229,10 @@ class GrowthScheduler:
         """Put a fence behind every range that died since, and park it. No driver call on memory."""
         if self.pool.is_foreign:
             self._dead.clear()  # made before fork(): the parent unmaps and frees its own memory
+            self._forsaken.clear()
             return
+        while self._forsaken:
+            self.pool.let_go(self._forsaken.popleft())
         self.pool.driver.collect()
         num_dead = len(self._dead)  # one that dies during this call may have work behind this call's fence
         # The scheduler's own thread leaves it to others: it cannot know that somebody is capturing a graph meanwhile.
@@ -249,7 +264,7 @@ class GrowthScheduler:
     def _num_parked_bytes(self) -> int:
         return sum(idle.range.committed_bytes * idle.range.num_strips for idle in self._parked)
 
-    def _reclaim(self, nbytes: int) -> None:
+    def _reclaim(self, nbytes: float) -> None:
         """Turn parked ranges into pooled pages until ``nbytes`` are free; waits for the device only if it must."""
         with self.pool.lock:
             self._drain()

@@ -65,6 +65,7 @@ class HostDriver:
     """
 
     growth_fraction = 0.125
+    zeroes_pages = True
 
     def __init__(self, page_bytes: int = 64 * 1024) -> None:
         if page_bytes < mmap.PAGESIZE or page_bytes & (page_bytes - 1):

@@ -36,6 +36,7 @@ class TimedDriver:
         self.device = inner.device
         self.page_sizes = inner.page_sizes
         self.growth_fraction = inner.growth_fraction
+        self.zeroes_pages = inner.zeroes_pages
         self.num_calls_by_thread: Counter[int] = Counter()
         self._num_calls: Counter[str] = Counter()
         self._seconds: dict[str, deque[float]] = {}

@@ -92,7 +92,7 @@ class TorchPools:
                 return self._idle.pop()
         return _torch_compat.create_memory_pool(self._allocator, self.device_index)
 
-    def _reclaim(self, nbytes: int) -> None:
+    def _reclaim(self, nbytes: float) -> None:
         """PagePool runs out of pages: waits for the device only if nothing else helps."""
         for wait in (False, True):
             if self.pool.ledger.free_bytes < nbytes and self.pool.ledger.torch_bytes > 0:

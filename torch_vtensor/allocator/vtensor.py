@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from types import TracebackType
 
@@ -14,6 +14,7 @@ import torch
 from torch_vtensor.allocator._torch_compat import num_storage_users
 from torch_vtensor.allocator.address_range import AddressRange
 from torch_vtensor.allocator.growth import GrowthScheduler, RangeHold
+from torch_vtensor.allocator.page_run import PageRun
 from torch_vtensor.allocator.pools import default_scheduler
 from torch_vtensor.errors import CapacityError, ClosedError, OutOfPagesError
 
@@ -38,6 +39,7 @@ class VTensor:
         first_rows: rows that the caller is about to write; a hint for which parked range to adopt.
         scheduler: where memory comes from; default: the device's own.
         adopt: whether the tensor may start in an ended tensor's range.
+        salt: the tenant whose rows they will be. Memory that was another tenant's is overwritten with zeros first.
 
     Effects: reserves addresses and takes no memory; may adopt the still mapped range of an ended tensor.
     Raises:  ValueError for a shape that holds nothing.
@@ -55,6 +57,7 @@ class VTensor:
         first_rows: int = 0,
         scheduler: GrowthScheduler | None = None,
         adopt: bool = True,
+        salt: Hashable = None,
     ) -> None:
         self.row_shape, self.outer_shape = tuple(row_shape), tuple(outer_shape)
         if capacity < 1 or min((*self.row_shape, *self.outer_shape), default=1) < 1:
@@ -72,8 +75,9 @@ class VTensor:
         self._common: tuple[tuple[AddressRange, int], tuple[tuple[tuple[int, ...], int], ...]] | None = None
         self._base: torch.Tensor | None = None
         self._base_rows = 0
+        self.salt = salt
         self._hold: RangeHold | None = self.scheduler.reserve(
-            math.prod(self.outer_shape), capacity * self.row_bytes, first_rows * self.row_bytes if adopt else None
+            math.prod(self.outer_shape), capacity * self.row_bytes, first_rows * self.row_bytes if adopt else None, salt
         )
         self.capacity = capacity
 
@@ -291,6 +295,48 @@ class VTensor:
         """
         return self._fork(select, capacity, self.length if share_rows is None else min(share_rows, self.length))
 
+    def lend(self, slot: int, length: int) -> PageRun:
+        """The pages that hold the first ``length`` rows of one slot, for somebody who keeps them.
+
+        Effects: those rows are never overwritten in place any more; the rows behind them, in the last page too, may be.
+        Raises:  ValueError for rows that are not written, or were given back by ``drop_head``.
+        """
+        if self.first_row > 0 or not 0 < length <= self.length:
+            raise ValueError(f"lend {length} rows: this tensor holds rows [{self.first_row}, {self.length})")
+        strips_per_slot = self._range.num_strips // math.prod(self.outer_shape[:1])
+        run = self._range.run(range(slot * strips_per_slot, (slot + 1) * strips_per_slot))
+        self._shared_bytes = max(self._shared_bytes, length * self.row_bytes)
+        return run.covering(length * self.row_bytes)
+
+    def borrow(self, run: PageRun, own_slots: Sequence[bool], length: int) -> None:
+        """Begin this empty tensor with pages that somebody keeps, and be ``length`` rows long.
+
+        Args:
+            run: pages for the strips of every slot but those that are to have ``own_slots``, of the same sizes.
+
+        Effects: what ``run`` does not cover has memory, and is for the caller to write.
+        Raises:  OutOfPagesError or DriverError, with the tensor to be closed.
+        """
+        strips_per_slot = self._range.num_strips // len(own_slots)
+        lent = iter(run.strips)
+        strips = [None if own else next(lent) for own in own_slots for _ in range(strips_per_slot)]
+        self._range.commit_run(run.bounds, strips)
+        self._shared_bytes = self._range.committed_bytes
+        self._range.commit(length * self.row_bytes)
+        self.length = length
+
+    def copy_slot(self, slot: int, source: VTensor, start_bytes: int, padding: int) -> None:
+        """Give a slot the rows of a tensor of one slot from offset ``start_bytes`` on, behind ``padding`` zero rows.
+
+        Rows that others can see must not be among those written.
+        """
+        if padding == 0:
+            self._bytes(start_bytes)[slot].copy_(source._bytes(start_bytes)[0])
+            return
+        self._rows(0, padding)[slot].zero_()
+        if source.length:
+            self._rows(padding, padding + source.length)[slot].copy_(source._rows(0, source.length)[0])
+
     def close(self) -> None:
         """Give the memory back as soon as no view uses it. Closing twice is fine."""
         if self._hold is not None:
@@ -363,6 +409,7 @@ class VTensor:
             outer_shape=(len(slots), *self.outer_shape[1:]) if self.outer_shape else (),
             scheduler=self.scheduler,
             adopt=False,
+            salt=self.salt,
         )
         try:
             with self.scheduler.pool.lock:

@@ -147,6 +147,7 @@ class FakeDriver:
     device = torch.device("cuda", 0)
     page_sizes = (PAGE, LARGE_PAGE)
     growth_fraction = 0.0
+    zeroes_pages = False
 
     def __init__(self, fake: FakeCuda) -> None:
         self._cuda = fake.library
