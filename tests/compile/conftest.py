@@ -12,6 +12,16 @@ from torch import nn
 from torch_vtensor.compile import Compilation, Uncut
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have tests of one ready model share a process, which captures the model once."""
+    for item in items:
+        called = getattr(item, "callspec", None)
+        make = called and called.params.get("make")
+        if getattr(make, "__module__", None) == "ready_models":
+            item.add_marker(pytest.mark.xdist_group(make.__name__))
+
+
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> Iterator[None]:
     torch.compiler.reset()
