@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -166,6 +167,40 @@ def train_on(checkpoint: dict[str, Any] | None, plan: PlanFunction) -> dict[str,
     return {"model": ss.state_dict(model), "optimizer": ss.state_dict(optimizer)}
 
 
+def train_from_parts(folder: Path, plan: PlanFunction, *, saves: bool) -> dict[str, Any]:
+    """The same with torch.distributed.checkpoint: each rank writes its parts, and reads those that its plan keeps."""
+    model = Tiny()
+    step, optimizer = compiled(model, plan), adamw(model)
+    if saves:
+        list(train(step, model, optimizer, batches()[:STEPS_BEFORE_CHECKPOINT]))
+    else:
+        with torch.no_grad():
+            step(batches()[0])  # shards the parameters
+    state = {"model": ss.state_dict(step, whole=False), "optimizer": ss.state_dict(optimizer, whole=False)}
+    if saves:
+        dcp.save(state, checkpoint_id=folder)
+    else:
+        dcp.load(state, checkpoint_id=folder)
+        ss.load_state_dict(step, state["model"])
+        ss.load_state_dict(optimizer, state["optimizer"])
+        list(train(step, model, optimizer, batches()[STEPS_BEFORE_CHECKPOINT:]))
+    return {"model": ss.state_dict(model), "optimizer": ss.state_dict(optimizer)}
+
+
+def train_scaled(function: Callable[[Tensor], Tensor], model: Tiny, *, breaks: bool) -> dict[str, Any]:
+    """Train with a GradScaler; if this process `breaks`, the second step's gradient is infinite here."""
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2), adamw(model)
+    for number, ids in enumerate(batches()):
+        scaler.scale(function(ids)).backward()
+        if number == 1 and breaks:
+            gradient = model.blocks[0][1].weight.grad
+            (gradient.local if isinstance(gradient, ss.ShardedTensor) else gradient)[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return {"model": ss.state_dict(model), "scale": scaler.get_scale()}
+
+
 def main(path: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -176,6 +211,11 @@ def main(path: Path) -> None:
     }
     results["checkpoint"] = train_on(None, zero)
     results["loaded"] = train_on(results["checkpoint"], tensor_parallel)
+    train_from_parts(path / "parts", zero, saves=True)
+    results["loaded_parts"] = train_from_parts(path / "parts", tensor_parallel, saves=False)
+    results["part_bytes"] = [file.stat().st_size for file in (path / "parts").glob("*.distcp")]
+    model = Tiny()
+    results["scaled"] = train_scaled(compiled(model, one_f_one_b), model, breaks=dist.get_rank() == 0)
     on_one = ss.state_dict(Tiny(), on_rank=1)
     results["num_on_rank_1"] = len(on_one)
     torch.save(results, path / f"{dist.get_rank()}.pt")

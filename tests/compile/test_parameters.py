@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import sharded_world
 import torch
+import torch.distributed.checkpoint as dcp
 from sharded_world import Tiny, Trained, adamw, batches, train
 from torch import nn
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 
 import torch_vtensor.compile as ss
 from torch_vtensor.compile.parameters import shard_parameters
@@ -101,6 +103,24 @@ def test_a_model_without_a_plan_loads_what_a_plan_saved(ranks: list[dict[str, An
     steps = list(train(model, model, optimizer, left, nn.utils.clip_grad_norm_))
     torch.testing.assert_close(steps, alone.steps[-len(left) :])
     torch.testing.assert_close(dict(model.state_dict()), dict(alone.model))
+
+
+def test_what_ranks_save_in_parts_others_load(ranks: list[dict[str, Any]], alone: Trained) -> None:
+    for results in ranks:
+        torch.testing.assert_close(results["loaded_parts"]["model"], dict(alone.model))
+        torch.testing.assert_close(results["loaded_parts"]["optimizer"]["state"], alone.optimizer["state"])
+        sizes = results["part_bytes"]
+        assert len(sizes) == 2
+        assert max(sizes) < 0.7 * sum(sizes)
+
+
+def test_a_step_that_one_rank_cannot_take_no_rank_takes(ranks: list[dict[str, Any]]) -> None:
+    model = Tiny()
+    expected = sharded_world.train_scaled(model, model, breaks=True)
+    assert expected["scale"] == 8.0, "halved once, doubled after two good steps"
+    for results in ranks:
+        assert results["scaled"]["scale"] == expected["scale"]
+        torch.testing.assert_close(results["scaled"]["model"], dict(expected["model"]))
 
 
 def test_one_rank_alone_may_ask_for_a_checkpoint(ranks: list[dict[str, Any]]) -> None:
@@ -306,6 +326,64 @@ def test_each_element_is_counted_on_one_rank() -> None:
         assert parts[rank].contains(box)
         times[box.within(Mask.of((6, 4)))] += 1
     assert times.eq(1).all()
+
+
+def test_each_element_is_saved_once_and_loaded_by_all_that_keep_it(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint, each rank's part of it by hand: these are two ranks, then three."""
+    of_two = [{0: rows(0, 4), 1: rows(2, 6)}] * 2
+    whole, other = torch.randn(6, 4), torch.randn(3)
+    states = [{"w": kept(whole, rank, parts), "plain": other.clone()} for rank, parts in enumerate(of_two)]
+    writer, planners = FileSystemWriter(tmp_path), [DefaultSavePlanner(), DefaultSavePlanner()]
+    for rank, (planner, state) in enumerate(zip(planners, states, strict=True)):
+        planner.set_up_planner(state, is_coordinator=rank == 0)
+    writer.set_up_storage_writer(is_coordinator=True)
+    local = [writer.prepare_local_plan(planner.create_local_plan()) for planner in planners]
+    plans, metadata = planners[0].create_global_plan(local)
+    plans = writer.prepare_global_plan(plans)
+    written = [
+        writer.write_data(planner.finish_plan(plan), planner).wait()
+        for planner, plan in zip(planners, plans, strict=True)
+    ]
+    writer.finish(metadata, written)
+    sizes = [list(chunk.sizes) for chunk in metadata.state_dict_metadata["w"].chunks]
+    assert sorted(sizes) == [[2, 4], [4, 4]], "rows 2 to 4 are written by one of both"
+
+    quarter = Mask((Interval(1, 5), Interval(1, 3)))
+    for rank, parts in enumerate([{0: rows(0, 2), 1: quarter}] * 3):
+        state = {"w": kept(torch.zeros(6, 4), rank, parts), "plain": torch.zeros(3)}
+        dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+        torch.testing.assert_close(state["w"].local, state["w"].keeps.cut(whole))
+        torch.testing.assert_close(state["plain"], other)
+    state = {"w": torch.zeros(6, 4), "plain": torch.zeros(3)}
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    torch.testing.assert_close(state["w"], whole)
+
+
+def rows(start: int, stop: int) -> Mask:
+    return Mask((Interval(start, stop), Interval(0, 4)))
+
+
+def kept(whole: torch.Tensor, rank: int, parts: Mapping[int, Mask]) -> ss.ShardedTensor:
+    layout = Layout("w", (6, 4), rank, parts)
+    return ss.ShardedTensor.of(layout.cut(whole).clone(), layout)
+
+
+@pytest.mark.parametrize("make", [OPTIMIZERS["adamw"], OPTIMIZERS["sgd foreach"]], ids=["adamw", "sgd"])
+def test_an_optimizer_that_has_not_stepped_makes_room_for_what_is_loaded(make: Any) -> None:
+    parameter = weight()
+    before = parameter.detach().clone()
+    shard(parameter)
+    parameter.grad = gradient = ss.ShardedTensor.of(torch.ones(3, 4), parameter.keeps)
+    optimizer = make([parameter])
+    state = ss.state_dict(optimizer, whole=False)
+    torch.testing.assert_close(parameter.local, before[2:5])
+    assert parameter.grad is gradient
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    moments = [value for value in state["state"][0].values() if value.dim()]
+    assert moments
+    assert all(isinstance(value, ss.ShardedTensor) and value.local.shape == (3, 4) for value in moments)
+    with pytest.raises(ValueError, match="on_rank is 0 with whole=False"):
+        ss.state_dict(optimizer, on_rank=0, whole=False)
 
 
 def test_a_state_dict_shares_nothing_but_what_is_tied() -> None:

@@ -105,6 +105,15 @@ def test_a_second_backward_is_refused(of: Any, compiled: Any) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("of", [lambda out: out.sum(), lambda out: out], ids=["whole step", "partitions"])
+def test_gradients_of_gradients_are_refused(of: Any, compiled: Any) -> None:
+    model = mlp()
+    loss = compiled(lambda x: of(model(x)), plan=single_device)(torch.randn(3, 4)).sum()
+    with pytest.raises(RuntimeError, match="create_graph=True asks for gradients of gradients"):
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    loss.backward()
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
 def test_without_gradients(mode: Any, compiled: Any, compilations: list[Compilation]) -> None:
     model, x = mlp(), torch.randn(3, 4)

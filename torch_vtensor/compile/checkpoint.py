@@ -15,7 +15,7 @@ from torch_vtensor.compile.sharded_tensor import ShardedTensor
 from torch_vtensor.compile.tensor_view import Mask
 
 
-def state_dict(of: nn.Module | Optimizer, *, on_rank: int | None = None) -> dict[str, Any]:
+def state_dict(of: nn.Module | Optimizer, *, on_rank: int | None = None, whole: bool = True) -> dict[str, Any]:
     """What ``of.state_dict()`` is without a plan: whole tensors, on the CPU, which share no memory with the model.
 
     Every rank has to call it. Tensors are gathered one after the other, so that no device holds more than one of them
@@ -23,8 +23,19 @@ def state_dict(of: nn.Module | Optimizer, *, on_rank: int | None = None) -> dict
 
     on_rank: only this rank gets them, and every other an empty dict.
 
-    Raises:  ValueError for a rank that does not exist.
+    whole: if False, what torch.distributed.checkpoint takes, without communication: each rank's parts, in the memory
+    that the model and the optimizer use. ``save`` writes each element once, from a rank that keeps it; ``load`` reads
+    what a rank keeps, whatever plan it was saved under, into that memory; give the dict to `load_state_dict` then. An
+    optimizer that has not stepped yet makes its state for that.
+
+    Raises:  ValueError for a rank that does not exist, or for parts on one rank.
     """
+    if not whole:
+        if on_rank is not None:
+            raise ValueError(
+                f"on_rank is {on_rank} with whole=False; parts are those of every rank: leave one of them."
+            )
+        return _parts(of)
     world = dist.get_world_size() if dist.is_initialized() else 1
     if on_rank is not None and not 0 <= on_rank < world:
         raise ValueError(f"on_rank is {on_rank}; the ranks are 0 to {world - 1}, and None is all of them.")
@@ -32,7 +43,7 @@ def state_dict(of: nn.Module | Optimizer, *, on_rank: int | None = None) -> dict
     # By identity: parameters that are tied stay one tensor.
     copied: dict[int, Tensor | None] = {}
 
-    def whole(value: Any) -> Any:
+    def gathered(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in copied:
@@ -43,7 +54,7 @@ def state_dict(of: nn.Module | Optimizer, *, on_rank: int | None = None) -> dict
         return copied[id(value)]
 
     state = of.state_dict() if isinstance(of, Optimizer) else _original(of).state_dict(keep_vars=True)
-    made = _map_values(whole, state)
+    made = _map_values(gathered, state)
     if not here:
         return {}
     if hasattr(state, "_metadata"):
@@ -56,7 +67,8 @@ def load_state_dict(into: nn.Module | Optimizer, state: Mapping[str, Any], *, st
     """Load what `state_dict` gave under any plan, or ``state_dict()`` of a model that has none: whole tensors.
 
     Every rank gives the whole state and reads its parts; ``torch.load(path, mmap=True)`` reads nothing else from disk.
-    The model may be sharded already or not yet.
+    The model may be sharded already or not yet. What torch.distributed.checkpoint loaded into parts is there already,
+    but for numbers such as learning rates.
 
     strict: as for ``Module.load_state_dict``.
 
@@ -67,6 +79,33 @@ def load_state_dict(into: nn.Module | Optimizer, state: Mapping[str, Any], *, st
         shard_state(into)
     else:
         _original(into).load_state_dict(state, strict=strict)
+
+
+def _parts(of: nn.Module | Optimizer) -> dict[str, Any]:
+    if isinstance(of, Optimizer):
+        if not of.state:
+            _make_state(of)
+        shard_state(of)
+        return of.state_dict()
+    return _original(of).state_dict()
+
+
+def _make_state(optimizer: Optimizer) -> None:
+    """Have an optimizer make the state that its first step makes, by a step that changes no parameter."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    gradients = [parameter.grad for parameter in parameters]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    try:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
+        optimizer.step()
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def _original(model: nn.Module) -> nn.Module:

@@ -136,6 +136,7 @@ class _WholeStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
+        _refuse_create_graph()
         if ctx.gradients is None:
             raise RuntimeError(
                 "backward ran through this step before: its gradients were computed with it and handed over. Call the "
@@ -163,6 +164,7 @@ class _Partition(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
+        _refuse_create_graph()
         if ctx.values is None:
             raise RuntimeError(
                 "backward ran through this call before, and what it had saved is gone. Call the compiled function "
@@ -171,6 +173,15 @@ class _Partition(torch.autograd.Function):
         values, ctx.values = ctx.values, None
         gradients = ctx.runtime.run_backward(values, tangents, ctx.given)
         return (None, None, *ctx.runtime.hand_over(gradients, ctx.wanting))
+
+
+def _refuse_create_graph() -> None:
+    """Raise where backward is asked to be differentiable: gradients would be taken for constants."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True asks for gradients of gradients, and a plan has forward and backward passes only. "
+            "Compute a penalty on gradients in a function that is compiled without a plan."
+        )
 
 
 def _device(given: Given) -> torch.device:

@@ -15,20 +15,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from torch_vtensor.compile import _torch_compat
+from torch_vtensor.compile import _torch_compat, checkpoint_items
 from torch_vtensor.compile.tensor_view import Mask
 
 REMEDY = (
     "Outside of the compiled function only elementwise operators work on it, which optimizers are made of. For whole "
-    "tensors call torch_vtensor.compile.state_dict(model), for gradient norms torch_vtensor.compile.clip_grad_norm_; "
+    "tensors call torch_vtensor.compile.state_dict(model), which torch.save takes; torch.distributed.checkpoint takes "
+    "parts as they are. For gradient norms torch_vtensor.compile.clip_grad_norm_; "
     "run the model through the function that torch.compile returned."
 )
 
 _ELEMENTWISE = {"alias", "clone", "copy_", "detach", "fill_", "_to_copy", "zero_"} | {
     f"{made}_like" for made in ("empty", "zeros", "ones", "full")
 }
+_UNSCALE = "_amp_foreach_non_finite_check_and_unscale_"
 _REDUCTIONS = {"_foreach_max", "_foreach_norm", "_foreach_powsum"}
 
 
@@ -130,6 +133,17 @@ class ShardedTensor(_torch_compat.WrapperTensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(f"a part is no checkpoint: {self._layout}. {REMEDY}")
 
+    # torch.distributed.checkpoint asks these of any tensor that has them.
+
+    def __create_write_items__(self, fqn: str, tensor: Any) -> list[Any]:
+        return checkpoint_items.write_items(fqn, self._local, self._layout)
+
+    def __create_chunk_list__(self) -> list[Any]:
+        return checkpoint_items.chunks(self._layout)
+
+    def __get_tensor_shard__(self, index: Any) -> Tensor:
+        return checkpoint_items.shard(index.offset, self._local, self._layout)
+
     def __repr__(self, **how: Any) -> str:  # type: ignore[override]
         """Tell which part is here, and its values."""
         kind = "Parameter" if isinstance(self, torch.nn.Parameter) else "ShardedTensor"
@@ -157,6 +171,8 @@ class ShardedTensor(_torch_compat.WrapperTensor):
         # Dynamo looks at what operators would return with fake tensors: these have the whole's shape.
         if _torch_compat.is_fake(sharded._local) and name not in _ELEMENTWISE:
             return _torch_compat.call_on_fakes(func, args, kwargs)
+        if name == _UNSCALE:
+            return _unscale(func, *args)
         if name.startswith(("_foreach_", "_fused_")) and name not in _REDUCTIONS:
             return _run_on_lists(func, args, kwargs)
         if name not in _ELEMENTWISE and not _torch_compat.is_elementwise(func):
@@ -166,6 +182,17 @@ class ShardedTensor(_torch_compat.WrapperTensor):
         if func._schema.is_mutable:
             return kwargs.get("out", args[0])
         return _map(lambda value: ShardedTensor.of(value, sharded._layout), made)
+
+
+def _unscale(func: Any, gradients: Sequence[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
+    """Unscale parts for `torch.amp.GradScaler`; what one rank finds not finite is found on all, so that all skip.
+
+    Effects: an all-reduce of one number, which every rank takes part in: each has a part of each gradient, or none.
+    """
+    parts = (gradient._local if isinstance(gradient, ShardedTensor) else gradient for gradient in gradients)
+    func([part for part in parts if part.numel()], found_inf, inverse_scale)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(found_inf, dist.ReduceOp.MAX)
 
 
 def _run_on_lists(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
