@@ -79,6 +79,11 @@ def microbatches(graph: Graph, mesh: Mesh) -> None:
     graph.microbatch(3)
 
 
+def one_microbatch(graph: Graph, mesh: Mesh) -> None:
+    everywhere(graph, mesh)
+    graph.microbatch(1)
+
+
 def microbatches_of_data_parallel(graph: Graph, mesh: Mesh) -> None:
     """Two cuts along the batch: the loss is divided in chunks of chunks."""
     micro = graph.microbatch(2)
@@ -144,6 +149,7 @@ PLANS: list[PlanFunction] = [
     every_second_task_is_placed,
     replicas_that_nobody_reads,
     microbatches,
+    one_microbatch,
     microbatches_of_data_parallel,
     split_within_a_microbatch,
     cut_again_in_one_piece,

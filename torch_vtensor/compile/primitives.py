@@ -105,6 +105,8 @@ class Graph:
 
     def replace(self, task: Task, pieces: tuple[Task, ...]) -> None:
         """Put pieces in the place of a task; they inherit what was decided about it."""
+        if pieces == (task,):
+            return  # cut into one
         self._pieces[task] = pieces
         self.num_cut += 1
         decided: tuple[dict[Task, object], ...] = (self.microbatch_of, self.recomputed, self.apart, self.ranks)  # type: ignore[assignment]

@@ -258,6 +258,7 @@ def test_a_dropped_weight_gradient_of_a_pipeline_is_named() -> None:
         (Action("F", 0, "step"), "the job's part on this rank is"),
         (Action("F", 0, "other"), "there is no job 'other'"),
         (Action("FREE", 0, "other"), "there is no value 'other' on rank 0"),
+        (Action("FREE", 0, "step", peers=(1,)), r"names ranks \(1,\), and every rank frees its own values"),
     ],
 )
 def test_actions_that_are_not_of_the_program_are_refused(action: Action, message: str) -> None:

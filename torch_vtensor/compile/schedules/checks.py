@@ -88,7 +88,7 @@ def _check_complete(schedule: Schedule) -> None:
     for rank, row in schedule.actions.items():
         for action in row:
             if action.kind == "FREE":
-                if action.rank != rank or (rank, action.name) not in values:
+                if action.rank != rank or action.peers or (rank, action.name) not in values:
                     raise _misplaced(schedule, rank, action)
                 continue
             job = jobs.get(action.name)
@@ -118,7 +118,8 @@ def _misplaced(schedule: Schedule, rank: int, action: Action) -> PlanError:
     elif action.rank != rank:
         wrong = f"it says rank {action.rank}"
     elif action.kind == "FREE":
-        wrong = f"there is no value {action.name!r} on rank {rank}"
+        has = f"names ranks {action.peers}, and every rank frees its own values"
+        wrong = has if action.peers else f"there is no value {action.name!r} on rank {rank}"
     elif action.name not in schedule.jobs:
         wrong = f"there is no job {action.name!r}"
     elif rank not in schedule.jobs[action.name].ranks:
