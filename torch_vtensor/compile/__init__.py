@@ -8,6 +8,7 @@ from torch_vtensor.compile.backend import Compilation, superscaler
 from torch_vtensor.compile.checkpoint import load_state_dict, state_dict
 from torch_vtensor.compile.explanation import Explanation, explain
 from torch_vtensor.compile.gradient_norm import clip_grad_norm_
+from torch_vtensor.compile.initialization import initialize
 from torch_vtensor.compile.mesh import Mesh
 from torch_vtensor.compile.primitives import (
     Graph,
@@ -37,6 +38,7 @@ __all__ = [
     "clip_grad_norm_",
     "compile_apart",
     "explain",
+    "initialize",
     "load_state_dict",
     "op_assign",
     "op_order",

@@ -16,6 +16,8 @@ graph at two places, the partitioner (training) and `inner_compile` (every graph
 | `fx.experimental.proxy_tensor.make_fx`, `_dispatch.python.enable_python_dispatcher` | joint graphs of segments |
 | `func.functionalize`; `_inductor.decomposition.select_decomp_table` | those that overwrite, and those for inductor |
 | `Tensor._make_wrapper_subclass`, `_C._disabled_torch_function_impl`, `__tensor_flatten__` | sharded tensors |
+| `__create_write_items__`, `__create_chunk_list__`, `__get_tensor_shard__` for DCP | checkpoints in parts |
+| `_amp_foreach_non_finite_check_and_unscale_` | `torch.amp.GradScaler` on parts |
 | `_C._swap_tensor_impl`, `_is_param`, `_backward_hooks`, `_post_accumulate_grad_hooks` | parameters sharded in place |
 | `_C._get_dispatch_mode`, `_schema`, `Tag.pointwise` | telling operators apart |
 
@@ -477,6 +479,11 @@ def become(parameter: torch.nn.Parameter, other: WrapperTensor) -> None:
     parameter.__class__ = type(other)  # type: ignore[assignment]
     parameter.__dict__.clear()
     parameter.__dict__.update(attributes)
+
+
+def take_over(parameter: torch.nn.Parameter, other: torch.nn.Parameter) -> None:
+    """Give a parameter the memory, device and dtype of `other`: the same object for all that hold it."""
+    torch._C._swap_tensor_impl(parameter, other)
 
 
 def has_hooks(tensor: torch.Tensor) -> bool:

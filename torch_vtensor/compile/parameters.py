@@ -45,19 +45,32 @@ def shard_parameters(
 
     Raises:  TypeError or RuntimeError for a parameter that cannot be sharded; nothing is changed then.
     """
-    chosen: list[tuple[nn.Parameter, Layout]] = []
-    for tensor, example in zip(arguments, examples, strict=True):
-        if tensor in storage and not isinstance(example, ShardedTensor):
-            assert tensor is not None
-            layout = Layout(tensor.name, tensor.shape, rank, storage[tensor])
-            if set(ranks) != set(layout.parts) or any(part != tensor.whole.mask for part in layout.parts.values()):
-                _refuse_unfit(tensor.name, example)
-                chosen.append((example, layout))
+    chosen = find_layouts(arguments, examples, storage, ranks, rank)
+    for parameter, layout in chosen:
+        _refuse_unfit(layout.name, parameter)
     with torch.inference_mode(False), torch.no_grad():
         for parameter, layout in chosen:
             _shard(parameter, layout)
     if chosen:
         _watch_optimizers()
+
+
+def find_layouts(
+    arguments: Sequence[LogicalTensor | None],
+    examples: Sequence[Any],
+    storage: Mapping[LogicalTensor, Parts],
+    ranks: Sequence[int],
+    rank: int,
+) -> list[tuple[nn.Parameter, Layout]]:
+    """The parameters that are whole here and that some rank will keep less of, with which part each rank keeps."""
+    found: list[tuple[nn.Parameter, Layout]] = []
+    for tensor, example in zip(arguments, examples, strict=True):
+        if tensor in storage and not isinstance(example, ShardedTensor):
+            assert tensor is not None
+            layout = Layout(tensor.name, tensor.shape, rank, storage[tensor])
+            if set(ranks) != set(layout.parts) or any(part != tensor.whole.mask for part in layout.parts.values()):
+                found.append((example, layout))
+    return found
 
 
 def _refuse_unfit(name: str, parameter: nn.Parameter) -> None:
@@ -73,10 +86,15 @@ def _refuse_unfit(name: str, parameter: nn.Parameter) -> None:
         )
 
 
+def keep_part(parameter: nn.Parameter, whole: Tensor, layout: Layout) -> None:
+    """Have a parameter keep this rank's part of a value."""
+    part = _keep(whole.detach(), layout)
+    _torch_compat.become(parameter, ShardedTensor.of(part, layout, requires_grad=parameter.requires_grad))
+
+
 def _shard(parameter: nn.Parameter, layout: Layout) -> None:
     gradient, parameter.grad = parameter.grad, None
-    part = _keep(parameter.detach(), layout)
-    _torch_compat.become(parameter, ShardedTensor.of(part, layout, requires_grad=parameter.requires_grad))
+    keep_part(parameter, parameter, layout)
     if gradient is not None:
         parameter.grad = ShardedTensor.of(_keep(gradient, layout), layout)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 
 from torch_vtensor.compile.executor import Transport
@@ -13,6 +15,20 @@ def num_ranks() -> int:
     if dist.is_available() and not dist.is_initialized() and dist.is_torchelastic_launched():
         dist.init_process_group()
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def this_rank() -> int:
+    """This process's rank; 0 where it is alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def from_rank_0(value: Any) -> Any:
+    """What rank 0 gave, on every rank, each of which has to call it."""
+    if num_ranks() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def join(program: Program) -> tuple[Transport, int]:
