@@ -114,6 +114,27 @@ def test_gradients_of_gradients_are_refused(of: Any, compiled: Any) -> None:
     loss.backward()
 
 
+def test_hooks_on_what_is_made_inside_are_refused_and_those_on_parameters_run(compiled: Any) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        hidden = model(x)
+        hidden.register_hook(lambda gradient: gradient * 3)
+        return hidden.sum()
+
+    model, x = mlp(), torch.randn(3, 4)
+    with pytest.raises(
+        BackendCompilerFailed, match=r"register_hook.*hooks on tensors that the compiled function makes"
+    ):
+        compiled(function, plan=single_device)(x)
+
+    step = compiled(lambda x: model(x).sum(), plan=single_device)
+    step(x).backward()
+    before = model[0].weight.grad.clone()
+    model[0].weight.register_hook(lambda gradient: gradient * 5)
+    model.zero_grad()
+    step(x).backward()
+    torch.testing.assert_close(model[0].weight.grad, 5 * before)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
 def test_without_gradients(mode: Any, compiled: Any, compilations: list[Compilation]) -> None:
     model, x = mlp(), torch.randn(3, 4)

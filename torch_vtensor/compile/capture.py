@@ -53,8 +53,9 @@ def capture(
         if _torch_compat.is_nested_region(node):
             raise NotImplementedError(
                 f"the program has a nested region, {node.target}, which no plan cuts. Turn off gradient checkpointing "
-                f"(a plan recomputes with op_trans(..., recompute=True)) and control-flow operators in the compiled "
-                f"function."
+                f"(a plan recomputes with op_trans(..., recompute=True)), control-flow operators and hooks on tensors "
+                f"that the compiled function makes; hooks on parameters run, if they are registered after its first "
+                f"call."
             )
     decompositions = dict(DECOMPOSITIONS)
     if cuts_classes:

@@ -76,7 +76,7 @@ def initialize(
 
 
 def _fill(
-    module: nn.Module, layouts: Mapping[Tensor, Layout], init: Callable[[nn.Module], object], device: torch.device
+    module: nn.Module, layouts: Mapping[nn.Parameter, Layout], init: Callable[[nn.Module], object], device: torch.device
 ) -> None:
     """Give one module's own parameters and buffers memory; tied ones got theirs with the first module that has them."""
     parameters = {name: one for name, one in module._parameters.items() if one is not None and one.is_meta}
