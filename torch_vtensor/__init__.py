@@ -24,6 +24,7 @@ _HOME = {
     "stats": "generation.report",
     "trim": "generation.report",
     "empty_cache": "generation.report",
+    "prefix_salt": "generation.tenant",
     "CapacityError": "errors",
     "OutOfPagesError": "errors",
     "VTensorError": "errors",
@@ -43,6 +44,7 @@ __all__ = [
     "is_enabled",
     "memory",
     "memory_pool",
+    "prefix_salt",
     "stats",
     "trim",
 ]
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from torch_vtensor.generation.cache import VTensorCache, memory
     from torch_vtensor.generation.enable import disable, enable, enabled, is_enabled
     from torch_vtensor.generation.report import empty_cache, explain, stats, trim
+    from torch_vtensor.generation.tenant import prefix_salt
 
 
 def __getattr__(name: str) -> Any:

@@ -333,6 +333,33 @@ def test_pages_to_be_scrubbed_are_left_to_whose_stream_orders_it() -> None:
     assert_all_given_back(scheduler)
 
 
+def test_rows_are_lent_behind_the_work_that_writes_them_and_never_into_a_graph() -> None:
+    driver = ManualDriver()
+    scheduler = GrowthScheduler(PagePool(driver), idle_bytes=0)
+    tree = tree_of(scheduler)
+    source = sequences.make(scheduler, [TOKENS])
+    driver.capturing = True
+    assert tree.record(TOKENS, source) == 0
+    driver.capturing = False
+    assert tree.record(TOKENS, source) == 100
+    written = driver.fences[-1]
+    lent = [fork(tree, TOKENS)]
+    assert written.num_ordered == 1  # another stream may be reading
+    driver.capturing = True
+    assert tree.fork([TOKENS], capacity=200) is None
+    driver.capturing = False
+    written.has_passed = True
+    lent.append(fork(tree, TOKENS[:30]))
+    assert (written.num_ordered, written.num_waits) == (1, 0)
+    for vtensors in (source, *lent):
+        close(vtensors)
+    tree.evict()
+    driver.finish_work()
+    scheduler.reap()
+    driver.finish_work()
+    assert_all_given_back(scheduler)
+
+
 def test_a_tree_that_is_gone_gives_its_pages_back(scheduler: GrowthScheduler) -> None:
     tree = tree_of(scheduler)
     record(tree, TOKENS)

@@ -195,7 +195,8 @@ class GrowthScheduler:
                 self._retired += self._parked
                 self._parked.clear()
                 self._empty_retired(wait=True)
-            self.pool.reclaim()
+            for evict in list(self.pool.evictors):
+                evict(math.inf)
             return self.pool.trim()
 
     def stats(self) -> PoolStats:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
+from torch_vtensor.allocator.driver import Fence
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.page_pool import Page, PagePool
 from torch_vtensor.allocator.page_run import PageRun, common_bound
@@ -75,7 +76,7 @@ class PrefixExplanation(NamedTuple):
 class _Node:
     """Tokens that follow those of ``parent``, and the pages of a sequence that has them."""
 
-    __slots__ = ("children", "last_used", "num_pins", "parent", "runs", "start", "tokens")
+    __slots__ = ("children", "last_used", "num_pins", "parent", "runs", "start", "tokens", "written")
 
     def __init__(self, parent: _Node | None, start: int, tokens: tuple[int, ...], runs: list[PageRun]) -> None:
         self.parent = parent
@@ -85,6 +86,7 @@ class _Node:
         self.children: dict[int, _Node] = {}
         self.num_pins = 0
         self.last_used = 0
+        self.written: Fence | None = None  # what has to be done on the device before the rows are there
 
     @property
     def stop(self) -> int:
@@ -187,6 +189,7 @@ class PrefixTree:
 
         Effects: the pages of those that are new are held; the tensors go on as before, behind the last of the tokens,
             and move away before they overwrite one. What was used least recently goes until ``max_bytes`` are kept.
+            Nothing is recorded while the current stream is being captured into a graph.
         Raises:  ValueError for tensors of other lanes, of another salt, or without all of the rows.
         """
         tokens = tuple(tokens)
@@ -198,7 +201,7 @@ class PrefixTree:
                 f"{salt!r}: what one tenant computed is not lent to another"
             )
         with self.pool.lock:
-            if self.pool.is_foreign or not tokens:
+            if self.pool.is_foreign or self.pool.driver.is_capturing() or not tokens:
                 return 0
             path, num_known = self._walk(tokens, salt)
             if num_known < len(tokens):
@@ -228,11 +231,15 @@ class PrefixTree:
             at_most: rows that every slot may have at most, padding included.
 
         Effects: see ``prefix_loan.lend``. All slots are equally long, as long as the one of which the least is cached.
-        Returns: None if that is nothing.
+            The current stream's next work comes after that by which the rows were written.
+        Returns: None if that is nothing, or while the stream is being captured into a graph, which would copy at every
+            replay.
         Raises:  OutOfPagesError or DriverError, with everything as it was.
         """
         paddings = [0] * len(sequences) if paddings is None else paddings
         with self.pool.lock:
+            if self.pool.driver.is_capturing():
+                return None
             keys = [tuple(tokens) for tokens in sequences]
             walks = {key: self._walk(key, salt) for key in set(keys)}
             self._num_asked += sum(map(len, keys))
@@ -241,6 +248,11 @@ class PrefixTree:
             num_lent = sum(max(num_rows - padding, 0) for padding in paddings)
             if num_lent == 0:
                 return None
+            for node in {id(node): node for path, _ in walks.values() for node in path}.values():
+                if node.written is not None and node.written.passed():
+                    node.written = None
+                if node.written is not None:
+                    node.written.order_after()
             wanted = list(zip(keys, paddings, strict=True))
             sources = {(key, padding): self._source(walks[key][0], num_rows, padding) for key, padding in set(wanted)}
             vtensors, is_copy = lend(
@@ -383,6 +395,7 @@ class PrefixTree:
         parent = self._split(path[-1], num_known)
         node = _Node(parent, num_known, tokens[num_known:], own)
         node.last_used = next(self._clock)
+        node.written = self.pool.driver.fence()
         self.held_bytes += self.pool.hold(node.pages())
         parent.children[tokens[num_known]] = node
 
@@ -395,7 +408,7 @@ class PrefixTree:
         edges = [at * lane.row_bytes for lane in self.lanes]
         runs = [run.covering(edge) for run, edge in zip(node.runs, edges, strict=True)]
         upper = _Node(node.parent, node.start, before, runs)
-        upper.last_used = node.last_used
+        upper.last_used, upper.written = node.last_used, node.written
         upper.children[after[0]] = node
         held = node.pages()
         node.runs = [run.since(edge) for run, edge in zip(node.runs, edges, strict=True)]

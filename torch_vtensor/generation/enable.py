@@ -15,6 +15,7 @@ from typing import Any
 from torch_vtensor.allocator.pools import set_default_budget
 from torch_vtensor.generation import attention as fast_attention
 from torch_vtensor.generation import layers
+from torch_vtensor.generation import prefix_cache as prefixes
 from torch_vtensor.generation._transformers_compat import (
     Cache,
     DynamicLayer,
@@ -48,6 +49,8 @@ _switched_on = False
 _blocks: set[object] = set()
 _compiles: set[object] = set()  # who of those asked for compiled decoding
 _attends: set[object] = set()  # who of those asked for fast attention
+_reuses: set[object] = set()  # who of those asked for prefixes to be reused
+_compiled_sample: Callable[..., Any] | None = None  # compiled decoding's loop, once somebody asked for it
 _budgets: dict[object, int] = {}  # the budgets that they asked for, the latest last
 _stock: list[tuple[type, str, Any]] = []  # what was replaced; None where the class had no method of its own
 
@@ -69,7 +72,13 @@ REPLACEMENTS = {(owner, name): _replacement(owner, name, ours) for owner, name, 
 """The method that stands for each one of transformers', made while transformers' own are in place."""
 
 
-def enable(*, compile: bool = False, attention: str | None = None, budget_bytes: int | None = None) -> None:
+def enable(
+    *,
+    compile: bool = False,
+    attention: str | None = None,
+    prefix_cache: bool = False,
+    budget_bytes: int | None = None,
+) -> None:
     """Give every HuggingFace ``generate()`` loop in this process growable KV memory, without changing its results.
 
     From now on the layers of every ``DynamicCache``, existing ones included, append in place. Calling it again only
@@ -82,6 +91,11 @@ def enable(*, compile: bool = False, attention: str | None = None, budget_bytes:
         attention: "fast" lets every model of transformers' attention registry attend by ``torch_vtensor.ops``, in
             forwards without gradients, wherever a mask or a model asks for nothing that those lack; ``stats()`` counts
             where they did, and why not. Sums are rounded in another order. Default: transformers' own attention.
+        prefix_cache: let every call begin with the longest prefix of its prompts that an earlier call of the same model
+            has left, shared with it by pages: only the rest is run, and the tokens are the same. Calls that bring a
+            cache of their own are left alone. ``stats()`` counts how much was reused, and why not; ``prefix_salt``
+            keeps tenants apart. What is kept gives way to what is in use, and ends with the model, with a change of
+            its weights, or with ``disable()``.
         budget_bytes: the most physical memory a device may hold for caches, explicit ones included; of several budgets
             asked for the latest holds. Default: as before, at first TORCH_VTENSOR_BUDGET_BYTES or what the device has.
 
@@ -96,6 +110,7 @@ def enable(*, compile: bool = False, attention: str | None = None, budget_bytes:
         _switched_on = True
         _set_compile(_SWITCH, sample)
         _set_attention(_SWITCH, attention)
+        _set_reuse(_SWITCH, prefix_cache)
 
 
 def disable() -> None:
@@ -109,13 +124,20 @@ def disable() -> None:
         _blocks.clear()
         _compiles.clear()
         _set_attention(None, None)
+        _set_reuse(None, False)
         for who in list(_budgets):
             _drop_budget(who)
         _remove()
 
 
 @contextmanager
-def enabled(*, compile: bool = False, attention: str | None = None, budget_bytes: int | None = None) -> Iterator[None]:
+def enabled(
+    *,
+    compile: bool = False,
+    attention: str | None = None,
+    prefix_cache: bool = False,
+    budget_bytes: int | None = None,
+) -> Iterator[None]:
     """``enable()`` for a block. Blocks may nest and overlap between threads; the last one out puts things back."""
     block = object()
     _check_attention(attention)
@@ -127,12 +149,14 @@ def enabled(*, compile: bool = False, attention: str | None = None, budget_bytes
             _install()
             _set_compile(block, sample)
             _set_attention(block, attention)
+            _set_reuse(block, prefix_cache)
         yield
     finally:
         with _lock:
             _blocks.discard(block)  # disable() may have ended it
             _compiles.discard(block)
             _set_attention(block, None)
+            _set_reuse(block, False)
             _drop_budget(block)
             if not _blocks and not _switched_on:
                 _remove()
@@ -155,19 +179,54 @@ def _set_compile(who: object, sample: Callable[..., Any] | None) -> None:
     if sample is None:
         _compiles.discard(who)
         return
+    global _compiled_sample
+    _compiled_sample = sample
     _compiles.add(who)
-    if (GenerationMixin, "_sample") not in ((owner, name) for owner, name, _ in _stock):
-        stock = GenerationMixin._sample
-        _stock.append((GenerationMixin, "_sample", stock))
-        GenerationMixin._sample = _replacement_of_sample(stock, sample)
+    _install_loop("_sample", _sample)
 
 
-def _replacement_of_sample(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+def _set_reuse(who: object, wanted: bool) -> None:
+    """Note that ``who`` (None: everybody) wants prefixes to be reused or not; they are kept as long as anybody does."""
+    if wanted:
+        _reuses.add(who)
+        _install_loop("_sample", _sample)
+        _install_loop("_beam_search", _beam_search)
+        _install_loop("_prepare_cache_for_generation", _prepare_cache)
+        return
+    if who is None:
+        _reuses.clear()
+    _reuses.discard(who)
+    if not _reuses:
+        prefixes.clear()
+
+
+def _install_loop(name: str, ours: Callable[..., Any]) -> None:
+    """Have ``ours`` stand for a method of generate()'s, given the stock one, until everything is put back."""
+    if any((owner, known) == (GenerationMixin, name) for owner, known, _ in _stock):
+        return
+    stock = getattr(GenerationMixin, name)
+
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return ours(stock, self, *args, **kwargs) if _compiles else stock(self, *args, **kwargs)
+        return ours(stock, self, *args, **kwargs)
 
-    return method
+    _stock.append((GenerationMixin, name, stock))
+    setattr(GenerationMixin, name, method)
+
+
+def _sample(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    run = functools.partial(_compiled_sample, stock) if _compiles and _compiled_sample is not None else stock
+    return prefixes.reuse(run, model, *args, answers_too=True, **kwargs) if _reuses else run(model, *args, **kwargs)
+
+
+def _beam_search(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    if not _reuses:
+        return stock(model, *args, **kwargs)
+    return prefixes.reuse(stock, model, *args, answers_too=False, **kwargs)
+
+
+def _prepare_cache(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    return prefixes.note_cache(stock, model, *args, **kwargs) if _reuses else stock(model, *args, **kwargs)
 
 
 def _check_attention(attention: str | None) -> None:

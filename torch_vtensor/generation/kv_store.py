@@ -21,8 +21,9 @@ import torch
 
 from torch_vtensor.allocator.pools import default_scheduler
 from torch_vtensor.allocator.vtensor import VTensor
+from torch_vtensor.generation.tenant import current_salt
 
-__all__ = ["KVShape", "KVStore", "Place", "is_token_major", "paging_tokens"]
+__all__ = ["KVShape", "KVStore", "Place", "capacity_of", "is_token_major", "paging_tokens"]
 
 _CUDA_CAPACITY_TOKENS = 128 * 1024
 _CPU_CAPACITY_TOKENS = 1024
@@ -97,7 +98,7 @@ class KVStore:
     """
 
     def __init__(self, shape: KVShape, num_layers: int, tokens: int) -> None:
-        capacity = _capacity(tokens, shape.device)
+        capacity, salt = capacity_of(tokens, shape.device), current_salt()
         if is_token_major(shape.device):
             row_elements = shape.heads * (shape.key_dim + shape.value_dim) * num_layers
             rows: list[tuple[tuple[int, ...], int]] = [((shape.batch,), row_elements)]
@@ -111,10 +112,18 @@ class KVStore:
                 dtype=shape.dtype,
                 device=shape.device,
                 first_rows=tokens,
+                salt=salt,
             )
             for outer, row_elements in rows
         ]
         self._start(shape, [None] * num_layers, vtensors)
+
+    @classmethod
+    def over(cls, vtensors: list[VTensor], shape: KVShape, num_layers: int, tokens: int) -> KVStore:
+        """A store over VTensors that hold the first ``tokens`` of all of its layers."""
+        store = cls.__new__(cls)
+        store._start(shape, [(0, tokens)] * num_layers, vtensors)
+        return store
 
     def _start(self, shape: KVShape, intervals: list[tuple[int, int] | None], vtensors: list[VTensor]) -> None:
         self.shape = shape
@@ -286,7 +295,7 @@ class KVStore:
         return places[0], places[1]
 
 
-def _capacity(tokens: int, device: torch.device) -> int:
+def capacity_of(tokens: int, device: torch.device) -> int:
     """Tokens to reserve: on CUDA so many that addresses never change; on the CPU, where one storage spans the strips
     of every head and may be read whole, at most a few times what is used. A store that outgrows it is mapped anew."""
     if device.type == "cuda":

@@ -72,6 +72,14 @@ class LayerColumn:
         self._history = SlotHistory.unknown(group.shape.batch)
         self._merged = 0  # slots that have tokens before this in common have them in common pages
 
+    @classmethod
+    def over(cls, store: KVStore, group: LayerGroup, index: int, stop: int) -> LayerColumn:
+        """The column of a layer whose tokens [0, ``stop``) lie in ``store``."""
+        column = cls(group, index)
+        column._seen = stop
+        column._view(store)
+        return column
+
     def append(
         self, key: torch.Tensor, value: torch.Tensor, first: int, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor]:

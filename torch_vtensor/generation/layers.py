@@ -40,6 +40,7 @@ __all__ = [
     "LayerState",
     "batch_repeat_interleave",
     "batch_select_indices",
+    "begin_with",
     "cache_update",
     "change_batch",
     "counters",
@@ -150,6 +151,15 @@ def start_empty(cache: Cache, layer: DynamicLayer, shape: KVShape) -> LayerState
         return _adopt(layer, key, value)
     finally:
         _calling.cache = None
+
+
+def begin_with(layer: DynamicLayer, column: LayerColumn, stop: int) -> None:
+    """Have a layer without tokens begin with the tokens [0, ``stop``) that a column holds."""
+    if not layer.is_initialized:
+        initialize(layer, *column.views(0, 0))
+    _publish(layer, column, 0, stop)
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = stop
 
 
 def cache_update(

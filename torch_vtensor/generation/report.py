@@ -9,8 +9,9 @@ import torch
 from torch_vtensor.allocator.page_pool import PoolStats
 from torch_vtensor.allocator.pools import all_schedulers
 from torch_vtensor.allocator.torch_pool import release_idle
-from torch_vtensor.generation import attention, layers
+from torch_vtensor.generation import attention, layers, prefix_cache
 from torch_vtensor.generation._transformers_compat import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from torch_vtensor.generation.cached_rows import is_plain
 from torch_vtensor.settings import format_bytes
 
 __all__ = ["Explanation", "LayerExplanation", "Stats", "empty_cache", "explain", "stats", "trim"]
@@ -19,17 +20,19 @@ __all__ = ["Explanation", "LayerExplanation", "Stats", "empty_cache", "explain",
 class Stats(NamedTuple):
     """Every device's memory, and how many appends of cache layers were zero-copy or stock, by reason.
 
-    ``attention`` counts the calls of attention while attention="fast" was on, in the same way.
+    ``attention`` counts the calls of attention while attention="fast" was on, in the same way; ``prefixes`` what calls
+    of generate() reused while prefix_cache=True was, in tokens, and how often calls did not, by reason.
     """
 
     devices: dict[torch.device, PoolStats]
     appends: dict[str, int]
     attention: dict[str, int]
+    prefixes: dict[str, int]
 
     def __str__(self) -> str:
         lines = []
         for device, pool in self.devices.items():
-            names = ("committed", "live", "shared", "parked", "pooled", "torch", "reserved")
+            names = ("committed", "live", "shared", "prefix", "parked", "pooled", "torch", "reserved")
             sizes = ", ".join(f"{name} {format_bytes(getattr(pool, name + '_bytes'))}" for name in names)
             lines.append(f"{device}: {sizes}; {pool.num_driver_calls} driver calls, {pool.num_device_waits} waits")
             lines += [
@@ -38,17 +41,22 @@ class Stats(NamedTuple):
             ]
         lines += [f"appends {reason}: {count}" for reason, count in self.appends.items()]
         lines += [f"attention {reason}: {count}" for reason, count in self.attention.items()]
+        lines += [f"prefixes {reason}: {count}" for reason, count in self.prefixes.items()]
         return "\n".join(lines) or "nothing was allocated yet"
 
 
 class LayerExplanation(NamedTuple):
-    """What one layer of a model's cache will do; its attention will be "fast", "stock", or "stock: " and why."""
+    """What one layer of a model's cache will do; its attention will be "fast", "stock", or "stock: " and why.
+
+    ``prefix`` says up to where its tokens can be reused by later calls under prefix_cache=True, or why they cannot.
+    """
 
     layer: int
     kind: str
     zero_copy: bool
     reason: str
     attention: str
+    prefix: str
 
 
 class Explanation(tuple[LayerExplanation, ...]):
@@ -63,6 +71,7 @@ class Explanation(tuple[LayerExplanation, ...]):
             for entry in self
         ]
         reasons = dict.fromkeys(f"attention {entry.attention}" for entry in self if ":" in entry.attention)
+        reasons |= dict.fromkeys(f"prefixes {entry.prefix}" for entry in self)
         return "\n".join(["layer  memory     attention  kind", *rows, *reasons])
 
 
@@ -72,6 +81,7 @@ def stats() -> Stats:
         {device: scheduler.stats() for device, scheduler in all_schedulers().items()},
         dict(layers.counters),
         dict(attention.counters),
+        prefix_cache.figures(),
     )
 
 
@@ -117,21 +127,30 @@ def explain(model: Any) -> Explanation:
         raise TypeError(f"explain takes a transformers model or config, not a {type(model).__name__}")
     if reason := _why_all_stock(model):
         attends = attention.what_layer_does(model, None)
-        return Explanation([LayerExplanation(0, type(model).__name__, False, reason, attends)])
-    entries = []
+        entry = LayerExplanation(0, type(model).__name__, False, reason, attends, f"not reused: {reason}")
+        return Explanation([entry])
+    entries, never = [], prefix_cache.why_never(model)
     kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
     for index, layer in enumerate(DynamicCache(config=config).layers):
         kind = type(layer).__name__
         attends = attention.what_layer_does(model, kinds[index] if index < len(kinds) else None)
+        prefix = _what_is_reused(layer) if never is None else f"not reused: {never}"
         if not isinstance(layer, DynamicLayer):
-            entries.append(LayerExplanation(index, kind, False, "keeps no keys and values that grow", attends))
+            entries.append(LayerExplanation(index, kind, False, "keeps no keys and values that grow", attends, prefix))
         elif _owner_of_update(type(layer)) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            entries.append(LayerExplanation(index, kind, False, "has an update() of its own", attends))
+            entries.append(LayerExplanation(index, kind, False, "has an update() of its own", attends, prefix))
         else:
             window = getattr(layer, "sliding_window", None)
             more = f"; pages before the window of {window} go back" if window else ""
-            entries.append(LayerExplanation(index, kind, True, f"appends in place{more}", attends))
+            entries.append(LayerExplanation(index, kind, True, f"appends in place{more}", attends, prefix))
     return Explanation(entries)
+
+
+def _what_is_reused(layer: Any) -> str:
+    if not is_plain(type(layer)):
+        return "not reused: a layer that keeps something else than keys and values"
+    window = getattr(layer, "sliding_window", None)
+    return "reused" if window is None else f"reused by and from sequences shorter than the window of {window}"
 
 
 def _why_all_stock(model: Any) -> str | None:

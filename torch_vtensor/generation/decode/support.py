@@ -12,10 +12,9 @@ from torch_vtensor.generation._transformers_compat import (
     CACHE_NAME,
     Cache,
     DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
     continues_given_positions,
 )
+from torch_vtensor.generation.cached_rows import is_plain
 from torch_vtensor.generation.layers import why_no_driver
 
 __all__ = ["end_tokens_of", "why_stock", "windows_of"]
@@ -76,7 +75,7 @@ def why_stock(
     if mask is not None and mask.shape[1:] != input_ids.shape[1:]:
         return "the tokens before the new ones are not given"
     kinds: list[Any] = [type(layer) for layer in cache.layers] or [getattr(cache, "layer_class_to_replicate", None)]
-    if not all(_is_plain(kind) for kind in kinds):
+    if not all(is_plain(kind) for kind in kinds):
         return "layers that keep something else than keys and values"
     windows = windows_of(model)
     if windows is None:
@@ -113,11 +112,6 @@ def _hooks_of(module: torch.nn.Module) -> Iterator[Any]:
 def _is_foreign(hook: Any) -> bool:
     """Whether a hook is not transformers' own, which only collect outputs that are asked for."""
     return not str(getattr(hook, "__module__", "")).startswith("transformers.")
-
-
-def _is_plain(kind: Any) -> bool:
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return kind in plain or (getattr(kind, "is_explicit", False) and kind.__mro__[1] in plain)
 
 
 def end_tokens_of(criteria: Any) -> torch.Tensor | None:

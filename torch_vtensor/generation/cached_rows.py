@@ -1,0 +1,92 @@
+"""Between a transformers cache and a prefix tree: which VTensors its layers lie in, and layers over lent ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch_vtensor.allocator.prefix import Lane
+from torch_vtensor.allocator.vtensor import VTensor
+from torch_vtensor.generation import layers as cache_layers
+from torch_vtensor.generation._transformers_compat import DynamicLayer, DynamicSlidingWindowLayer
+from torch_vtensor.generation.kv_store import KVShape, KVStore
+from torch_vtensor.generation.layer_column import LayerColumn, LayerGroup
+
+__all__ = ["CachedRows", "StoreLayout", "begin_with", "is_plain", "most_lendable", "rows_of"]
+
+
+class StoreLayout(NamedTuple):
+    """One store of a cache: its shape for a single slot, its lanes, and (index in the cache, index in it) by layer."""
+
+    shape: KVShape
+    num_layers: int
+    lanes: tuple[Lane, ...]
+    members: tuple[tuple[int, int], ...]
+
+
+class CachedRows(NamedTuple):
+    """Where the tokens [0, ``num_rows``) of a cache's slots lie."""
+
+    layouts: tuple[StoreLayout, ...]
+    vtensors: list[VTensor]
+    num_rows: int
+
+
+def is_plain(kind: Any) -> bool:
+    """Whether layers of this class keep keys and values and nothing else, all of them or a window's."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return kind in plain or (getattr(kind, "is_explicit", False) and kind.__mro__[1] in plain)
+
+
+def most_lendable(cache: Any, num_rows: int) -> int:
+    """How many rows every layer of a cache can begin with: no more than a sliding window keeps."""
+    windows: list[int | None] = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+    return min([num_rows, *(window - 1 for window in windows if window is not None)])
+
+
+def rows_of(cache: Any, num_rows: int) -> CachedRows | str:
+    """The VTensors behind the first ``num_rows`` tokens of a cache, or why they do not lie in such.
+
+    Effects: layers that are still in ordinary memory move to pages.
+    Raises:  OutOfPagesError or DriverError, with the cache intact.
+    """
+    found: dict[int, tuple[KVStore, list[tuple[int, int]]]] = {}
+    for index, layer in enumerate(cache.layers):
+        state = cache_layers.state_of(layer) if isinstance(layer, DynamicLayer) else None
+        if state is None:
+            return "a layer is in stock memory"
+        if state.first > 0 or state.stop != layer.get_seq_length():
+            return "a sliding window has dropped its first tokens"
+        if state.stop < num_rows:
+            return "a layer has fewer tokens"
+        with state.lock:
+            if not state.is_of(layer):
+                return "a layer is in stock memory"
+            if state.column.store is None:
+                state.column.reach(0, state.stop, 0, state.stop)
+                state.column.extended(0, state.stop)
+                state.publish(layer, 0, state.stop, *state.column.views(0, state.stop))
+            store = state.column.store
+        assert store is not None
+        found.setdefault(id(store), (store, []))[1].append((index, state.column.index))
+    layouts, vtensors = [], []
+    for store, members in found.values():
+        stop = max(interval[1] for interval in store.intervals if interval)
+        for vtensor in store.vtensors:
+            vtensor.length = stop
+        lanes = tuple(Lane.of(vtensor) for vtensor in store.vtensors)
+        layouts.append(StoreLayout(store.shape._replace(batch=1), store.num_layers, lanes, tuple(members)))
+        vtensors += store.vtensors
+    return CachedRows(tuple(layouts), vtensors, num_rows)
+
+
+def begin_with(cache: Any, layouts: Sequence[StoreLayout], vtensors: Sequence[VTensor], num_rows: int) -> None:
+    """Give an empty cache the rows [0, ``num_rows``) of VTensors that were made for its layers, in their order."""
+    waiting = iter(vtensors)
+    for layout in layouts:
+        own = [next(waiting) for _ in layout.lanes]
+        shape = layout.shape._replace(batch=own[0].outer_shape[0])
+        store = KVStore.over(own, shape, layout.num_layers, num_rows)
+        group = LayerGroup(shape, layout.num_layers)
+        for index, member in layout.members:
+            cache_layers.begin_with(cache.layers[index], LayerColumn.over(store, group, member, num_rows), num_rows)

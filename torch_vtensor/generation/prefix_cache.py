@@ -1,0 +1,324 @@
+"""prefix_cache=True: a call of generate() begins with the longest prefix that an earlier call has left.
+
+    generate()
+      │ makes an empty cache                        noted: it is generate()'s own
+      ▼
+    _sample, _beam_search                           what is cached of every row, but its last token, is mapped into it;
+      │ run the model on the rest of the prompt     the stock loop, and the compiled one, go on from there
+      ▼
+    the tokens                                      recorded, with the pages that their keys and values lie in
+
+What is cached is a model's own, and is dropped with the model, or when it changes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from torch_vtensor.allocator.prefix import PrefixTree
+from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
+from torch_vtensor.generation._transformers_compat import CACHE_NAME, Cache, DynamicCache, with_cache
+from torch_vtensor.generation.cached_rows import (
+    CachedRows,
+    StoreLayout,
+    begin_with,
+    is_plain,
+    most_lendable,
+    rows_of,
+)
+from torch_vtensor.generation.kv_store import capacity_of
+from torch_vtensor.generation.layers import why_no_driver
+from torch_vtensor.generation.tenant import current_salt
+
+__all__ = ["clear", "counters", "figures", "note_cache", "reuse", "tree_of", "why_never"]
+
+counters: Counter[str] = Counter()
+"""How many tokens of prompts were reused and run, how many were recorded, and why calls did not, by reason."""
+
+_LEAST_TOKENS = 16  # fewer are computed about as fast as they are mapped
+_LOOP_ARGUMENTS = {"streamer", "synced_gpus"}
+_MODEL_INPUTS = {CACHE_NAME, "attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep"}
+_made_by_generate: weakref.WeakSet[Cache] = weakref.WeakSet()
+_lock = threading.Lock()
+
+
+class _Kept(NamedTuple):
+    """What one model left: for the state that ``mark`` tells from others, in stores laid out like this."""
+
+    mark: tuple[Any, ...]
+    layouts: tuple[StoreLayout, ...]
+    tree: PrefixTree
+
+
+_kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
+
+
+class _Request(NamedTuple):
+    """The prompts of one call: their tokens without padding, and how much of it is in front."""
+
+    tokens: list[list[int]]
+    paddings: list[int]
+
+
+def note_cache(
+    stock: Callable[..., Any], model: Any, config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """``GenerationMixin._prepare_cache_for_generation``, which tells a cache of generate()'s own from the caller's."""
+    given = model_kwargs.get(CACHE_NAME)
+    result = stock(model, config, model_kwargs, *args, **kwargs)
+    if isinstance(given, Cache):
+        _made_by_generate.discard(given)  # a cache that an earlier call returned
+    elif given is None and isinstance(model_kwargs.get(CACHE_NAME), Cache):
+        _made_by_generate.add(model_kwargs[CACHE_NAME])
+    return result
+
+
+def reuse(
+    run: Callable[..., Any],
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    *,
+    answers_too: bool,
+    **kwargs: Any,
+) -> Any:
+    """``run``, one of generate()'s loops, over a cache that holds already what is known of the prompt.
+
+    Args:
+        answers_too: whether slot i of the cache ends up with the tokens of sequence i that the loop returns. Otherwise
+            only prompts are recorded.
+    """
+    is_given = kwargs.get(CACHE_NAME) is not None and kwargs[CACHE_NAME] not in _made_by_generate
+    inputs = with_cache(model, kwargs) if model._supports_default_dynamic_cache() else kwargs
+    reason = "the call brings a cache of its own" if is_given else _why_not(model, input_ids, generation_config, inputs)
+    request = _request_of(input_ids, inputs) if reason is None else reason
+    if isinstance(request, str):
+        counters[f"not reused: {request}"] += 1
+        return run(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+    mark, cache = _mark_of(model), inputs[CACHE_NAME]
+    num_reused = _begin(model, mark, cache, request, input_ids.shape[1], generation_config.max_length)
+    num_asked = sum(map(len, request.tokens))
+    counters["tokens reused"] += sum(max(num_reused - padding, 0) for padding in request.paddings)
+    counters["tokens of prompts"] += num_asked
+    output = run(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs)
+    sequences = getattr(output, "sequences", output) if answers_too else input_ids
+    _record(model, mark, cache, request, sequences, getattr(generation_config, "_pad_token_tensor", None))
+    return output
+
+
+def tree_of(model: Any) -> PrefixTree | None:
+    """What is kept of a model's sequences, if any are."""
+    kept = _kept.get(model)
+    return None if kept is None else kept.tree
+
+
+def clear() -> None:
+    """Forget every sequence of every model; pages that nobody else uses are free again."""
+    with _lock:
+        _kept.clear()
+
+
+def figures() -> dict[str, int]:
+    """The counters, and what the trees of the models that are alive hold and did."""
+    with _lock:
+        found = [kept.tree.stats() for kept in _kept.values()]
+    sums = {
+        "tokens held": sum(tree.num_tokens for tree in found),
+        "bytes held": sum(tree.held_bytes for tree in found),
+        "tokens evicted": sum(tree.num_evicted_tokens for tree in found),
+        "copied, for want of mappings": sum(tree.num_copies_for_mappings for tree in found),
+    }
+    return dict(counters) | {name: count for name, count in sums.items() if count}
+
+
+def why_never(model: Any) -> str | None:
+    """Why no call of a model, or of one with this config, can begin with a prefix of another; None if some can."""
+    config = getattr(model, "config", model)
+    if getattr(config, "is_encoder_decoder", False):
+        return "an encoder-decoder"
+    kinds = set(_rope_kinds(config.get_text_config(decoder=True)))
+    if any("dynamic" in kind or kind == "longrope" for kind in kinds):
+        return "rotary frequencies that depend on the length"
+    if not all(is_plain(type(layer)) for layer in DynamicCache(config=config.get_text_config(decoder=True)).layers):
+        return "layers that keep something else than keys and values"
+    return None
+
+
+def _why_not(model: Any, input_ids: torch.Tensor, config: Any, inputs: dict[str, Any]) -> str | None:
+    """Why this call cannot begin with a prefix of another, or None."""
+    cache = inputs.get(CACHE_NAME)
+    if cache is None or inputs.get("use_cache") is False:
+        return "no cache"
+    if (reason := why_never(model)) is not None:
+        return reason
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        return f"a cache of another kind ({type(cache).__name__})"
+    if not cache.layers or cache.get_seq_length() > 0:
+        return "a cache whose layers are not known before the first step, or that holds tokens"
+    if getattr(model, "hf_device_map", None) or why_no_driver(model.device.type):
+        return "the model is on several devices, or on one without a memory driver"
+    if any(module.training for module in model.modules()):
+        return "the model is in training mode (call model.eval())"
+    if torch.is_grad_enabled():
+        return "gradients are enabled (use torch.no_grad())"
+    if inputs.get("synced_gpus") or getattr(config, "is_assistant", False):
+        return "steps are synchronised with another process or model"
+    if getattr(config, "prefill_chunk_size", None) is not None:
+        return "prefill_chunk_size is set"
+    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+        return "attentions or hidden states of the prompt are asked for"
+    known = _MODEL_INPUTS | _LOOP_ARGUMENTS
+    unknown = sorted(name for name, value in inputs.items() if name not in known and value is not None)
+    if unknown:
+        return f"the model takes more than tokens ({', '.join(unknown)})"
+    if input_ids.dim() != 2:
+        return "tokens of several dimensions"
+    return None
+
+
+def _rope_kinds(config: Any) -> Iterator[str]:
+    """The kinds of rotary embedding that a config names, for all layers or for some."""
+    waiting = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            waiting += found.values()
+            yield from (str(found[name]) for name in ("rope_type", "type") if found.get(name) is not None)
+
+
+def _request_of(input_ids: torch.Tensor, inputs: dict[str, Any]) -> _Request | str:
+    """The prompts, read from the device; a string that says why they do not tell all that there is to know."""
+    batch, length = input_ids.shape
+    rows, mask = input_ids.tolist(), inputs.get("attention_mask")
+    paddings = [0] * batch
+    if mask is not None:
+        if mask.dim() != 2 or mask.shape[1] != length:
+            return "a mask that is not one of the prompt's tokens"
+        shown = [[bool(seen) for seen in row] for row in mask.tolist()]
+        paddings = [row.index(True) if True in row else length for row in shown]
+        if any(not all(row[padding:]) for row, padding in zip(shown, paddings, strict=True)):
+            return "an attention mask with holes"
+    given = inputs.get("position_ids")
+    if given is not None:
+        if given.shape not in ((batch, length), (1, length)):
+            return "positions of several dimensions"
+        positions = given.expand(batch, length).tolist()
+        if any(
+            row[padding:] != list(range(length - padding)) for row, padding in zip(positions, paddings, strict=True)
+        ):
+            return "positions of the caller's own"
+    return _Request([row[padding:] for row, padding in zip(rows, paddings, strict=True)], paddings)
+
+
+def _begin(
+    model: Any, mark: tuple[Any, ...], cache: Any, request: _Request, length: int, max_length: int | None
+) -> int:
+    """Give the cache what is known of every prompt; returns how many rows that are, padding included."""
+    with _lock:
+        kept = _kept.get(model)
+        if kept is not None and kept.mark != mark:
+            counters["dropped: the model has changed"] += 1
+            del _kept[model]
+            kept = None
+    if kept is None:
+        return 0
+    at_most = most_lendable(cache, length - 1)  # one token has to be run, for its logits
+    if at_most < length - 1:
+        counters["limited: a sliding window keeps no more"] += 1
+    try:
+        salt, tree = current_salt(), kept.tree
+        known = [tree.match(tokens, salt) for tokens in request.tokens]
+        num_rows = min([at_most, *(a + b for a, b in zip(known, request.paddings, strict=True))])
+        if num_rows - min(request.paddings) < _LEAST_TOKENS:
+            return 0
+        capacity = capacity_of(max(length + 1, max_length or 0), tree.pool.device)
+        loan = tree.fork(request.tokens, capacity=capacity, paddings=request.paddings, at_most=at_most, salt=salt)
+    except (DriverError, ForkedProcessError, OutOfPagesError) as error:
+        counters[f"not reused: {type(error).__name__}"] += 1
+        return 0
+    if loan is None:
+        return 0
+    begin_with(cache, kept.layouts, loan.vtensors, loan.num_rows)
+    return loan.num_rows
+
+
+def _record(
+    model: Any, mark: tuple[Any, ...], cache: Any, request: _Request, sequences: torch.Tensor, pad_token: Any
+) -> None:
+    """Keep what slot i of the cache holds of ``sequences[i]``, for those without padding in front."""
+    num_rows = min(cache.get_seq_length(), sequences.shape[1])
+    if num_rows < _LEAST_TOKENS:
+        counters["not recorded: fewer tokens than are worth it"] += 1
+        return
+    try:
+        rows = rows_of(cache, num_rows)
+        if isinstance(rows, str):
+            counters[f"not recorded: {rows}"] += 1
+            return
+        tree, salt = _tree_for(model, mark, rows), current_salt()
+        pad = None if pad_token is None else int(pad_token)
+        for slot, tokens in enumerate(sequences[:, :num_rows].tolist()):
+            if request.paddings[slot]:
+                counters["not recorded: padding in front"] += 1
+                continue
+            stop = num_rows
+            while stop > len(request.tokens[slot]) and tokens[stop - 1] == pad:
+                stop -= 1  # the sequence ended before the others of its batch
+            counters["tokens recorded"] += tree.record(tokens[:stop], rows.vtensors, slot, salt)
+    except (DriverError, ForkedProcessError, OutOfPagesError) as error:
+        counters[f"not recorded: {type(error).__name__}"] += 1
+
+
+def _tree_for(model: Any, mark: tuple[Any, ...], rows: CachedRows) -> PrefixTree:
+    """The tree of the model as it is now, which may be new."""
+    scheduler = rows.vtensors[0].scheduler
+    with _lock:
+        kept = _kept.get(model)
+        if kept is None or (kept.mark, kept.layouts, kept.tree.scheduler) != (mark, rows.layouts, scheduler):
+            lanes = [lane for layout in rows.layouts for lane in layout.lanes]
+            kept = _kept[model] = _Kept(mark, rows.layouts, PrefixTree(lanes, scheduler=scheduler))
+        return kept.tree
+
+
+def _mark_of(model: Any) -> tuple[Any, ...]:
+    """What tells the model as it is from what it was: its weights' places and versions, adapters, hooks, precision.
+
+    Writing through ``parameter.data`` is the one change that it does not see: torch counts no version there.
+    """
+    weights = tuple(
+        (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version, tensor.dtype)
+        for tensor in (*model.parameters(), *model.buffers())
+    )
+    adapters = tuple(
+        (tuple(module.active_adapters), bool(getattr(module, "disable_adapters", False)), str(module.scaling))
+        for module in model.modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "scaling")
+    )
+    hooks = tuple(
+        id(hook)
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not str(getattr(hook, "__module__", "")).startswith("transformers.")
+    )
+    device_type = model.device.type
+    precision = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
+    return weights, adapters, hooks, precision, getattr(model.config, "_attn_implementation", None)
+
+
+def _start_afresh_in_child() -> None:
+    # The pages are the parent's, and another thread may have held the lock.
+    global _lock
+    _lock = threading.Lock()
+    _kept.clear()
+
+
+os.register_at_fork(after_in_child=_start_afresh_in_child)
