@@ -25,6 +25,7 @@ from torch_vtensor.compile.tensor_view import Interval, LogicalTensor, Mask
 
 ROOT = Path(__file__).parents[2]
 PLANS = ("tensor_parallel", "one_f_one_b", "zero")
+pytestmark = pytest.mark.xdist_group("processes")  # two worlds at once would share two cores
 
 
 @pytest.fixture(scope="module")
