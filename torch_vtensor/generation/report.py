@@ -71,7 +71,6 @@ class Explanation(tuple[LayerExplanation, ...]):
             for entry in self
         ]
         reasons = dict.fromkeys(f"attention {entry.attention}" for entry in self if ":" in entry.attention)
-        reasons |= dict.fromkeys(f"prefixes {entry.prefix}" for entry in self)
         return "\n".join(["layer  memory     attention  kind", *rows, *reasons])
 
 
