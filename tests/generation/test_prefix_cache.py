@@ -239,7 +239,8 @@ def replaced(model: Any) -> None:
 def adapted(model: Any) -> None:
     layer = model.model.layers[0].self_attn.k_proj
     layer.active_adapters, layer.scaling = ["other"], {"other": 1.0}  # as PEFT's layers have them
-    layer.register_forward_hook(lambda module, args, output: output * 1.5)
+    stock = layer.forward
+    layer.forward = lambda x: stock(x) * 1.5
 
 
 @pytest.mark.parametrize("change", [changed_in_place, replaced, adapted])
@@ -255,6 +256,35 @@ def test_a_model_that_changed_begins_anew(change: Any) -> None:
         generate(model, prompt(1))
         assert reused() == 129
     assert torch.equal(warm, generate(model, prompt(1)))
+
+
+def test_hooks_see_all_of_the_prompt(memory: Memory) -> None:
+    """Nor is what they change taken for what the model computes, whatever address a hook has."""
+    torch.manual_seed(0)
+    model = FAMILIES["llama"].make().eval()
+    layer = model.model.layers[0].self_attn.k_proj
+    plain = generate(model, prompt(1))
+    with torch_vtensor.enabled(prefix_cache=True):
+        for factor in (1.5, 0.5):
+            hook = layer.register_forward_hook(lambda module, args, output, factor=factor: output * factor)
+            generate(model, prompt(1))
+            hook.remove()
+        assert reused() == 0
+        assert torch_vtensor.stats().prefixes["not reused: hooks run in forward"] == 2
+        for _ in range(2):
+            assert torch.equal(generate(model, prompt(1)), plain)
+        assert reused() == 129
+
+
+def test_rows_that_are_no_tokens_are_not_recorded(memory: Memory) -> None:
+    torch.manual_seed(0)
+    model = FAMILIES["llama"].make().eval()
+    model.prepare_inputs_for_generation = model.prepare_inputs_for_generation  # as prompt tuning overrides it
+    with torch_vtensor.enabled(prefix_cache=True):
+        for _ in range(2):
+            generate(model, prompt(1))
+        assert reused() == 0
+        assert torch_vtensor.stats().prefixes["not reused: something is put in front of the tokens"] == 2
 
 
 def test_what_is_kept_ends_with_the_model_and_with_disable(memory: Memory) -> None:

@@ -102,6 +102,8 @@ class PagePool:
         self.num_mappings = 0
         self._scrubs = scrub
         self._has_tenants = False
+        self.is_lent_to_torch = False
+        """Whether torch's allocator takes pages and puts them back, which does not say whose they were."""
         self._tenants: dict[int, Hashable] = {}  # by handle, pooled ones included: who wrote there last, unless None
         self._pages: set[Page] = set()
         self._pid = os.getpid()
@@ -281,7 +283,7 @@ class PagePool:
             self._tenants.pop(handle, None)  # of memory that is gone and had the same number
             is_dirty = not self.driver.zeroes_pages
         else:
-            is_dirty = self._tenants.get(handle) != salt
+            is_dirty = self.is_lent_to_torch or self._tenants.get(handle) != salt
         if not is_dirty:
             self._belongs_to(handle, salt)
         return is_dirty

@@ -45,6 +45,7 @@ class TorchPools:
         # Reentrant: a block that was never closed ends in a finalizer, which may run on a thread that holds the lock.
         self._lock = threading.RLock()
         self._idle: list[PoolId] = []
+        pool.is_lent_to_torch = True
         pool.reclaimers.append(self._reclaim)
 
     @contextlib.contextmanager

@@ -26,7 +26,8 @@ def state_dict(of: nn.Module | Optimizer, *, on_rank: int | None = None, whole: 
     whole: if False, what torch.distributed.checkpoint takes, without communication: each rank's parts, in the memory
     that the model and the optimizer use. ``save`` writes each element once, from a rank that keeps it; ``load`` reads
     what a rank keeps, whatever plan it was saved under, into that memory; give the dict to `load_state_dict` then. An
-    optimizer that has not stepped yet makes its state for that.
+    optimizer that has not stepped yet makes its state for that, of zeros. ``async_save`` copies tensors in a way that
+    parts do not have; it is not supported.
 
     Raises:  ValueError for a rank that does not exist, or for parts on one rank.
     """
@@ -91,21 +92,25 @@ def _parts(of: nn.Module | Optimizer) -> dict[str, Any]:
 
 
 def _make_state(optimizer: Optimizer) -> None:
-    """Have an optimizer make the state that its first step makes, by a step that changes no parameter."""
+    """Have an optimizer make the state that its first step makes, in zeros, by a step that changes no parameter."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     gradients = [parameter.grad for parameter in parameters]
-    rates = [group["lr"] for group in optimizer.param_groups]
     try:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
+        for group in optimizer.param_groups:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
         optimizer.step()
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group, before in zip(optimizer.param_groups, settings, strict=True):
+            group.update(before)
+    with torch.no_grad():
+        for state in optimizer.state.values():
+            for name, value in state.items():
+                state[name] = value.zero_() if isinstance(value, Tensor) else 0 if type(value) is int else value
 
 
 def _original(model: nn.Module) -> nn.Module:

@@ -71,8 +71,21 @@ def initialize(
     seed = worlds.from_rank_0(int(torch.randint(2**62, ())))
     where = torch.device(device)
     with torch.random.fork_rng([where] if where.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if where.type == "cuda":
+            with torch.cuda.device(where):
+                torch.cuda.manual_seed(seed)
         model.apply(lambda module: _fill(module, layouts, init, where))
+
+
+def _check_filled(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Raise where `init` has left a buffer alone that no checkpoint will fill either."""
+    for name, buffer in buffers.items():
+        if name in module._non_persistent_buffers_set and module._buffers[name] is buffer and not buffer._version:
+            raise ValueError(
+                f"{type(module).__name__}.{name} is in no checkpoint, and init left it as it was made, without values. "
+                f"Pass an init that computes it, as the module's __init__ does."
+            )
 
 
 def _fill(
@@ -86,9 +99,10 @@ def _fill(
     try:
         for name, parameter in parameters.items():
             module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
-        for name, buffer in buffers.items():
-            module._buffers[name] = torch.empty_like(buffer, device=device)
+        made = {name: torch.empty_like(buffer, device=device) for name, buffer in buffers.items()}
+        module._buffers.update(made)
         init(module)
+        _check_filled(module, made)
         filled = {name: module._parameters[name] for name in parameters}
     except BaseException:
         module._buffers.update(buffers)

@@ -69,6 +69,8 @@ def rows_of(cache: Any, num_rows: int) -> CachedRows | str:
             store = state.column.store
         assert store is not None
         found.setdefault(id(store), (store, []))[1].append((index, state.column.index))
+    if len({store.vtensors[0].scheduler for store, _ in found.values()}) > 1:
+        return "layers on several devices"
     layouts, vtensors = [], []
     for store, members in found.values():
         stop = max(interval[1] for interval in store.intervals if interval)

@@ -92,10 +92,10 @@ def enable(
             forwards without gradients, wherever a mask or a model asks for nothing that those lack; ``stats()`` counts
             where they did, and why not. Sums are rounded in another order. Default: transformers' own attention.
         prefix_cache: let every call begin with the longest prefix of its prompts that an earlier call of the same model
-            has left, shared with it by pages: only the rest is run, and the tokens are the same. Calls that bring a
-            cache of their own are left alone. ``stats()`` counts how much was reused, and why not; ``prefix_salt``
-            keeps tenants apart. What is kept gives way to what is in use, and ends with the model, with a change of
-            its weights, or with ``disable()``.
+            has left, shared with it by pages: only the rest is run, whose sums may be rounded in another order. Calls
+            that bring a cache of their own are left alone. ``stats()`` counts how much was reused, and why not;
+            ``prefix_salt`` keeps tenants apart. What is kept gives way to other caches, and ends with the model, with
+            a change of its weights (other than through ``parameter.data``), or with ``disable()``.
         budget_bytes: the most physical memory a device may hold for caches, explicit ones included; of several budgets
             asked for the latest holds. Default: as before, at first TORCH_VTENSOR_BUDGET_BYTES or what the device has.
 

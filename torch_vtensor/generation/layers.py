@@ -293,7 +293,7 @@ def change_batch(stock: Callable[..., None], cache: Any, *args: Any, **kw: Any) 
     rewinders = [_rewinder(layer) for layer in layers]
     try:
         stock(cache, *args, **kw)
-    except OutOfPagesError:
+    except BaseException:
         for rewind in rewinders:
             rewind()
         raise

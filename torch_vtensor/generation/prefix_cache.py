@@ -13,6 +13,8 @@ What is cached is a model's own, and is dropped with the model, or when it chang
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 import threading
 import weakref
@@ -24,7 +26,14 @@ import torch
 
 from torch_vtensor.allocator.prefix import PrefixTree
 from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
-from torch_vtensor.generation._transformers_compat import CACHE_NAME, Cache, DynamicCache, with_cache
+from torch_vtensor.generation import _torch_compat
+from torch_vtensor.generation._transformers_compat import (
+    CACHE_NAME,
+    Cache,
+    DynamicCache,
+    continues_given_positions,
+    with_cache,
+)
 from torch_vtensor.generation.cached_rows import (
     CachedRows,
     StoreLayout,
@@ -33,15 +42,18 @@ from torch_vtensor.generation.cached_rows import (
     most_lendable,
     rows_of,
 )
+from torch_vtensor.generation.decode.support import has_foreign_hooks
 from torch_vtensor.generation.kv_store import capacity_of
 from torch_vtensor.generation.layers import why_no_driver
 from torch_vtensor.generation.tenant import current_salt
 
 __all__ = ["clear", "counters", "figures", "note_cache", "reuse", "tree_of", "why_never"]
 
+_log = logging.getLogger(__name__)
 counters: Counter[str] = Counter()
 """How many tokens of prompts were reused and run, how many were recorded, and why calls did not, by reason."""
 
+_ROWS_BEHIND = range(-1, 2)  # a loop's last token is not in the cache; one that asks late whether to stop takes more
 _LEAST_TOKENS = 16  # fewer are computed about as fast as they are mapped
 _LOOP_ARGUMENTS = {"streamer", "synced_gpus"}
 _MODEL_INPUTS = {CACHE_NAME, "attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep"}
@@ -100,7 +112,7 @@ def reuse(
     is_given = kwargs.get(CACHE_NAME) is not None and kwargs[CACHE_NAME] not in _made_by_generate
     inputs = with_cache(model, kwargs) if model._supports_default_dynamic_cache() else kwargs
     reason = "the call brings a cache of its own" if is_given else _why_not(model, input_ids, generation_config, inputs)
-    request = _request_of(input_ids, inputs) if reason is None else reason
+    request = _request_of(model, input_ids, inputs) if reason is None else reason
     if isinstance(request, str):
         counters[f"not reused: {request}"] += 1
         return run(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
@@ -109,9 +121,16 @@ def reuse(
     num_asked = sum(map(len, request.tokens))
     counters["tokens reused"] += sum(max(num_reused - padding, 0) for padding in request.paddings)
     counters["tokens of prompts"] += num_asked
-    output = run(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs)
+    try:
+        output = run(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs)
+    except OutOfPagesError:
+        raise
+    except torch.OutOfMemoryError:
+        _give_way(model)  # to torch's own tensors, whose allocator does not ask
+        raise
     sequences = getattr(output, "sequences", output) if answers_too else input_ids
-    _record(model, mark, cache, request, sequences, getattr(generation_config, "_pad_token_tensor", None))
+    pad_token = getattr(generation_config, "_pad_token_tensor", None)
+    _record(model, mark, cache, request, sequences, pad_token, answers_too)
     return output
 
 
@@ -168,6 +187,14 @@ def _why_not(model: Any, input_ids: torch.Tensor, config: Any, inputs: dict[str,
         return "the model is on several devices, or on one without a memory driver"
     if any(module.training for module in model.modules()):
         return "the model is in training mode (call model.eval())"
+    if has_foreign_hooks(model.modules()) or _torch_compat.has_global_hooks():
+        return "hooks run in forward"
+    if "prepare_inputs_for_generation" in vars(model) or model.config.model_type == "cpmant":
+        return "something is put in front of the tokens"
+    if any(
+        type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_inference() for tensor in _weights(model)
+    ):
+        return "weights whose changes do not show: of a tensor subclass, or made under inference_mode"
     if torch.is_grad_enabled():
         return "gradients are enabled (use torch.no_grad())"
     if inputs.get("synced_gpus") or getattr(config, "is_assistant", False):
@@ -185,6 +212,11 @@ def _why_not(model: Any, input_ids: torch.Tensor, config: Any, inputs: dict[str,
     return None
 
 
+def _weights(model: Any) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
 def _rope_kinds(config: Any) -> Iterator[str]:
     """The kinds of rotary embedding that a config names, for all layers or for some."""
     waiting = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
@@ -195,7 +227,7 @@ def _rope_kinds(config: Any) -> Iterator[str]:
             yield from (str(found[name]) for name in ("rope_type", "type") if found.get(name) is not None)
 
 
-def _request_of(input_ids: torch.Tensor, inputs: dict[str, Any]) -> _Request | str:
+def _request_of(model: Any, input_ids: torch.Tensor, inputs: dict[str, Any]) -> _Request | str:
     """The prompts, read from the device; a string that says why they do not tell all that there is to know."""
     batch, length = input_ids.shape
     rows, mask = input_ids.tolist(), inputs.get("attention_mask")
@@ -207,8 +239,12 @@ def _request_of(input_ids: torch.Tensor, inputs: dict[str, Any]) -> _Request | s
         paddings = [row.index(True) if True in row else length for row in shown]
         if any(not all(row[padding:]) for row, padding in zip(shown, paddings, strict=True)):
             return "an attention mask with holes"
+    if any(paddings) and "position_ids" not in inspect.signature(model.forward).parameters:
+        return "padding in front, which the model's positions count"
     given = inputs.get("position_ids")
     if given is not None:
+        if not continues_given_positions():
+            return "positions of the caller's own"
         if given.shape not in ((batch, length), (1, length)):
             return "positions of several dimensions"
         positions = given.expand(batch, length).tolist()
@@ -217,6 +253,13 @@ def _request_of(input_ids: torch.Tensor, inputs: dict[str, Any]) -> _Request | s
         ):
             return "positions of the caller's own"
     return _Request([row[padding:] for row, padding in zip(rows, paddings, strict=True)], paddings)
+
+
+def _give_way(model: Any) -> None:
+    tree = tree_of(model)
+    if tree is not None:
+        tree.evict()
+        tree.scheduler.trim()
 
 
 def _begin(
@@ -252,9 +295,18 @@ def _begin(
 
 
 def _record(
-    model: Any, mark: tuple[Any, ...], cache: Any, request: _Request, sequences: torch.Tensor, pad_token: Any
+    model: Any,
+    mark: tuple[Any, ...],
+    cache: Any,
+    request: _Request,
+    sequences: torch.Tensor,
+    pad_token: Any,
+    answers_too: bool,
 ) -> None:
     """Keep what slot i of the cache holds of ``sequences[i]``, for those without padding in front."""
+    if answers_too and cache.get_seq_length() - sequences.shape[1] not in _ROWS_BEHIND:
+        counters["not recorded: the cache holds another number of tokens"] += 1
+        return
     num_rows = min(cache.get_seq_length(), sequences.shape[1])
     if num_rows < _LEAST_TOKENS:
         counters["not recorded: fewer tokens than are worth it"] += 1
@@ -274,8 +326,9 @@ def _record(
             while stop > len(request.tokens[slot]) and tokens[stop - 1] == pad:
                 stop -= 1  # the sequence ended before the others of its batch
             counters["tokens recorded"] += tree.record(tokens[:stop], rows.vtensors, slot, salt)
-    except (DriverError, ForkedProcessError, OutOfPagesError) as error:
+    except Exception as error:  # the answer is there, whatever becomes of the record
         counters[f"not recorded: {type(error).__name__}"] += 1
+        _log.info("what %s has answered is not recorded", type(model).__name__, exc_info=error)
 
 
 def _tree_for(model: Any, mark: tuple[Any, ...], rows: CachedRows) -> PrefixTree:
@@ -290,28 +343,24 @@ def _tree_for(model: Any, mark: tuple[Any, ...], rows: CachedRows) -> PrefixTree
 
 
 def _mark_of(model: Any) -> tuple[Any, ...]:
-    """What tells the model as it is from what it was: its weights' places and versions, adapters, hooks, precision.
+    """What tells the model as it is from what it was: its weights' places and versions, adapters, precision.
 
     Writing through ``parameter.data`` is the one change that it does not see: torch counts no version there.
     """
-    weights = tuple(
-        (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version, tensor.dtype)
-        for tensor in (*model.parameters(), *model.buffers())
-    )
+    weights = tuple((id(tensor), tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in _weights(model))
     adapters = tuple(
-        (tuple(module.active_adapters), bool(getattr(module, "disable_adapters", False)), str(module.scaling))
+        (
+            tuple(module.active_adapters),
+            tuple(getattr(module, "merged_adapters", ())),
+            bool(getattr(module, "disable_adapters", False)),
+            str(module.scaling),
+        )
         for module in model.modules()
         if hasattr(module, "active_adapters") and hasattr(module, "scaling")
     )
-    hooks = tuple(
-        id(hook)
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if not str(getattr(hook, "__module__", "")).startswith("transformers.")
-    )
     device_type = model.device.type
     precision = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
-    return weights, adapters, hooks, precision, getattr(model.config, "_attn_implementation", None)
+    return weights, adapters, precision, getattr(model.config, "_attn_implementation", None)
 
 
 def _start_afresh_in_child() -> None:

@@ -20,9 +20,14 @@ def current_salt() -> Hashable:
 def prefix_salt(salt: Hashable) -> Iterator[None]:
     """Keep a tenant apart: what is generated in this block never begins with what was computed outside of it.
 
-    Blocks with an equal salt share their prefixes. Memory of caches that were made in the block is overwritten with
-    zeros before one made elsewhere gets it. Holds for the calling thread, or asyncio task.
+    Blocks with an equal salt share their prefixes. Pages of caches that moved to pages in the block are overwritten
+    with zeros before others get them; caches smaller than a page are torch's memory, which is not. Holds for the
+    calling thread, or asyncio task: a thread that is started in the block needs a block of its own, or
+    ``contextvars.copy_context().run``.
+
+    Raises: TypeError for a salt that cannot be hashed.
     """
+    hash(salt)
     token = _salt.set(salt)
     try:
         yield

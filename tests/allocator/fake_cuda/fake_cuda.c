@@ -91,6 +91,8 @@ static char violation[512];
 
 static _Thread_local void *context, *own_context; /* own: what is current while nothing is pushed */
 static _Thread_local int capture_mode, context_depth;
+static _Thread_local int was_free; /* the answer to this thread's last question whether a stream is being captured */
+static _Thread_local void *asked_stream;
 
 static void violate(const char *format, ...) {
     if (violation[0] == '\0') {
@@ -414,13 +416,16 @@ int cuEventRecord(void *handle, void *stream_key) {
     CALL(1, 1, {
         event *recorded = find_event(handle);
         stream *on = find_stream(stream_key);
-        if (on->capture == CAPTURING || on->capture == CAPTURING_IMPLICITLY) {
+        /* Another thread may begin a capture between the question and the record. */
+        int began_since = was_free && asked_stream == stream_key;
+        was_free = 0;
+        if ((on->capture == CAPTURING || on->capture == CAPTURING_IMPLICITLY) && !began_since) {
             violate("an event was recorded into a capture");
         }
         recorded->stream_key = stream_key;
         recorded->after = on->submitted;
         recorded->is_recorded = 1;
-        recorded->is_captured = on->capture == CAPTURING_UNNOTICED;
+        recorded->is_captured = on->capture == CAPTURING || on->capture == CAPTURING_UNNOTICED;
         on->capture = on->capture == CAPTURING_UNNOTICED ? CAPTURING : on->capture;
     });
 }
@@ -457,6 +462,8 @@ int cuStreamIsCapturing(void *stream_key, int *status) {
         }
         int capture = find_stream(stream_key)->capture;
         *status = capture == CAPTURING;
+        was_free = capture == NOT_CAPTURING || capture == CAPTURING_UNNOTICED;
+        asked_stream = stream_key;
         result = capture == CAPTURING_IMPLICITLY ? CAPTURE_IMPLICIT : OK;
     });
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def why_stock(
     unknown = sorted(name for name, value in inputs.items() if name not in _KNOWN_INPUTS and value is not None)
     if unknown:
         return f"the model takes more than tokens ({', '.join(unknown)})"
-    if any(_is_foreign(hook) for module in modules for hook in _hooks_of(module)):
+    if has_foreign_hooks(modules):
         return "the model has forward hooks"
     position_ids = inputs.get("position_ids")
     if position_ids is not None and position_ids.dim() != 2:
@@ -102,6 +102,11 @@ def windows_of(model: Any) -> list[int | None] | None:
     if not kinds <= {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
         return None
     return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
+
+
+def has_foreign_hooks(modules: Iterable[torch.nn.Module]) -> bool:
+    """Whether forward passes run hooks that are not transformers' own."""
+    return any(_is_foreign(hook) for module in modules for hook in _hooks_of(module))
 
 
 def _hooks_of(module: torch.nn.Module) -> Iterator[Any]:
