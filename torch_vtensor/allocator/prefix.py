@@ -219,6 +219,7 @@ class PrefixTree:
         *,
         capacity: int,
         paddings: Sequence[int] | None = None,
+        at_least: int = 1,
         at_most: int | None = None,
         salt: Hashable = None,
     ) -> Loan | None:
@@ -228,12 +229,13 @@ class PrefixTree:
             sequences: a slot each; repeats share everything.
             capacity: rows of addresses of the new tensors.
             paddings: rows of zeros in front of each slot's sequence. Such a slot gets copies.
+            at_least: rows, without padding, that are worth it: of the slot that would get the most.
             at_most: rows that every slot may have at most, padding included.
 
         Effects: see ``prefix_loan.lend``. All slots are equally long, as long as the one of which the least is cached.
             The current stream's next work comes after that by which the rows were written.
-        Returns: None if that is nothing, or while the stream is being captured into a graph, which would copy at every
-            replay.
+        Returns: None if that is less than ``at_least``, or while the stream is being captured into a graph, which would
+            copy at every replay.
         Raises:  OutOfPagesError or DriverError, with everything as it was.
         """
         paddings = [0] * len(sequences) if paddings is None else paddings
@@ -245,9 +247,9 @@ class PrefixTree:
             self._num_asked += sum(map(len, keys))
             num_rows = min(padding + walks[key][1] for key, padding in zip(keys, paddings, strict=True))
             num_rows = num_rows if at_most is None else min(num_rows, at_most)
-            num_lent = sum(max(num_rows - padding, 0) for padding in paddings)
-            if num_lent == 0:
+            if num_rows - min(paddings) < at_least:
                 return None
+            num_lent = sum(max(num_rows - padding, 0) for padding in paddings)
             for node in {id(node): node for path, _ in walks.values() for node in path}.values():
                 if node.written is not None and node.written.passed():
                     node.written = None

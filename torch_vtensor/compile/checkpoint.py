@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from torch_vtensor.compile import worlds
 from torch_vtensor.compile.parameters import shard_state
 from torch_vtensor.compile.sharded_tensor import ShardedTensor
 from torch_vtensor.compile.tensor_view import Mask
@@ -37,10 +38,10 @@ def state_dict(of: nn.Module | Optimizer, *, on_rank: int | None = None, whole: 
                 f"on_rank is {on_rank} with whole=False; parts are those of every rank: leave one of them."
             )
         return _parts(of)
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = worlds.num_ranks()
     if on_rank is not None and not 0 <= on_rank < world:
         raise ValueError(f"on_rank is {on_rank}; the ranks are 0 to {world - 1}, and None is all of them.")
-    here = on_rank is None or not dist.is_initialized() or on_rank == dist.get_rank()
+    here = on_rank is None or on_rank == worlds.this_rank()
     # By identity: parameters that are tied stay one tensor.
     copied: dict[int, Tensor | None] = {}
 

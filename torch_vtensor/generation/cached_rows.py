@@ -25,11 +25,10 @@ class StoreLayout(NamedTuple):
 
 
 class CachedRows(NamedTuple):
-    """Where the tokens [0, ``num_rows``) of a cache's slots lie."""
+    """Where the tokens of a cache's slots lie."""
 
     layouts: tuple[StoreLayout, ...]
     vtensors: list[VTensor]
-    num_rows: int
 
 
 def is_plain(kind: Any) -> bool:
@@ -79,7 +78,7 @@ def rows_of(cache: Any, num_rows: int) -> CachedRows | str:
         lanes = tuple(Lane.of(vtensor) for vtensor in store.vtensors)
         layouts.append(StoreLayout(store.shape._replace(batch=1), store.num_layers, lanes, tuple(members)))
         vtensors += store.vtensors
-    return CachedRows(tuple(layouts), vtensors, num_rows)
+    return CachedRows(tuple(layouts), vtensors)
 
 
 def begin_with(cache: Any, layouts: Sequence[StoreLayout], vtensors: Sequence[VTensor], num_rows: int) -> None:

@@ -42,7 +42,12 @@ from torch_vtensor.generation.cached_rows import (
     most_lendable,
     rows_of,
 )
-from torch_vtensor.generation.decode.support import has_foreign_hooks
+from torch_vtensor.generation.decode.support import (
+    MODEL_INPUTS,
+    first_tokens,
+    has_foreign_hooks,
+    why_more_than_tokens,
+)
 from torch_vtensor.generation.kv_store import capacity_of
 from torch_vtensor.generation.layers import why_no_driver
 from torch_vtensor.generation.tenant import current_salt
@@ -56,7 +61,6 @@ counters: Counter[str] = Counter()
 _ROWS_BEHIND = range(-1, 2)  # a loop's last token is not in the cache; one that asks late whether to stop takes more
 _LEAST_TOKENS = 16  # fewer are computed about as fast as they are mapped
 _LOOP_ARGUMENTS = {"streamer", "synced_gpus"}
-_MODEL_INPUTS = {CACHE_NAME, "attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep"}
 _made_by_generate: weakref.WeakSet[Cache] = weakref.WeakSet()
 _lock = threading.Lock()
 
@@ -203,10 +207,8 @@ def _why_not(model: Any, input_ids: torch.Tensor, config: Any, inputs: dict[str,
         return "prefill_chunk_size is set"
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         return "attentions or hidden states of the prompt are asked for"
-    known = _MODEL_INPUTS | _LOOP_ARGUMENTS
-    unknown = sorted(name for name, value in inputs.items() if name not in known and value is not None)
-    if unknown:
-        return f"the model takes more than tokens ({', '.join(unknown)})"
+    if (reason := why_more_than_tokens(inputs, MODEL_INPUTS | _LOOP_ARGUMENTS)) is not None:
+        return reason
     if input_ids.dim() != 2:
         return "tokens of several dimensions"
     return None
@@ -231,14 +233,11 @@ def _request_of(model: Any, input_ids: torch.Tensor, inputs: dict[str, Any]) -> 
     """The prompts, read from the device; a string that says why they do not tell all that there is to know."""
     batch, length = input_ids.shape
     rows, mask = input_ids.tolist(), inputs.get("attention_mask")
-    paddings = [0] * batch
-    if mask is not None:
-        if mask.dim() != 2 or mask.shape[1] != length:
-            return "a mask that is not one of the prompt's tokens"
-        shown = [[bool(seen) for seen in row] for row in mask.tolist()]
-        paddings = [row.index(True) if True in row else length for row in shown]
-        if any(not all(row[padding:]) for row, padding in zip(shown, paddings, strict=True)):
-            return "an attention mask with holes"
+    if mask is not None and (mask.dim() != 2 or mask.shape[1] != length):
+        return "a mask that is not one of the prompt's tokens"
+    paddings = first_tokens(input_ids, inputs)
+    if paddings is None:
+        return "an attention mask with holes"
     if any(paddings) and "position_ids" not in inspect.signature(model.forward).parameters:
         return "padding in front, which the model's positions count"
     given = inputs.get("position_ids")
@@ -279,12 +278,14 @@ def _begin(
         counters["limited: a sliding window keeps no more"] += 1
     try:
         salt, tree = current_salt(), kept.tree
-        known = [tree.match(tokens, salt) for tokens in request.tokens]
-        num_rows = min([at_most, *(a + b for a, b in zip(known, request.paddings, strict=True))])
-        if num_rows - min(request.paddings) < _LEAST_TOKENS:
-            return 0
-        capacity = capacity_of(max(length + 1, max_length or 0), tree.pool.device)
-        loan = tree.fork(request.tokens, capacity=capacity, paddings=request.paddings, at_most=at_most, salt=salt)
+        loan = tree.fork(
+            request.tokens,
+            capacity=capacity_of(max(length + 1, max_length or 0), tree.pool.device),
+            paddings=request.paddings,
+            at_least=_LEAST_TOKENS,
+            at_most=at_most,
+            salt=salt,
+        )
     except (DriverError, ForkedProcessError, OutOfPagesError) as error:
         counters[f"not reused: {type(error).__name__}"] += 1
         return 0

@@ -26,7 +26,7 @@ from torch_vtensor.generation.decode.program import DecodeProgram, Placement, Tr
 from torch_vtensor.generation.decode.prompt import Part, parts_of
 from torch_vtensor.generation.decode.sampling import Sampling, sampling_of
 from torch_vtensor.generation.decode.step import LayerRows
-from torch_vtensor.generation.decode.support import end_tokens_of, why_stock, windows_of
+from torch_vtensor.generation.decode.support import end_tokens_of, first_tokens, why_stock, windows_of
 from torch_vtensor.generation.kv_store import KVShape, KVStore
 
 __all__ = ["sample"]
@@ -59,7 +59,7 @@ def sample(
         pad_token = generation_config._pad_token_tensor if end_tokens is not None else None
         sampling = sampling_of(logits_processor, generation_config.do_sample, end_tokens, pad_token, input_ids.device)
         reason = sampling if isinstance(sampling, str) else None
-    firsts = _first_tokens(input_ids, model_kwargs) if reason is None else None
+    firsts = first_tokens(input_ids, model_kwargs) if reason is None else None
     if reason is None and firsts is None:
         reason = "an attention mask with holes"
     if reason is not None:
@@ -414,19 +414,6 @@ def _out_of_time(criteria: Any) -> bool:
     return any(
         time.time() - one.initial_timestamp > one.max_time for one in criteria if isinstance(one, MaxTimeCriteria)
     )
-
-
-def _first_tokens(input_ids: torch.Tensor, inputs: dict[str, Any]) -> list[int] | None:
-    """How many tokens of padding stand before each sequence; None where there is padding elsewhere."""
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return [0] * len(input_ids)
-    if mask.dim() != 2:
-        return None
-    firsts = (mask == 0).sum(1)
-    is_left = (mask != 0) == (torch.arange(mask.shape[1], device=mask.device) >= firsts[:, None])
-    *numbers, ok = torch.cat([firsts, is_left.all()[None]]).tolist()
-    return numbers if ok else None
 
 
 def _place(call: _Call, traced: Traced, num_rows: int, max_new: int) -> _Placed | None:

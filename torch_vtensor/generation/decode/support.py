@@ -17,18 +17,19 @@ from torch_vtensor.generation._transformers_compat import (
 from torch_vtensor.generation.cached_rows import is_plain
 from torch_vtensor.generation.layers import why_no_driver
 
-__all__ = ["end_tokens_of", "why_stock", "windows_of"]
+__all__ = [
+    "MODEL_INPUTS",
+    "end_tokens_of",
+    "first_tokens",
+    "has_foreign_hooks",
+    "why_more_than_tokens",
+    "why_stock",
+    "windows_of",
+]
 
-_KNOWN_INPUTS = {
-    CACHE_NAME,
-    "attention_mask",
-    "position_ids",
-    "cache_position",
-    "use_cache",
-    "logits_to_keep",
-    "output_attentions",
-    "output_hidden_states",
-}
+MODEL_INPUTS = {CACHE_NAME, "attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep"}
+"""What generate() may hand to a model besides tokens without telling it more than they do."""
+_KNOWN_INPUTS = MODEL_INPUTS | {"output_attentions", "output_hidden_states"}
 
 
 def why_stock(
@@ -61,9 +62,8 @@ def why_stock(
     wanted = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
     if config.return_dict_in_generate and any(getattr(config, name, False) for name in wanted):
         return "scores, logits, attentions or hidden states are asked for"
-    unknown = sorted(name for name, value in inputs.items() if name not in _KNOWN_INPUTS and value is not None)
-    if unknown:
-        return f"the model takes more than tokens ({', '.join(unknown)})"
+    if (reason := why_more_than_tokens(inputs, _KNOWN_INPUTS)) is not None:
+        return reason
     if has_foreign_hooks(modules):
         return "the model has forward hooks"
     position_ids = inputs.get("position_ids")
@@ -104,6 +104,12 @@ def windows_of(model: Any) -> list[int | None] | None:
     return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
 
 
+def why_more_than_tokens(inputs: dict[str, Any], known: set[str]) -> str | None:
+    """That the model is handed more than ``known``, by name, or None."""
+    unknown = sorted(name for name, value in inputs.items() if name not in known and value is not None)
+    return f"the model takes more than tokens ({', '.join(unknown)})" if unknown else None
+
+
 def has_foreign_hooks(modules: Iterable[torch.nn.Module]) -> bool:
     """Whether forward passes run hooks that are not transformers' own."""
     return any(_is_foreign(hook) for module in modules for hook in _hooks_of(module))
@@ -117,6 +123,19 @@ def _hooks_of(module: torch.nn.Module) -> Iterator[Any]:
 def _is_foreign(hook: Any) -> bool:
     """Whether a hook is not transformers' own, which only collect outputs that are asked for."""
     return not str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
+def first_tokens(input_ids: torch.Tensor, inputs: dict[str, Any]) -> list[int] | None:
+    """How many tokens of padding stand before each sequence; None where there is padding elsewhere."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return [0] * len(input_ids)
+    if mask.dim() != 2:
+        return None
+    firsts = (mask == 0).sum(1)
+    is_left = (mask != 0) == (torch.arange(mask.shape[1], device=mask.device) >= firsts[:, None])
+    *numbers, ok = torch.cat([firsts, is_left.all()[None]]).tolist()
+    return numbers if ok else None
 
 
 def end_tokens_of(criteria: Any) -> torch.Tensor | None:
