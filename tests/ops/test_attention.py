@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 from attention_cases import DTYPES, LOW_DTYPES, AttentionCase, attention_cases
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 
 from torch_vtensor.ops import attention_cpu, decode_attention, prefill_attention
 from torch_vtensor.ops.decode_attention import reference as decode_reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Nearly every case is another kernel to compile: shrinking one that fails would compile for many minutes.
+EACH_A_KERNEL = settings(max_examples=30, phases=[Phase.explicit, Phase.generate])
 
 
 def check_decode(case: AttentionCase, device: str) -> None:
@@ -38,14 +40,14 @@ def test_prefill(case: AttentionCase) -> None:
 
 @pytest.mark.gpu
 @given(attention_cases(LOW_DTYPES, prefill=False))
-@settings(max_examples=30)  # nearly every case is another kernel to compile
+@EACH_A_KERNEL
 def test_decode_on_cuda(case: AttentionCase) -> None:
     check_decode(case, "cuda")
 
 
 @pytest.mark.gpu
 @given(attention_cases(LOW_DTYPES, prefill=True))
-@settings(max_examples=30)
+@EACH_A_KERNEL
 def test_prefill_on_cuda(case: AttentionCase) -> None:
     check_prefill(case, "cuda")
 
