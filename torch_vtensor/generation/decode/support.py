@@ -22,6 +22,7 @@ __all__ = [
     "end_tokens_of",
     "first_tokens",
     "has_foreign_hooks",
+    "paddings_of",
     "why_more_than_tokens",
     "why_stock",
     "windows_of",
@@ -125,6 +126,16 @@ def _is_foreign(hook: Any) -> bool:
     return not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
+def paddings_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many tokens of padding stand before each sequence, and whether there is none elsewhere; on the device.
+
+    Shapes: mask [B, T]; returns [B] integers and [B] booleans.
+    """
+    firsts_B = (mask == 0).sum(1)
+    is_left_BT = (mask != 0) == (torch.arange(mask.shape[1], device=mask.device) >= firsts_B[:, None])
+    return firsts_B, is_left_BT.all(1)
+
+
 def first_tokens(input_ids: torch.Tensor, inputs: dict[str, Any]) -> list[int] | None:
     """How many tokens of padding stand before each sequence; None where there is padding elsewhere."""
     mask = inputs.get("attention_mask")
@@ -132,9 +143,8 @@ def first_tokens(input_ids: torch.Tensor, inputs: dict[str, Any]) -> list[int] |
         return [0] * len(input_ids)
     if mask.dim() != 2:
         return None
-    firsts = (mask == 0).sum(1)
-    is_left = (mask != 0) == (torch.arange(mask.shape[1], device=mask.device) >= firsts[:, None])
-    *numbers, ok = torch.cat([firsts, is_left.all()[None]]).tolist()
+    firsts_B, is_left_B = paddings_of(mask)
+    *numbers, ok = torch.cat([firsts_B, is_left_B.all()[None]]).tolist()
     return numbers if ok else None
 
 
