@@ -12,7 +12,7 @@ from torch_vtensor.generation._transformers_compat import DynamicLayer, DynamicS
 from torch_vtensor.generation.kv_store import KVShape, KVStore
 from torch_vtensor.generation.layer_column import LayerColumn, LayerGroup
 
-__all__ = ["CachedRows", "StoreLayout", "begin_with", "is_plain", "most_lendable", "rows_of"]
+__all__ = ["CachedRows", "StoreLayout", "begin_with", "is_plain", "is_worth_pages", "most_lendable", "rows_of"]
 
 
 class StoreLayout(NamedTuple):
@@ -79,6 +79,15 @@ def rows_of(cache: Any, num_rows: int) -> CachedRows | str:
         layouts.append(StoreLayout(store.shape._replace(batch=1), store.num_layers, lanes, tuple(members)))
         vtensors += store.vtensors
     return CachedRows(tuple(layouts), vtensors)
+
+
+def is_worth_pages(cache: Any, num_rows: int) -> bool:
+    """Whether the first ``num_rows`` tokens of a cache lie in pages, or would fill half of one at least."""
+    states = [cache_layers.state_of(layer) for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    return all(
+        state is None or state.column.store is not None or 2 * num_rows >= state.column.group.paging_tokens
+        for state in states
+    )
 
 
 def begin_with(cache: Any, layouts: Sequence[StoreLayout], vtensors: Sequence[VTensor], num_rows: int) -> None:

@@ -39,6 +39,7 @@ from torch_vtensor.generation.cached_rows import (
     StoreLayout,
     begin_with,
     is_plain,
+    is_worth_pages,
     most_lendable,
     rows_of,
 )
@@ -313,7 +314,7 @@ def _record(
         counters["not recorded: the cache holds another number of tokens"] += 1
         return
     num_rows = min(cache.get_seq_length(), sequences.shape[1])
-    if num_rows < _LEAST_TOKENS:
+    if num_rows < _LEAST_TOKENS or not is_worth_pages(cache, num_rows):
         counters["not recorded: fewer tokens than are worth it"] += 1
         return
     try:
