@@ -195,26 +195,21 @@ class PrefixTree:
             Nothing is recorded while the current stream is being captured into a graph.
         Raises:  ValueError for tensors of other lanes, of another salt, or without all of the rows.
         """
-        tokens = tuple(tokens)
-        if tuple(map(Lane.of, vtensors)) != self.lanes:
-            raise ValueError(f"tensors of {[Lane.of(vtensor) for vtensor in vtensors]}: this tree is of {self.lanes}")
-        if any(vtensor.salt != salt for vtensor in vtensors):
-            raise ValueError(
-                f"the tensors' salts are {[vtensor.salt for vtensor in vtensors]}, and they are to be found under "
-                f"{salt!r}: what one tenant computed is not lent to another"
-            )
         with self.pool.lock:
-            if self.pool.is_foreign or self.pool.driver.is_capturing() or not tokens:
-                return 0
-            path, num_known = self._walk(tokens, salt)
-            if num_known < len(tokens):
-                runs = [vtensor.lend(slot, len(tokens)) for vtensor in vtensors]
-                if not path:
-                    path = [self._roots.setdefault(salt, self._make_root(runs))]
-                self._add(path, tokens, num_known, runs)
-                self._num_recorded += len(tokens) - num_known
-                self._evict_until(self._fits)
-            return len(tokens) - num_known
+            num_new = self._remember(tuple(tokens), vtensors, slot, salt)
+            self._evict_until(self._fits)
+            return num_new
+
+    def keep(self, tokens: Sequence[int], vtensors: Sequence[VTensor], slot: int = 0, salt: Hashable = None) -> Pin:
+        """``record`` and ``pin`` at once: what is recorded may be more than ``max_bytes``, and stays until released.
+
+        Raises: as ``record``; ValueError where nothing can be recorded now.
+        """
+        with self.pool.lock:
+            self._remember(tuple(tokens), vtensors, slot, salt)
+            pin = self.pin(tokens, salt)
+            self._evict_until(self._fits)
+            return pin
 
     def fork(
         self,
@@ -381,6 +376,26 @@ class PrefixTree:
             for node in path:
                 node.last_used = now
         return path, num_known
+
+    def _remember(self, tokens: tuple[int, ...], vtensors: Sequence[VTensor], slot: int, salt: Hashable) -> int:
+        """Add a node for those of the tokens that are new; returns how many they are."""
+        if tuple(map(Lane.of, vtensors)) != self.lanes:
+            raise ValueError(f"tensors of {[Lane.of(vtensor) for vtensor in vtensors]}: this tree is of {self.lanes}")
+        if any(vtensor.salt != salt for vtensor in vtensors):
+            raise ValueError(
+                f"the tensors' salts are {[vtensor.salt for vtensor in vtensors]}, and they are to be found under "
+                f"{salt!r}: what one tenant computed is not lent to another"
+            )
+        if self.pool.is_foreign or self.pool.driver.is_capturing() or not tokens:
+            return 0
+        path, num_known = self._walk(tokens, salt)
+        if num_known < len(tokens):
+            runs = [vtensor.lend(slot, len(tokens)) for vtensor in vtensors]
+            if not path:
+                path = [self._roots.setdefault(salt, self._make_root(runs))]
+            self._add(path, tokens, num_known, runs)
+            self._num_recorded += len(tokens) - num_known
+        return len(tokens) - num_known
 
     def _source(self, path: list[_Node], num_rows: int, padding: int) -> Source:
         padding = min(padding, num_rows)

@@ -25,7 +25,7 @@ from torch_vtensor.generation._transformers_compat import (
 )
 from torch_vtensor.settings import load_settings
 
-__all__ = ["REPLACEMENTS", "disable", "enable", "enabled", "is_enabled"]
+__all__ = ["REPLACEMENTS", "disable", "enable", "enabled", "is_enabled", "keeps_prefixes"]
 
 _METHODS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (Cache, "update", layers.cache_update),
@@ -161,6 +161,11 @@ def enabled(
             _drop_budget(block)
             if not _blocks and not _switched_on:
                 _remove()
+
+
+def keeps_prefixes() -> bool:
+    """Whether anybody wants calls of generate() to leave their sequences to later ones."""
+    return bool(_reuses)
 
 
 def is_enabled() -> bool:

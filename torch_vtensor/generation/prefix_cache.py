@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_vtensor.allocator.prefix import PrefixTree
+from torch_vtensor.allocator.prefix import Pin, PrefixTree
 from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
 from torch_vtensor.generation import _torch_compat
 from torch_vtensor.generation._transformers_compat import (
@@ -53,7 +53,7 @@ from torch_vtensor.generation.kv_store import capacity_of
 from torch_vtensor.generation.layers import why_no_driver
 from torch_vtensor.generation.tenant import current_salt
 
-__all__ = ["clear", "counters", "figures", "mark_of", "note_cache", "reuse", "tree_of", "why_never"]
+__all__ = ["begin", "clear", "counters", "figures", "keep", "mark_of", "note_cache", "reuse", "tree_of", "why_never"]
 
 _log = logging.getLogger(__name__)
 counters: Counter[str] = Counter()
@@ -149,9 +149,35 @@ def tree_of(model: Any) -> PrefixTree | None:
 
 
 def clear() -> None:
-    """Forget every sequence of every model; pages that nobody else uses are free again."""
+    """Forget every sequence of every model but those that are pinned; pages that nobody else uses are free again."""
     with _lock:
-        _kept.clear()
+        for model, kept in list(_kept.items()):
+            kept.tree.evict()
+            if kept.tree.stats().num_nodes == 0:
+                del _kept[model]
+
+
+def begin(model: Any, cache: Any, tokens: list[int]) -> int:
+    """Give an empty cache what is kept of the beginning of ``tokens``, but for the last; returns how many those are."""
+    if tree_of(model) is None:
+        return 0
+    mark = mark_of(model)
+    if isinstance(mark, str):
+        return 0
+    return _begin(model, mark, cache, _Request([tokens], [0]), len(tokens), None)
+
+
+def keep(model: Any, cache: Any, tokens: list[int]) -> Pin:
+    """Keep what a cache's only slot holds of ``tokens``, all of which it does, until the pin is released.
+
+    Effects: moves the cache to pages.
+    Raises: ValueError, with the reason, where later calls could not begin with them; OutOfPagesError.
+    """
+    mark = mark_of(model)
+    rows = rows_of(cache, len(tokens)) if not isinstance(mark, str) else mark
+    if isinstance(mark, str) or isinstance(rows, str):
+        raise ValueError(f"what {type(model).__name__} computes cannot be kept for others: {rows}")
+    return _tree_for(model, mark, rows).keep(tokens, rows.vtensors, 0, current_salt())
 
 
 def figures() -> dict[str, int]:
