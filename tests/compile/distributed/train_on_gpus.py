@@ -1,6 +1,7 @@
-"""Does tasks of train.py on GPUs that talk by NCCL: ``torchrun --nproc-per-node 2 train_on_gpus.py plan@model@eager …``.
+"""Tasks of train.py on GPUs that talk by NCCL: ``torchrun --nproc-per-node 2 train_on_gpus.py plan@model@codegen …``.
 
-A task that fails is reported, and the next one done. Every rank writes what it did to ``rank<number>.txt`` in the current folder.
+A task that fails is reported, and the next one done. Every rank writes what it did to ``rank<number>.txt`` in the
+current folder.
 """
 
 import contextlib
