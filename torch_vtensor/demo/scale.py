@@ -18,7 +18,7 @@ class Scale(NamedTuple):
 
 
 FULL = Scale(
-    num_layers=3, hidden_size=256, num_steps=250, num_tokens=2000, codegen=None, num_document=4096, num_branches=6
+    num_layers=3, hidden_size=256, num_steps=250, num_tokens=2000, codegen=None, num_document=2048, num_branches=6
 )
 QUICK = Scale(
     num_layers=2, hidden_size=128, num_steps=4, num_tokens=300, codegen="eager", num_document=600, num_branches=3

@@ -19,7 +19,7 @@ __all__ = ["tell"]
 
 _PROMPT = "The Python language "
 _WARM_TOKENS = 8
-_BRANCH_TOKENS = 60
+_BRANCH_TOKENS = 40
 
 
 def tell(scale: Scale, device: torch.device, folder: Path, seed: int) -> str | None:
