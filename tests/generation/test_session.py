@@ -184,6 +184,20 @@ def test_a_prefix_is_run_once_for_all_sessions(num_run: Callable[[Any], list[int
         each.close()
 
 
+def test_a_system_prompt_is_run_once_for_all_chats(num_run: Callable[[Any], list[int]]) -> None:
+    model, told = model_of("llama"), tokenizer(CHAT)
+    system = {"role": "system", "content": "you are kind, and know what a page is. " * 3}
+    counts = num_run(model)
+    with Session(model, told) as session, session.prefix([system]):
+        num_system = counts.pop()
+        assert num_system == len(told.apply_chat_template([system], return_dict=False))
+        for _ in range(2):
+            with Session(model, told) as chat:
+                chat.messages = [system]
+                chat.chat("hello", max_new_tokens=1, **GREEDY)
+                assert counts[-1] == chat.length - 1 - num_system
+
+
 def test_a_prefix_of_a_model_that_changed_is_not_found() -> None:
     torch.manual_seed(0)
     model = FAMILIES["llama"].make().eval()
@@ -253,27 +267,28 @@ def test_chat_runs_what_the_template_has_not_written_before(
     session.close()
 
 
-def test_compiled_decoding_continues_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_compiled_decoding_continues_a_session(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "_compile", lambda forward: forward)
     monkeypatch.setattr(program, "_compile_parts", lambda twin: None)
     monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
     monkeypatch.setattr(loop, "_refused", weakref.WeakSet())
     monkeypatch.setattr(loop, "_prompts_refused", weakref.WeakSet())
     layers.counters.clear()
-    with torch_vtensor.enabled(compile=True), Session(model_of("llama")) as session:
+    with torch_vtensor.enabled(compile=True), Session(model_of(family)) as session:
         tokens: tuple[int, ...] = ()
         for seed in range(3):
             tokens += tuple(ids(20, seed))
             tokens += tuple(session.generate(ids(20, seed), max_new_tokens=6, **GREEDY))
         (branch,) = session.fork()
         branch.truncate(60)
-        assert branch.generate(max_new_tokens=6, **GREEDY) == plain("llama", tokens[:60], 6)
+        assert branch.generate(max_new_tokens=6, **GREEDY) == plain(family, tokens[:60], 6)
         branch.close()
         assert not [reason for reason in torch_vtensor.stats().appends if reason.startswith("stock loop")]
     expected: tuple[int, ...] = ()
     for seed in range(3):
         expected += tuple(ids(20, seed))
-        expected += tuple(plain("llama", expected, 6))
+        expected += tuple(plain(family, expected, 6))
     assert tokens == expected
 
 
@@ -338,7 +353,7 @@ def test_what_a_session_cannot_do_is_refused_with_the_reason() -> None:
         with pytest.raises(ValueError, match=message):
             session.generate(turn, **options)
     for act, message in (
-        (lambda: session.chat("x"), "chat needs a tokenizer"),
+        (lambda: session.chat("x"), "messages need a tokenizer"),
         (lambda: session.fork(0), "at least 1"),
         (lambda: session.truncate(1), "the session has 0"),
         (lambda: session.prefix([]), "a prefix of 0 tokens: give at least one"),
@@ -422,6 +437,7 @@ class SessionMachine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.sessions = [(Session(model_of(self.family)), [])]
+        self.prefixes: list[Any] = []
         self.folder = tempfile.TemporaryDirectory()
 
     def pick(self, data: st.DataObject) -> tuple[Session, list[int]]:
@@ -458,6 +474,22 @@ class SessionMachine(RuleBasedStateMachine):
             session.truncate(len(tokens))
         finally:
             pool.budget_bytes = None
+
+    @precondition(lambda self: len(self.sessions) < 4)
+    @rule()
+    def begin(self) -> None:
+        self.sessions.append((Session(model_of(self.family)), []))
+
+    @precondition(lambda self: len(self.prefixes) < 2)
+    @rule(data=st.data(), num_tokens=st.sampled_from([20, 40]), seed=st.integers(0, 2))
+    def keep_a_prefix(self, data: st.DataObject, num_tokens: int, seed: int) -> None:
+        session, _ = self.pick(data)
+        self.prefixes.append(session.prefix(ids(50, seed)[:num_tokens]))
+
+    @precondition(lambda self: self.prefixes)
+    @rule()
+    def let_a_prefix_go(self) -> None:
+        self.prefixes.pop(0).release()
 
     @precondition(lambda self: len(self.sessions) < 4)
     @rule(data=st.data())
@@ -497,6 +529,8 @@ class SessionMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for session, _ in self.sessions:
             session.close()
+        for prefix in self.prefixes:
+            prefix.release()
         self.sessions.clear()
         self.folder.cleanup()
         if sys.exc_info()[0] is None:  # otherwise its traceback holds caches

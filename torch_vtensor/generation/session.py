@@ -151,8 +151,6 @@ class Session:
         Raises: as ``generate``, with ``messages`` as they were.
         """
         self._open()
-        if self.tokenizer is None:
-            raise ValueError("chat needs a tokenizer with a chat template: Session(model, tokenizer)")
         if generate_kwargs.get("return_dict_in_generate"):
             raise ValueError("chat returns text: for return_dict_in_generate use generate()")
         said = [] if content is None else [{"role": "user", "content": content}]
@@ -161,8 +159,7 @@ class Session:
             raise ValueError(
                 "there is nothing to answer: give content, or take the answer to be given anew out of `messages`"
             )
-        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        tokens = self._checked(torch.tensor(ids, dtype=torch.int64, device="cpu"))
+        tokens = self._messages_ids(messages, add_generation_prompt=True)
         self._run(tokens, generate_kwargs)
         answer: str = self.tokenizer.decode(self._tokens[len(tokens) :].tolist(), skip_special_tokens=True)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
@@ -200,17 +197,20 @@ class Session:
             raise
         return made
 
-    def prefix(self, turn: Turn) -> Prefix:
-        """Run ``turn``, for example a system prompt, once: sessions of this model that begin with it get its pages.
+    def prefix(self, turn: Turn | Sequence[dict[str, Any]]) -> Prefix:
+        """Run ``turn``, for example a document, once: sessions of this model that begin with it get its pages.
 
         This session stays as it is. Sessions of another tenant do not find it, nor does one of a model that changed.
+
+        Args:
+            turn: tokens, text, or messages, a system prompt's for one, as the tokenizer's chat template writes them.
 
         Returns: the handle that keeps it.
         Raises:  ValueError for no tokens, for more than a sliding window keeps, and where nothing can be shared (hooks,
             training mode, weights whose changes do not show); OutOfPagesError.
         """
         most = most_lendable(VTensorCache(config=self.model.config), 2**62)
-        tokens = self._ids_of(turn, is_first=True)
+        tokens = self._messages_ids(turn) if _are_messages(turn) else self._ids_of(turn, is_first=True)
         if not 0 < len(tokens) <= most:
             rule = "give at least one" if len(tokens) == 0 else f"a sliding window keeps no more than {most}"
             raise ValueError(f"a prefix of {len(tokens)} tokens: {rule}")
@@ -324,7 +324,7 @@ class Session:
         forked._cache = self._open().fork()
         return forked
 
-    def _ids_of(self, turn: Turn, *, is_first: bool) -> torch.Tensor:
+    def _ids_of(self, turn: Any, *, is_first: bool) -> torch.Tensor:
         if isinstance(turn, str):
             if self.tokenizer is None:
                 raise ValueError("the turn is text, for which a session needs a tokenizer: Session(model, tokenizer)")
@@ -336,6 +336,14 @@ class Session:
             raise ValueError(f"a turn is tokens [T] or [1, T], of one sequence; it is {tuple(ids.shape)} {ids.dtype}")
         return self._checked(ids.to("cpu", torch.int64))
 
+    def _messages_ids(self, messages: Any, *, add_generation_prompt: bool = False) -> torch.Tensor:
+        if self.tokenizer is None:
+            raise ValueError("messages need a tokenizer with a chat template: Session(model, tokenizer)")
+        ids = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+        return self._checked(torch.tensor(ids, dtype=torch.int64, device="cpu"))
+
     def _checked(self, ids: torch.Tensor) -> torch.Tensor:
         """Refuse tokens that the model does not know: a GPU's kernel would not survive them."""
         num_known = self.model.get_input_embeddings().num_embeddings
@@ -343,6 +351,10 @@ class Session:
         if len(wrong):
             raise ValueError(f"token {int(wrong[0])} is none of the model's, which go from 0 to {num_known - 1}")
         return ids
+
+
+def _are_messages(turn: Any) -> bool:
+    return not isinstance(turn, str | torch.Tensor) and len(turn) > 0 and isinstance(turn[0], dict)
 
 
 def _num_common(one: torch.Tensor, other: torch.Tensor) -> int:
