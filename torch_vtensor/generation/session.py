@@ -209,6 +209,7 @@ class Session:
         Raises:  ValueError for no tokens, for more than a sliding window keeps, and where nothing can be shared (hooks,
             training mode, weights whose changes do not show); OutOfPagesError.
         """
+        self._open()
         most = most_lendable(VTensorCache(config=self.model.config), 2**62)
         tokens = self._messages_ids(turn) if _are_messages(turn) else self._ids_of(turn, is_first=True)
         if not 0 < len(tokens) <= most:
@@ -241,6 +242,8 @@ class Session:
         Raises: ValueError for a file of something else, or of a model with other weights, sizes or dtype, naming what
             differs; OutOfPagesError; FileNotFoundError.
         """
+        if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+            raise ValueError(f"no session is loaded for {type(model).__name__}, which is on several devices")
         session = cls(model, tokenizer)
         cache = session._open()
         try:
