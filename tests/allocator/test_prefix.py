@@ -177,6 +177,24 @@ def test_a_tree_keeps_at_most_what_it_may(make_scheduler: MakeScheduler) -> None
     assert tree.match([0] * 60) == 0
 
 
+def test_what_is_kept_may_be_more_than_a_tree_keeps_by_itself(scheduler: GrowthScheduler) -> None:
+    tree = tree_of(scheduler, max_bytes=10 * PAGE)
+    source = sequences.make(scheduler, [TOKENS])
+    assert tree.record(TOKENS, source) == 100
+    assert tree.match(TOKENS) == 0
+    pin = tree.keep(TOKENS, source)
+    record(tree, [3] * 20)
+    assert (tree.match(TOKENS), tree.match([3] * 20)) == (100, 0)
+    assert tree.stats().num_pinned_nodes == 1
+    tree.check_integrity()
+    pin.release()
+    record(tree, [3] * 5)
+    assert tree.match(TOKENS) == 0
+    with pytest.raises(ValueError, match="lend 101 rows"):
+        tree.keep([*TOKENS, 1], source)
+    close(source)
+
+
 def test_without_a_budget_a_tree_keeps_a_part_of_what_was_free_when_its_pool_was_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
