@@ -252,8 +252,8 @@ def row(point: str, mode: str, runs: list[Run], baseline: list[Run]) -> tuple[ob
     )
 
 
-def make_model(device: torch.device, quick: bool) -> tuple[LlamaForCausalLM, str]:
-    """A random model and its description."""
+def make_model(device: torch.device, quick: bool, kv_heads: int | None = None) -> tuple[LlamaForCausalLM, str]:
+    """A random model and its description; ``kv_heads`` heads of keys and values, by default as many as is usual."""
     torch.manual_seed(0)
     if device.type == "cuda" and not quick:
         config = LlamaConfig(
@@ -262,7 +262,7 @@ def make_model(device: torch.device, quick: bool) -> tuple[LlamaForCausalLM, str
             intermediate_size=14336,
             num_hidden_layers=32,
             num_attention_heads=32,
-            num_key_value_heads=8,
+            num_key_value_heads=kv_heads or 8,
             max_position_embeddings=131072,
             rope_theta=500000.0,
         )
@@ -274,10 +274,13 @@ def make_model(device: torch.device, quick: bool) -> tuple[LlamaForCausalLM, str
             intermediate_size=1024,
             num_hidden_layers=8,
             num_attention_heads=8,
-            num_key_value_heads=8,
+            num_key_value_heads=kv_heads or 8,
             max_position_embeddings=32768,
         )
-        shape, dtype = "8 layers, 8 heads of 64, random weights, float32", torch.float32
+        shape, dtype = (
+            f"8 layers, 8 heads of 64, {kv_heads or 8} of keys and values, random weights, float32",
+            torch.float32,
+        )
     config.pad_token_id = config.eos_token_id = None
     with torch.device(device):
         torch.set_default_dtype(dtype)
