@@ -46,6 +46,7 @@ from torch_vtensor.generation.cached_rows import (
 from torch_vtensor.generation.decode.support import (
     MODEL_INPUTS,
     has_foreign_hooks,
+    modules_of,
     paddings_of,
     why_more_than_tokens,
 )
@@ -399,12 +400,7 @@ def mark_of(model: Any) -> tuple[Any, ...] | str:
     if _torch_compat.has_global_hooks():
         return "hooks run in forward"
     weights, adapters = [], []
-    waiting, seen = [model], set()
-    while waiting:
-        module = waiting.pop()
-        if module is None or module in seen:
-            continue
-        seen.add(module)
+    for module in modules_of(model):
         if module.training:
             return "the model is in training mode (call model.eval())"
         if (module._forward_hooks or module._forward_pre_hooks) and has_foreign_hooks((module,)):
@@ -428,7 +424,6 @@ def mark_of(model: Any) -> tuple[Any, ...] | str:
                     str(module.scaling),
                 )
             )
-        waiting += module._modules.values() if module._modules else ()
     device_type = model.device.type
     precision = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
     return tuple(weights), tuple(adapters), precision, getattr(model.config, "_attn_implementation", None)

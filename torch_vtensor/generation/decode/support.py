@@ -22,6 +22,7 @@ __all__ = [
     "end_tokens_of",
     "first_tokens",
     "has_foreign_hooks",
+    "modules_of",
     "paddings_of",
     "why_more_than_tokens",
     "why_stock",
@@ -51,7 +52,7 @@ def why_stock(
         return "the model's attention is not exchangeable"
     if getattr(model, "hf_device_map", None) or why_no_driver(model.device.type):
         return "the model is on several devices, or on one without a memory driver"
-    modules = list(model.modules())
+    modules = modules_of(model)
     if any(module.training for module in modules):
         return "the model is in training mode (call model.eval())"
     if hasattr(model, "peft_config"):
@@ -109,6 +110,18 @@ def why_more_than_tokens(inputs: dict[str, Any], known: set[str]) -> str | None:
     """That the model is handed more than ``known``, by name, or None."""
     unknown = sorted(name for name, value in inputs.items() if name not in known and value is not None)
     return f"the model takes more than tokens ({', '.join(unknown)})" if unknown else None
+
+
+def modules_of(model: Any) -> list[Any]:
+    """``model.modules()`` in some order, in a fraction of the time: that makes a name for each of thousands."""
+    found: dict[Any, None] = {}
+    waiting: list[Any] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            waiting += module._modules.values() if module._modules else ()
+    return list(found)
 
 
 def has_foreign_hooks(modules: Iterable[torch.nn.Module]) -> bool:
