@@ -56,7 +56,8 @@ def ids(num_tokens: int, seed: int = 0) -> list[int]:
 @functools.lru_cache(4096)
 def plain(family: str, tokens: tuple[int, ...], num_new: int) -> list[int]:
     """What the model answers to all of these tokens at once, over transformers' own cache."""
-    output = model_of(family).generate(torch.tensor([tokens]), max_new_tokens=num_new, **GREEDY)
+    ids = torch.tensor([tokens])  # some may be the padding token
+    output = model_of(family).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_new, **GREEDY)
     return output[0, len(tokens) :].tolist()
 
 
@@ -354,6 +355,7 @@ def test_what_a_session_cannot_do_is_refused_with_the_reason() -> None:
         ("text", {}, "needs a tokenizer"),
         ([1], {"num_beams": 2}, "num_beams is 2; a session is one sequence"),
         ([1], {"num_return_sequences": 3}, r"fork\(3\) makes several"),
+        ([1], {"prompt_lookup_num_tokens": 3}, "assisted generation, by prompt_lookup_num_tokens, runs again"),
         ([1], {"past_key_values": None, "attention_mask": None}, "attention_mask, past_key_values"),
     ]
     for turn, options, message in refused:

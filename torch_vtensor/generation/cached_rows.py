@@ -15,6 +15,7 @@ from torch_vtensor.generation.kv_store import KVShape, KVStore
 from torch_vtensor.generation.layer_column import LayerColumn, LayerGroup
 
 __all__ = [
+    "ROWS_BEHIND",
     "CachedRows",
     "Checkpoint",
     "StoreLayout",
@@ -26,6 +27,10 @@ __all__ = [
     "rows_of",
     "shorten",
 ]
+
+ROWS_BEHIND = range(-1, 2)
+"""How many rows more than tokens a cache may hold after generate(): a loop's last token is not in it, as a rule; one
+that asks late whether to stop takes more."""
 
 
 class StoreLayout(NamedTuple):

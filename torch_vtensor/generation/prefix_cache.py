@@ -35,6 +35,7 @@ from torch_vtensor.generation._transformers_compat import (
     with_cache,
 )
 from torch_vtensor.generation.cached_rows import (
+    ROWS_BEHIND,
     CachedRows,
     StoreLayout,
     begin_with,
@@ -60,7 +61,6 @@ _log = logging.getLogger(__name__)
 counters: Counter[str] = Counter()
 """How many tokens of prompts were reused and run, how many were recorded, and why calls did not, by reason."""
 
-_ROWS_BEHIND = range(-1, 2)  # a loop's last token is not in the cache; one that asks late whether to stop takes more
 _LEAST_TOKENS = 16  # fewer are computed about as fast as they are mapped
 _KINDS_OF_WEIGHTS = (torch.Tensor, torch.nn.Parameter)
 _CHANGES_DO_NOT_SHOW = "weights whose changes do not show: of a tensor subclass, or made under inference_mode"
@@ -337,7 +337,7 @@ def _record(
     answers_too: bool,
 ) -> None:
     """Keep what slot i of the cache holds of ``sequences[i]``, for those without padding in front."""
-    if answers_too and cache.get_seq_length() - sequences.shape[1] not in _ROWS_BEHIND:
+    if answers_too and cache.get_seq_length() - sequences.shape[1] not in ROWS_BEHIND:
         counters["not recorded: the cache holds another number of tokens"] += 1
         return
     num_rows = min(cache.get_seq_length(), sequences.shape[1])

@@ -21,7 +21,7 @@ from torch_vtensor.errors import ClosedError
 from torch_vtensor.generation import prefix_cache, session_file
 from torch_vtensor.generation._transformers_compat import CACHE_NAME, DynamicSlidingWindowLayer, GenerationMixin
 from torch_vtensor.generation.cache import CacheMemory, VTensorCache
-from torch_vtensor.generation.cached_rows import Checkpoint, checkpoint_of, most_lendable, shorten
+from torch_vtensor.generation.cached_rows import ROWS_BEHIND, Checkpoint, checkpoint_of, most_lendable, shorten
 from torch_vtensor.generation.enable import keeps_prefixes
 from torch_vtensor.generation.report import why_all_stock
 from torch_vtensor.generation.tenant import current_salt, prefix_salt
@@ -299,7 +299,9 @@ class Session:
                 raise
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         self._tokens = sequences[0].cpu()
-        self._shorten(len(self._tokens))  # a loop that looks late whether to stop has run more
+        # A loop that looks late whether to stop has run more; one that has run something else is not to be trusted.
+        num_over = self.num_cached - len(self._tokens)
+        self._shorten(len(self._tokens) if num_over in ROWS_BEHIND else 0)
         return output
 
     def _check(self, tokens: torch.Tensor, generate_kwargs: dict[str, Any]) -> None:
@@ -312,6 +314,11 @@ class Session:
             count = generate_kwargs.get(name, getattr(config, name, None)) or 1
             if count > 1:
                 raise ValueError(f"{name} is {count}; a session is one sequence: fork({count}) makes several of it")
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+            if generate_kwargs.get(name, getattr(config, name, None)) is not None:
+                raise ValueError(
+                    f"assisted generation, by {name}, runs again what a cache holds, in transformers: leave it out"
+                )
 
     def _shorten(self, num_tokens: int) -> None:
         """Cut the cache to a beginning of its tokens, of at most so many."""
