@@ -36,12 +36,8 @@ WHERE = {"gluon": None, "cudnn": None, "flash": None, "fa3": "flash_attn_interfa
         (DECODE._replace(num_tokens=65536), "triton"),
         (DECODE._replace(dim=64), "triton"),  # unlike the values
         (EXTEND, "triton"),
-        (EXTEND._replace(num_rows=512), "gluon"),
-        (EXTEND._replace(num_rows=512, batch=1, query_heads=8), "triton"),
-        (PREFILL, "gluon"),
-        (PREFILL._replace(is_aligned=False), "cudnn"),
-        (PREFILL._replace(batch=1, is_aligned=False), "triton"),
-        (PREFILL._replace(dim=96, value_dim=96), "cudnn"),
+        (PREFILL._replace(batch=1), "triton"),
+        (PREFILL, "cudnn"),
         (PREFILL._replace(options=("softcap",)), "triton"),
     ],
 )
@@ -49,8 +45,6 @@ def test_who_is_chosen(case: Case, chosen: str, monkeypatch: pytest.MonkeyPatch)
     assert choose(case) == chosen
     monkeypatch.setitem(WHERE, "fa3", None)
     assert choose(case) == ("fa3" if case.num_rows > 1 and not case.options else chosen)
-    monkeypatch.setitem(WHERE, "gluon", "there is none")
-    assert choose(case._replace(has_counts=True)) == "triton"
 
 
 def test_regimes_order_who_they_measured() -> None:
@@ -99,8 +93,8 @@ def test_who_cannot_is_not_chosen_and_refused_if_forced(name: str, case: Case, r
 
 
 def test_calls_with_numbers_on_the_device_are_our_kernels() -> None:
-    for case, ours in ((DECODE, "triton"), (EXTEND, "triton"), (PREFILL, "gluon")):
-        assert choose(case._replace(has_counts=True)) == ours
+    for case in (DECODE, EXTEND, PREFILL):
+        assert choose(case._replace(has_counts=True)) == "triton"
         assert choose(case._replace(device=torch.device("cpu"))) == "cpu"
 
 
