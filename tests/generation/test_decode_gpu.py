@@ -183,7 +183,7 @@ def test_forks_read_what_they_share_once(memory: Memory, monkeypatch: pytest.Mon
             del cache
     assert torch.equal(*answers)
     assert not reasons(memory)
-    assert [tables for _, _, tables in program.traced_model(model)._programs] == [(None,), ((1, 8),)]
+    assert [shares for _, _, shares in program.traced_model(model)._programs] == [(False,), (True,)]
 
 
 def test_threads_on_streams_of_their_own(memory: Memory) -> None:

@@ -30,15 +30,12 @@ from torch_vtensor.generation.decode.step import (
     step_forward,
     twin_of,
 )
-from torch_vtensor.generation.shared_reads import SharedPrefix, SharedTables, tables_of
+from torch_vtensor.generation.shared_reads import SharedPrefix, SharedTables, table_shape, tables_of
 
 __all__ = ["DecodeProgram", "Placement", "Traced", "traced_model"]
 
 Graph = Callable[[], None]
 _MAX_CHOICES = 16
-
-
-Tables = tuple[tuple[int, int] | None, ...]
 
 
 class Placement(NamedTuple):
@@ -68,10 +65,10 @@ class DecodeProgram:
     Args:
         traced: the model, of which its tensors alone are kept.
         layers: the layout of its caches.
-        tables: for each group of layers the shape of the table of what its sequences share; None if they share nothing.
+        shares: for each group of layers whether its sequences may share tokens that are to be read once.
     """
 
-    def __init__(self, traced: Traced, batch: int, layers: tuple[LayerRows, ...], tables: Tables) -> None:
+    def __init__(self, traced: Traced, batch: int, layers: tuple[LayerRows, ...], shares: tuple[bool, ...]) -> None:
         device = traced.twin.device
         self.batch = batch
         self.device = device
@@ -88,13 +85,11 @@ class DecodeProgram:
                 torch.zeros(batch, **ints),
                 torch.zeros(batch, dtype=torch.int32, device=device),
                 torch.zeros(batch, dtype=torch.int32, device=device),
-                shape
-                and SharedTables(
-                    torch.full(shape, -1, dtype=torch.int32, device=device),
-                    torch.zeros(batch, dtype=torch.int32, device=device),
-                ),
+                SharedTables(*(table.to(device) for table in tables_of((), batch, table_shape(batch))))
+                if is_shared
+                else None,
             )
-            for shape in tables
+            for is_shared in shares
         )
         self.step = Step(layers, groups, *_workspace(batch, layers, device))
         self._forward = _compile(step_forward(traced.twin))
@@ -137,7 +132,8 @@ class DecodeProgram:
             group.firsts.copy_(_on(self.device, placement.firsts, torch.int32), non_blocking=True)
             group.lengths.fill_(placement.length)
             if group.shared is not None:
-                for table, numbers in zip(group.shared, tables_of(placement.shared, self.batch), strict=True):
+                tables = tables_of(placement.shared, self.batch, table_shape(self.batch))
+                for table, numbers in zip(group.shared, tables, strict=True):
                     table.copy_(_pinned(self.device, numbers), non_blocking=True)
 
     def start(self, sequences: torch.Tensor, positions: torch.Tensor, max_new: int, sampling: Sampling) -> None:
@@ -294,17 +290,17 @@ class Traced:
             where.get(name) is it and _address(it) == address for where, name, it, address in self._tensors
         )
 
-    def acquire_program(self, batch: int, layers: tuple[LayerRows, ...], tables: Tables) -> DecodeProgram:
+    def acquire_program(self, batch: int, layers: tuple[LayerRows, ...], shares: tuple[bool, ...]) -> DecodeProgram:
         """A program for so many sequences in caches of this layout, the caller's alone until it is released.
 
         One made before, if it is free, captured or not yet.
         """
         with self._lock:
-            programs = self._programs.setdefault((batch, layers, tables), [])
+            programs = self._programs.setdefault((batch, layers, shares), [])
             for program in programs:
                 if program.acquire():
                     return program
-            program = DecodeProgram(self, batch, layers, tables)
+            program = DecodeProgram(self, batch, layers, shares)
             program.acquire()
             programs.append(program)
             return program
