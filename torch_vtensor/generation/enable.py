@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +53,7 @@ _attends: set[object] = set()  # who of those asked for fast attention
 _reuses: set[object] = set()  # who of those asked for prefixes to be reused
 _compiled_sample: Callable[..., Any] | None = None  # compiled decoding's loop, once somebody asked for it
 _budgets: dict[object, int] = {}  # the budgets that they asked for, the latest last
+_managers: weakref.WeakSet[Any] = weakref.WeakSet()  # of continuous batching, those over our memory
 _stock: list[tuple[type, str, Any]] = []  # what was replaced; None where the class had no method of its own
 
 
@@ -67,6 +69,9 @@ def _replacement(owner: type, name: str, ours: Callable[..., Any]) -> Callable[.
 
     return method
 
+
+_BATCHING = "init_continuous_batching"
+_BATCHES = next(owner for owner in GenerationMixin.__mro__ if _BATCHING in vars(owner))
 
 REPLACEMENTS = {(owner, name): _replacement(owner, name, ours) for owner, name, ours in _METHODS}
 """The method that stands for each one of transformers', made while transformers' own are in place."""
@@ -200,18 +205,18 @@ def _set_reuse(who: object, wanted: bool) -> None:
         prefixes.clear()
 
 
-def _install_loop(name: str, ours: Callable[..., Any]) -> None:
+def _install_loop(name: str, ours: Callable[..., Any], owner: type = GenerationMixin) -> None:
     """Have ``ours`` stand for a method of generate()'s, given the stock one, until everything is put back."""
-    if any((owner, known) == (GenerationMixin, name) for owner, known, _ in _stock):
+    if any((other, known) == (owner, name) for other, known, _ in _stock):
         return
-    stock = getattr(GenerationMixin, name)
+    stock = getattr(owner, name)
 
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return ours(stock, self, *args, **kwargs)
 
-    _stock.append((GenerationMixin, name, stock))
-    setattr(GenerationMixin, name, method)
+    _stock.append((owner, name, stock))
+    setattr(owner, name, method)
 
 
 def _sample(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -227,6 +232,17 @@ def _beam_search(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: An
 
 def _prepare_cache(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     return prefixes.note_cache(stock, model, *args, **kwargs) if _reuses else stock(model, *args, **kwargs)
+
+
+def _init_batching(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    # Loaded only for who batches, as it registers operators.
+    from torch_vtensor.generation.serving.manager import BatchingManager, init_batching
+
+    options = {"is_captured": bool(_compiles), "reuses_prefixes": bool(_reuses)}
+    manager = init_batching(stock, model, *args, **options, **kwargs)
+    if isinstance(manager, BatchingManager):
+        _managers.add(manager)
+    return manager
 
 
 def _check_attention(attention: str | None) -> None:
@@ -264,11 +280,14 @@ def _install() -> None:
         for (owner, name), method in REPLACEMENTS.items():
             _stock.append((owner, name, owner.__dict__.get(name)))
             setattr(owner, name, method)
+        _install_loop(_BATCHING, _init_batching, _BATCHES)
 
 
 def _remove() -> None:
     if not _stock:
         return
+    for manager in list(_managers):
+        manager.forget()
     with layers.leaving(lambda layer: not getattr(layer, "is_explicit", False)):
         while _stock:
             owner, name, stock = _stock.pop()

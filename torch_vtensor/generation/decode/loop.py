@@ -225,7 +225,8 @@ def _prepare(call: _Call, sequences: torch.Tensor, prompt: _Prompt | None) -> _D
             return "a layer of the cache is in stock memory"
         for group in placed.groups:
             _commit(group, num_rows)
-        program = traced.acquire_program(len(sequences), placed.layers, len(placed.groups))
+        layout = len(sequences), placed.layers, len(placed.groups)
+        program = traced.acquire_program(layout, lambda: DecodeProgram(traced, *layout))
         with ExitStack() as undo:
             decoding = undo.enter_context(_Decoding(program, placed, prompt))
             program.place([group.placement for group in placed.groups])

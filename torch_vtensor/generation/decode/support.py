@@ -23,6 +23,7 @@ __all__ = [
     "first_tokens",
     "has_foreign_hooks",
     "why_more_than_tokens",
+    "why_never",
     "why_stock",
     "windows_of",
 ]
@@ -44,17 +45,11 @@ def why_stock(
     cache = inputs.get(CACHE_NAME)
     if not isinstance(cache, Cache) or inputs.get("use_cache") is False:
         return "no cache"
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "an encoder-decoder"
-    if not getattr(model, "_supports_attention_backend", False):
-        return "the model's attention is not exchangeable"
-    if getattr(model, "hf_device_map", None) or why_no_driver(model.device.type):
-        return "the model is on several devices, or on one without a memory driver"
+    if (reason := why_never(model)) is not None:
+        return reason
     modules = list(model.modules())
     if any(module.training for module in modules):
         return "the model is in training mode (call model.eval())"
-    if hasattr(model, "peft_config"):
-        return "the model has adapters (merge them)"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast"
     if synced_gpus or getattr(config, "is_assistant", False):
@@ -89,6 +84,19 @@ def why_stock(
         return "a stopping criterion that needs the host"
     if input_ids.shape[1] + 1 >= criteria.max_length:
         return "a single new token"
+    return None
+
+
+def why_never(model: Any) -> str | None:
+    """Why no step of this model can run over rows at addresses, whatever is asked for, or None."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "an encoder-decoder"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "the model's attention is not exchangeable"
+    if getattr(model, "hf_device_map", None) or why_no_driver(model.device.type):
+        return "the model is on several devices, or on one without a memory driver"
+    if hasattr(model, "peft_config"):
+        return "the model has adapters (merge them)"
     return None
 
 

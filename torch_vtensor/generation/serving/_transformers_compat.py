@@ -1,0 +1,83 @@
+"""What of transformers' continuous batching is private or differs by version. Checked on 5.13, 5.17 and 5.23.
+
+Before 5.13 managers talk to their loop in other ways (4.57.6, 5.0 and 5.10 were looked at): those stay stock.
+"""
+
+from __future__ import annotations
+
+import queue
+from typing import Any
+
+from transformers.generation.continuous_batching import continuous_api
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.requests import RequestStatus
+
+__all__ = [
+    "ContinuousBatchingManager",
+    "RequestStatus",
+    "default_batching_config",
+    "drained",
+    "mark_as_stopped",
+    "own_processors",
+    "per_request_processors",
+    "wait_while_paused",
+    "wake_up_event",
+    "why_other_interface",
+]
+
+
+def why_other_interface() -> str | None:
+    """Why this version's managers cannot be given another loop, or None."""
+    status = getattr(continuous_api, "BackgroundThreadStatus", None)
+    if status is None or not hasattr(continuous_api, "OutputRouter") or not hasattr(status, "update_with_tp_status"):
+        return "this version of transformers batches by another interface"
+    return None
+
+
+def default_batching_config(generation_config: Any) -> Any:
+    """The continuous batching configuration of who gives none."""
+    from transformers import ContinuousBatchingConfig
+
+    given = getattr(generation_config, "continuous_batching_config", None)
+    return given if isinstance(given, ContinuousBatchingConfig) else ContinuousBatchingConfig()
+
+
+def per_request_processors() -> tuple[type, ...]:
+    """The classes of logits processors that look at numbers of each request's own."""
+    from transformers.generation.continuous_batching import cb_logits_processors
+
+    return (cb_logits_processors.ContinuousBatchingLogitsProcessor,)
+
+
+def own_processors(manager: Any) -> list[Any]:
+    """The logits processors that a manager has found to be for continuous batching."""
+    return list(manager.logit_processor.logits_processor)
+
+
+def drained(waiting: queue.Queue[Any]) -> list[Any]:
+    """Everything that was in a queue."""
+    found = []
+    try:
+        while True:
+            found.append(waiting.get_nowait())
+    except queue.Empty:
+        return found
+
+
+def wake_up_event(manager: Any) -> Any:
+    """What is set when there is something new for the loop."""
+    return getattr(manager, "_wake_up_loop", None) or manager._has_new_requests
+
+
+def wait_while_paused(manager: Any) -> bool:
+    """Let others use the model as long as they asked for it; returns whether anybody did."""
+    status = manager.background_thread_status
+    if not hasattr(status, "is_pause_requested") or not status.is_pause_requested():
+        return False
+    status.pause_and_wait()
+    return True
+
+
+def mark_as_stopped(manager: Any) -> None:
+    """Note that the loop has ended."""
+    manager.background_thread_status.mark_as_stopped()
