@@ -26,7 +26,7 @@ from torch_vtensor.generation._transformers_compat import (
 )
 from torch_vtensor.settings import load_settings
 
-__all__ = ["REPLACEMENTS", "disable", "enable", "enabled", "is_enabled"]
+__all__ = ["REPLACEMENTS", "disable", "enable", "enabled", "is_enabled", "stop_batching"]
 
 _METHODS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (Cache, "update", layers.cache_update),
@@ -165,6 +165,13 @@ def enabled(
             _drop_budget(block)
             if not _blocks and not _switched_on:
                 _remove()
+
+
+def stop_batching() -> None:
+    """End every manager of continuous batching that is over our memory; requests that still wait fail."""
+    for manager in list(_managers):
+        if manager.is_running():
+            manager.stop(block=True, hard_stop=True)
 
 
 def is_enabled() -> bool:

@@ -46,6 +46,7 @@ from torch_vtensor.generation.decode.support import (
     MODEL_INPUTS,
     first_tokens,
     has_foreign_hooks,
+    is_spread,
     why_more_than_tokens,
 )
 from torch_vtensor.generation.kv_store import capacity_of
@@ -187,7 +188,7 @@ def _why_not(model: Any, input_ids: torch.Tensor, config: Any, inputs: dict[str,
         return f"a cache of another kind ({type(cache).__name__})"
     if not cache.layers or cache.get_seq_length() > 0:
         return "a cache whose layers are not known before the first step, or that holds tokens"
-    if getattr(model, "hf_device_map", None) or why_no_driver(model.device.type):
+    if is_spread(model) or why_no_driver(model.device.type):
         return "the model is on several devices, or on one without a memory driver"
     if any(module.training for module in model.modules()):
         return "the model is in training mode (call model.eval())"

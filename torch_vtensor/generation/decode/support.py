@@ -22,6 +22,7 @@ __all__ = [
     "end_tokens_of",
     "first_tokens",
     "has_foreign_hooks",
+    "is_spread",
     "why_more_than_tokens",
     "why_never",
     "why_stock",
@@ -93,11 +94,17 @@ def why_never(model: Any) -> str | None:
         return "an encoder-decoder"
     if not getattr(model, "_supports_attention_backend", False):
         return "the model's attention is not exchangeable"
-    if getattr(model, "hf_device_map", None) or why_no_driver(model.device.type):
+    if is_spread(model) or why_no_driver(model.device.type):
         return "the model is on several devices, or on one without a memory driver"
     if hasattr(model, "peft_config"):
         return "the model has adapters (merge them)"
     return None
+
+
+def is_spread(model: Any) -> bool:
+    """Whether a model was loaded to several devices, or in a way that has accelerate move its tensors."""
+    places = getattr(model, "hf_device_map", None) or {}
+    return len(set(places.values())) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 _CRITERIA = (stopping.MaxLengthCriteria, stopping.EosTokenCriteria, stopping.MaxTimeCriteria)

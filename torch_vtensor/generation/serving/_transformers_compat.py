@@ -20,8 +20,10 @@ __all__ = [
     "mark_as_stopped",
     "own_processors",
     "per_request_processors",
+    "run_server",
     "wait_while_paused",
     "wake_up_event",
+    "why_no_server",
     "why_other_interface",
 ]
 
@@ -81,3 +83,25 @@ def wait_while_paused(manager: Any) -> bool:
 def mark_as_stopped(manager: Any) -> None:
     """Note that the loop has ended."""
     manager.background_thread_status.mark_as_stopped()
+
+
+def why_no_server() -> str | None:
+    """What `transformers serve` lacks to run with our loop, and what to do about it; None if nothing."""
+    if (reason := why_other_interface()) is not None:
+        return f"{reason}: install transformers 5.13 or later"
+    from transformers.utils.import_utils import is_serve_available
+
+    return None if is_serve_available() else "packages are missing: pip install 'torch_vtensor[serving]'"
+
+
+def run_server(arguments: list[str]) -> None:
+    """``transformers serve`` with these arguments, until it is interrupted."""
+    from transformers.cli.transformers import app
+
+    try:
+        app(["serve", *arguments], standalone_mode=False)
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        if type(error).__name__ != "Abort":  # click's, or that of the copy of it which typer brings
+            raise
