@@ -102,13 +102,16 @@ class SequenceRows:
             address for store in self.stores for place in store.places(0) for address in store.slot_addresses(place)
         ]
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the next row has memory, and the ones after it for a while."""
+        return self.num_rows + 1 + _AHEAD_TOKENS <= self._committed
+
     def commit(self, num_rows: int) -> None:
         """Give rows [0, ``num_rows``) memory, and have more mapped in the background where they soon need it.
 
         Raises: CapacityError, OutOfPagesError or DriverError, with the rows intact.
         """
-        if num_rows + _AHEAD_TOKENS <= self._committed:
-            return
         self._committed = min(store.committed for store in self.stores)
         if num_rows > self._committed:
             for store in self.stores:
@@ -122,6 +125,8 @@ class SequenceRows:
     def wrote(self, num_rows: int) -> None:
         """Note that the rows before ``num_rows`` are written; pages that windows have left behind go back."""
         self.num_rows = num_rows
+        if self.layout.shortest_window is None or num_rows < self.layout.shortest_window:
+            return
         for index, (kind, store) in enumerate(zip(self.layout.kinds, self.stores, strict=True)):
             if kind.window is None:
                 continue
