@@ -26,13 +26,14 @@ from torch_vtensor.generation.serving.manager import BatchingManager
 
 pytestmark = pytest.mark.skipif(WHY_SKIPPED is not None, reason=str(WHY_SKIPPED))
 one_layout = pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+COMPILE_STEP = graphs.compile_step
 LENGTHS = (5, 130, 40, 1, 77, 60)
 
 
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Steps that would be compiled run as they are; counters and programs are this test's alone."""
-    monkeypatch.setattr(graphs, "compile_step", lambda forward: forward)
+    monkeypatch.setattr(graphs, "compile_step", lambda forward, **options: forward)
     monkeypatch.setattr(graphs, "compile_parts", lambda twin: None)
     monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
     support.counters.clear()
@@ -239,6 +240,21 @@ def test_numbers_of_each_requests_own(is_captured: bool) -> None:
     assert "top_k" in outputs["wrong"].error
 
 
+@pytest.mark.slow
+@one_layout
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_compiled_by_inductor(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for single sequences and once for all other batches."""
+    monkeypatch.setattr(graphs, "compile_step", COMPILE_STEP)
+    model, asked = copy.deepcopy(model_to_serve(family)), prompts(*LENGTHS)
+    with torch_vtensor.enabled(compile=True):
+        for num_asked in (1, 2, 6):
+            found = model.generate_batch(asked[:num_asked], generation_config=config_of())
+            assert answers(found) == [alone(family, prompt, 8) for prompt in asked[:num_asked]]
+    assert counted("uncompiled: the model's step cannot be compiled") == 0
+    torch._dynamo.reset()
+
+
 # Memory
 
 
@@ -414,7 +430,7 @@ def test_a_step_that_fails_ends_the_manager_and_leaves_nothing(monkeypatch: pyte
 def test_a_model_that_cannot_be_compiled_is_served_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = model_to_serve("llama"), prompts(*LENGTHS)
 
-    def broken(forward: Any) -> Any:
+    def broken(forward: Any, **options: Any) -> Any:
         def fail(*args: Any) -> None:
             raise ValueError("no code for this")
 

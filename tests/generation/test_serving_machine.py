@@ -113,7 +113,7 @@ class Requests(RuleBasedStateMachine):
 @pytest.mark.parametrize("memory", ["token-major"], indirect=True)
 @pytest.mark.parametrize(("family", "is_captured"), [("llama", True), ("gemma3", False)])
 def test_requests_at_random(family: str, is_captured: bool, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "compile_step", lambda forward: forward)
+    monkeypatch.setattr(graphs, "compile_step", lambda forward, **options: forward)
     monkeypatch.setattr(graphs, "compile_parts", lambda twin: None)
     monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
 

@@ -26,18 +26,23 @@ def workspace(batch: int, layers: tuple[LayerRows, ...], device: torch.device) -
     return make_workspace(batch, heads, value_dim, device)
 
 
-def compile_step(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """The same function of tensors of the same sizes, compiled by inductor at its first call."""
+def compile_step(forward: Callable[..., torch.Tensor], of_any_batch: bool = False) -> Callable[..., torch.Tensor]:
+    """The same function, compiled by inductor at its first call, for tensors of those sizes.
+
+    Args:
+        of_any_batch: for all batches of two and more instead, with what surrounds matrix products as it is.
+    """
     # A code object of its own: dynamo counts recompilations by code object, and every batch size is meant to be one.
     forward.__code__ = forward.__code__.replace()
 
     def backend(graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
-        fuse(graph_module)
+        if not of_any_batch:
+            fuse(graph_module)
         return compile_fx(graph_module, example_inputs)
 
-    return torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
+    return torch.compile(forward, backend=backend, fullgraph=True, dynamic=of_any_batch)
 
 
 def compile_parts(twin: Any) -> None:

@@ -22,7 +22,6 @@ from torch_vtensor.generation.serving.seats import Seats
 
 __all__ = ["ServingProgram"]
 
-_SIZES = (1, 4, 16)  # and powers of two above: each is compiled, and up to 16 sequences cost little more than 4
 _MAX_CHOICES = 32
 
 
@@ -73,6 +72,7 @@ class ServingProgram:
         self._steps: dict[int, Graph] = {}
         self._choices: dict[tuple[int, Any], Graph] = {}
         self._plain_step = step_forward(traced.twin)
+        self._several: Callable[..., torch.Tensor] | None = None  # compiled for all batches but one of a single one
         # Of prompts, of one sequence at a time:
         self._alone = Seats(1, num_groups, num_arguments, device)
         self._last = torch.zeros(1, dtype=torch.int64, device=device)
@@ -163,7 +163,11 @@ class ServingProgram:
         self._prompt_logits = None
 
     def _capture_step(self, size: int) -> Graph:
-        forward = graphs.compile_step(step_forward(self._twin))
+        if size == 1:
+            forward = graphs.compile_step(step_forward(self._twin))
+        else:
+            forward = self._several or graphs.compile_step(step_forward(self._twin), of_any_batch=True)
+            self._several = forward
 
         def run() -> None:
             logits = self._run_forward(size, forward)
@@ -217,5 +221,5 @@ class ServingProgram:
 
 
 def _size_of(batch: int) -> int:
-    """The smallest size of a captured step that serves so many sequences."""
-    return next((size for size in _SIZES if size >= batch), 1 << (batch - 1).bit_length())
+    """The size of the captured step that serves so many sequences."""
+    return 1 << (batch - 1).bit_length()
