@@ -160,13 +160,14 @@ def test_streaming_ends_and_limits() -> None:
 def test_several_answers_to_one_prompt() -> None:
     model, asked = model_to_serve("llama"), prompts(20, 30)
     with torch_vtensor.enabled():
-        found = model.generate_batch(
-            asked, generation_config=config_of(do_sample=True, top_k=1, num_return_sequences=3)
-        )
-    assert len(found) == 6
-    for request_id, output in found.items():
-        prompt = asked[int(request_id.removeprefix("req_").partition("_")[0])]
-        assert output.generated_tokens == alone("llama", prompt, 8)
+        served = Served(model, generation_config=config_of(do_sample=True, top_k=1, num_return_sequences=3))
+        ids = served.manager.add_requests(asked)
+        outputs = served.run()
+        served.close()
+    assert len(outputs) == 6
+    for request_id, prompt in zip(ids, asked, strict=True):
+        for name in (request_id, f"{request_id}__child#0", f"{request_id}__child#1"):
+            assert outputs[name].generated_tokens == alone("llama", prompt, 8)
 
 
 @one_layout

@@ -5,6 +5,7 @@ Before 5.13 managers talk to their loop in other ways (4.57.6, 5.0 and 5.10 were
 
 from __future__ import annotations
 
+import importlib
 import queue
 from typing import Any
 
@@ -91,6 +92,10 @@ def why_no_server() -> str | None:
         return f"{reason}: install transformers 5.13 or later"
     from transformers.utils.import_utils import is_serve_available
 
+    try:
+        importlib.import_module("transformers.cli.transformers")
+    except ImportError as error:
+        return f"{error}: pip install 'torch_vtensor[serving]'"
     return None if is_serve_available() else "packages are missing: pip install 'torch_vtensor[serving]'"
 
 
