@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import report
 import torch
-from bench_generate import clean, make_model, used_bytes
+from bench_generate import make_model
+from memory import give_back, used_bytes
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import torch_vtensor
@@ -110,7 +111,7 @@ def compare(model: Any, title: str, asked: list[Asked], modes: list[str], at_onc
             began = time.perf_counter()
             serve(model, asked if mode == "captured" else asked[:CHECKED], mode, at_once)
             warm_up_s = time.perf_counter() - began
-            clean(model.device)
+            give_back(model.device)
             heard = serve(model, asked, mode, at_once)
         same = [same_tokens(answer, other) for answer, other in zip(heard.answers, expected, strict=False)]
         if model.dtype is torch.float32 and mode != "stock" and min(same) < 1:
@@ -129,7 +130,7 @@ def compare(model: Any, title: str, asked: list[Asked], modes: list[str], at_onc
             ]
         )
         print(*rows[-1], sep="  ", flush=True)
-        clean(model.device)
+        give_back(model.device)
     header = ["", "tokens/s", "s", "first token, ms", "next token, ms", "GiB at peak / idle", "as alone", "warm-up, s"]
     return f"## {title}\n\n{report.table(header, rows)}"
 
