@@ -31,7 +31,7 @@ prompts = {f"request {index}": [*document, *torch.randint(1, 256, (5 + index,)).
 
 torch_vtensor.enable(prefix_cache=True)
 if torch_vtensor.explain(model)[0].batching != "ours":
-    sys.exit("This example needs transformers 5.13 or later")
+    sys.exit("This example needs transformers 5.17 or later")
 
 answers = {}
 with model.continuous_batching_context_manager(generation_config=options) as manager:

@@ -1,6 +1,6 @@
-"""What of transformers' continuous batching is private or differs by version. Checked on 5.13, 5.17 and 5.23.
+"""What of transformers' continuous batching is private or differs by version. Checked on 5.17 and 5.23.
 
-Before 5.13 managers talk to their loop in other ways (4.57.6, 5.0 and 5.10 were looked at): those stay stock.
+Before, managers talk to their loop in other ways (4.57.6, 5.0, 5.10 and 5.13 were looked at): those stay stock.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = [
 
 def why_other_interface() -> str | None:
     """Why this version's managers cannot be given another loop, or None."""
-    status = getattr(continuous_api, "BackgroundThreadStatus", None)
-    if status is None or not hasattr(continuous_api, "OutputRouter") or not hasattr(status, "update_with_tp_status"):
+    status, router = (getattr(continuous_api, name, None) for name in ("BackgroundThreadStatus", "OutputRouter"))
+    if not hasattr(status, "update_with_tp_status") or not hasattr(router, "fail_and_deliver"):
         return "this version of transformers batches by another interface"
     return None
 
@@ -89,7 +89,7 @@ def mark_as_stopped(manager: Any) -> None:
 def why_no_server() -> str | None:
     """What `transformers serve` lacks to run with our loop, and what to do about it; None if nothing."""
     if (reason := why_other_interface()) is not None:
-        return f"{reason}: install transformers 5.13 or later"
+        return f"{reason}: install transformers 5.17 or later"
     from transformers.utils.import_utils import is_serve_available
 
     try:
