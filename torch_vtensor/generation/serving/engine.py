@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_vtensor.errors import CapacityError, OutOfPagesError
+from torch_vtensor.errors import CapacityError, OutOfPagesError, VTensorError
 from torch_vtensor.generation import prefix_cache
 from torch_vtensor.generation.cached_rows import CachedRows
 from torch_vtensor.generation.decode.program import Traced
@@ -331,18 +331,13 @@ class Engine:
                 with prefix_salt(request.salt):
                     request.rows.commit(request.rows.num_rows + 1)
                 return
-            except CapacityError as error:
-                self._read(0)
-                self._fail(request, error)
-            except OutOfPagesError as error:
+            except VTensorError as error:
                 if self._launched:
                     self._read(0)  # who has ended meanwhile leaves memory
-                    continue
-                newest = max(self.active, key=lambda each: each.arrival)
-                if len(self.active) == 1:
-                    self._fail(request, error)
+                elif isinstance(error, OutOfPagesError) and len(self.active) > 1:
+                    self._give_way(max(self.active, key=lambda each: each.arrival))
                 else:
-                    self._give_way(newest)
+                    self._fail(request, error)
 
     def _give_way(self, request: Request) -> None:
         """Take a request's memory away; it begins anew, with what it has said, when somebody has ended."""
