@@ -479,19 +479,41 @@ def test_requests_that_nobody_can_answer() -> None:
 
 
 @one_layout
-def test_others_may_use_the_model_in_a_pause() -> None:
-    model = model_to_serve("llama")
-    with torch_vtensor.enabled():
-        manager = model.init_continuous_batching(generation_config=config_of(max_new_tokens=200))
+@pytest.mark.parametrize("change", ["nothing", "in place", "replaced"])
+def test_others_may_use_the_model_in_a_pause(change: str) -> None:
+    """And change its weights: requests under way go on with the new ones, and nothing old is taken for new."""
+    model, (prompt,) = copy.deepcopy(model_to_serve("llama")), prompts(30)
+    with torch_vtensor.enabled(compile=True, prefix_cache=True):
+        manager = model.init_continuous_batching(generation_config=config_of(max_new_tokens=150))
         if not hasattr(manager, "pause"):
             pytest.skip("this version of transformers has no pause")
         manager.start()
-        (prompt,) = prompts(9)
-        manager.add_request(prompt, request_id="one")
+        manager.add_request(prompt, request_id="before", streaming=True)
+        while not (output := manager.get_result(timeout=60)).generated_tokens:
+            pass
         with manager.pause():
             steps = counted("steps")
             threading.Event().wait(0.05)
             assert counted("steps") == steps
-        output = manager.get_result(timeout=60)
+            if change == "in place":
+                with torch.no_grad():
+                    model.lm_head.weight.neg_()
+            elif change == "replaced":
+                model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())
+        manager.add_request(prompt, request_id="after", max_new_tokens=20)
+        outputs = {}
+        while len(outputs) < 2:
+            output = manager.get_result(timeout=60)
+            outputs |= {output.request_id: output} if output.is_finished() else {}
         manager.stop()
-    assert output.generated_tokens == alone("llama", prompt, 200)
+        found = answers(model.generate_batch([prompt], generation_config=config_of(max_new_tokens=20)))
+    assert len(outputs["before"].generated_tokens) == 150
+    ids = torch.tensor([prompt])
+    now = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config_of(max_new_tokens=20))
+    assert outputs["after"].generated_tokens == now[0, 30:].tolist() == found[0]
+    if change == "nothing":
+        assert outputs["before"].generated_tokens == alone("llama", prompt, 150)
+    else:
+        assert outputs["before"].generated_tokens[:1] == alone("llama", prompt, 1)
+        assert outputs["after"].generated_tokens != alone("llama", prompt, 20)
+        assert torch_vtensor.stats().prefixes.get("not recorded: the model has changed", 0) <= 1

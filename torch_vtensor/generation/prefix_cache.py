@@ -53,7 +53,7 @@ from torch_vtensor.generation.kv_store import capacity_of
 from torch_vtensor.generation.layers import why_no_driver
 from torch_vtensor.generation.tenant import current_salt
 
-__all__ = ["clear", "counters", "figures", "lend", "note_cache", "record", "reuse", "tree_of", "why_never"]
+__all__ = ["clear", "counters", "figures", "lend", "mark_of", "note_cache", "record", "reuse", "tree_of", "why_never"]
 
 _log = logging.getLogger(__name__)
 counters: Counter[str] = Counter()
@@ -121,7 +121,7 @@ def reuse(
     if isinstance(request, str):
         counters[f"not reused: {request}"] += 1
         return run(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
-    mark, cache = _mark_of(model), inputs[CACHE_NAME]
+    mark, cache = mark_of(model), inputs[CACHE_NAME]
     num_reused = _begin(model, mark, cache, request, input_ids.shape[1], generation_config.max_length)
     num_asked = sum(map(len, request.tokens))
     counters["tokens reused"] += sum(max(num_reused - padding, 0) for padding in request.paddings)
@@ -262,26 +262,36 @@ def _give_way(model: Any) -> None:
         tree.scheduler.trim()
 
 
-def lend(model: Any, tokens: list[int], capacity: int) -> tuple[tuple[StoreLayout, ...], Loan] | None:
+def lend(
+    model: Any, mark: tuple[Any, ...], tokens: list[int], capacity: int
+) -> tuple[tuple[StoreLayout, ...], Loan] | None:
     """The rows of the longest prefix that is known of one prompt, but for its last token, in stores laid out like this.
 
     Args:
+        mark: of the model as it is, by ``mark_of``.
         capacity: tokens of addresses of the new rows.
     """
     request = _Request([tokens], [0])
-    lent = _lend(model, _mark_of(model), request, len(tokens) - 1, capacity)
+    lent = _lend(model, mark, request, len(tokens) - 1, capacity)
     counters["tokens reused"] += 0 if lent is None else lent[1].num_rows
     counters["tokens of prompts"] += len(tokens)
     return lent
 
 
-def record(model: Any, tokens: list[int], rows: CachedRows) -> None:
-    """Keep what ``rows`` hold of the one sequence ``tokens``; failing to is no error."""
+def record(model: Any, mark: tuple[Any, ...], tokens: list[int], rows: CachedRows) -> None:
+    """Keep what ``rows`` hold of the one sequence ``tokens``; failing to is no error.
+
+    Args:
+        mark: of the model as it was when their first token was computed.
+    """
     if len(tokens) < _LEAST_TOKENS:
         counters["not recorded: fewer tokens than are worth it"] += 1
         return
+    if mark != mark_of(model):
+        counters["not recorded: the model has changed"] += 1
+        return
     try:
-        tree, salt = _tree_for(model, _mark_of(model), rows), current_salt()
+        tree, salt = _tree_for(model, mark, rows), current_salt()
         counters["tokens recorded"] += tree.record(tokens, rows.vtensors, 0, salt)
     except Exception as error:  # the answer is there, whatever becomes of the record
         counters[f"not recorded: {type(error).__name__}"] += 1
@@ -378,7 +388,7 @@ def _tree_for(model: Any, mark: tuple[Any, ...], rows: CachedRows) -> PrefixTree
         return kept.tree
 
 
-def _mark_of(model: Any) -> tuple[Any, ...]:
+def mark_of(model: Any) -> tuple[Any, ...]:
     """What tells the model as it is from what it was: its weights' places and versions, adapters, precision.
 
     Writing through ``parameter.data`` is the one change that it does not see: torch counts no version there.

@@ -286,6 +286,8 @@ class Traced:
         self.shapes: list[LayerShape] = layer_shapes(self.twin)
         self.takes_prompts = not any("Experts" in type(module).__name__ for module in model.modules())
         """Whether graphs may take up prompts: experts choose their kernels by the number of tokens."""
+        self.twin_for_many = self.twin if self.takes_prompts else twin_of(model, for_few_tokens=False)
+        """The twin for many tokens at once."""
         self._programs: dict[Hashable, list[Any]] = {}
         self._lock = threading.Lock()
 

@@ -18,6 +18,7 @@ __all__ = [
     "RequestStatus",
     "default_batching_config",
     "drained",
+    "is_to_pause",
     "mark_as_stopped",
     "own_processors",
     "per_request_processors",
@@ -72,13 +73,15 @@ def wake_up_event(manager: Any) -> Any:
     return getattr(manager, "_wake_up_loop", None) or manager._has_new_requests
 
 
-def wait_while_paused(manager: Any) -> bool:
-    """Let others use the model as long as they asked for it; returns whether anybody did."""
+def is_to_pause(manager: Any) -> bool:
+    """Whether somebody wants to use the model alone."""
     status = manager.background_thread_status
-    if not hasattr(status, "is_pause_requested") or not status.is_pause_requested():
-        return False
-    status.pause_and_wait()
-    return True
+    return hasattr(status, "is_pause_requested") and bool(status.is_pause_requested())
+
+
+def wait_while_paused(manager: Any) -> None:
+    """Let those who asked for it use the model."""
+    manager.background_thread_status.pause_and_wait()
 
 
 def mark_as_stopped(manager: Any) -> None:

@@ -139,6 +139,19 @@ class Engine:
             self._read(0)  # there is nothing else to do
         self._deliver()
 
+    def settle(self) -> None:
+        """Wait for everything that was launched, and deliver it."""
+        self._read(0)
+        self._deliver()
+
+    def hand_over(self, other: Engine) -> None:
+        """Have another engine go on with all requests, from their tokens."""
+        self.settle()
+        for request in sorted(self.active, key=lambda each: each.arrival, reverse=True):
+            self._begin_anew(request)
+        other.waiting, other._num_arrived = self.waiting, self._num_arrived
+        self.waiting = deque()
+
     def fail_all_requests(self, error: Exception) -> None:
         """Tell everybody who waits for an answer that there will be none."""
         self._launched.clear()
@@ -179,7 +192,7 @@ class Engine:
         if num_asked > capacity:
             raise CapacityError(num_asked, capacity)
         with prefix_salt(request.salt):
-            rows = self._known_rows(tokens) or SequenceRows(self.layout, len(tokens) + 1)
+            rows = self._known_rows(request) or SequenceRows(self.layout, len(tokens) + 1)
             try:
                 rows.commit(len(tokens) + 1)
             except OutOfPagesError:
@@ -199,11 +212,13 @@ class Engine:
         counters["tokens of prompts"] += len(tokens) - rows.num_rows
         return True
 
-    def _known_rows(self, tokens: list[int]) -> SequenceRows | None:
-        """Rows that begin with what is known of these tokens."""
+    def _known_rows(self, request: Request) -> SequenceRows | None:
+        """Rows that begin with what is known of a request's tokens."""
         if not self.terms.reuses_prefixes:
             return None
-        lent = prefix_cache.lend(self.model, tokens, self.layout.capacity)
+        tokens = request.tokens
+        request.mark = prefix_cache.mark_of(self.model)
+        lent = prefix_cache.lend(self.model, request.mark, tokens, self.layout.capacity)
         if lent is None:
             return None
         layouts, loan = lent
@@ -343,11 +358,14 @@ class Engine:
         """Take a request's memory away; it begins anew, with what it has said, when somebody has ended."""
         counters["gave way"] += 1
         self._record(request)
+        self._begin_anew(request)
+        self._holds_back = True
+
+    def _begin_anew(self, request: Request) -> None:
         self._take_away(request)
         request.num_starts += 1
         request.num_launched = request.num_known
         self.waiting.appendleft(request)
-        self._holds_back = True
 
     def _record(self, request: Request) -> None:
         rows = request.rows
@@ -359,7 +377,7 @@ class Engine:
             if isinstance(found, str):
                 prefix_cache.counters[f"not recorded: {found}"] += 1
             else:
-                prefix_cache.record(self.model, tokens, found)
+                prefix_cache.record(self.model, request.mark, tokens, found)
 
     def _fail(self, request: Request, error: Exception) -> None:
         if not request.has_ended:

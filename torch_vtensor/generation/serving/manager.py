@@ -24,6 +24,7 @@ from torch_vtensor.generation.serving._transformers_compat import (
     ContinuousBatchingManager,
     default_batching_config,
     drained,
+    is_to_pause,
     mark_as_stopped,
     own_processors,
     wait_while_paused,
@@ -127,22 +128,24 @@ class BatchingManager(ContinuousBatchingManager):
             del self.model._cached_continuous_batching_manager
 
     def _run_generation_loop(self) -> None:
-        engine = None
+        self._engine: Engine | None = None
         try:
             if self.model.device.type == "cuda":
                 torch.cuda.set_device(self.model.device)
             with torch.inference_mode(False), torch.no_grad():
                 self._set_seed()
-                engine = self.batch_processor = self._make_engine()
-                while self._serve(engine):
+                self._engine = self.batch_processor = self._make_engine()
+                while self._serve(self._engine):
                     pass
-                self._fail_all_remaining_requests(RuntimeError("the manager was stopped before this request"), engine)
+                error = RuntimeError("the manager was stopped before this request was answered")
+                self._fail_all_remaining_requests(error, self._engine)
         except Exception as error:
             log.exception("continuous batching of %s has failed", type(self.model).__name__)
-            self._handle_critical_error(error, engine)
+            self._handle_critical_error(error, self._engine)
         finally:
-            if engine is not None:
-                engine.close()
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
             mark_as_stopped(self)
 
     def _serve(self, engine: Engine) -> bool:
@@ -151,7 +154,8 @@ class BatchingManager(ContinuousBatchingManager):
         status.update_with_tp_status(status.local_status)
         if status.tp_status >= status.HARD_STOP:
             return False
-        if wait_while_paused(self):
+        if is_to_pause(self):
+            self._pause(engine)
             return True
         for state in drained(self.input_queue):
             try:
@@ -170,6 +174,15 @@ class BatchingManager(ContinuousBatchingManager):
         wake_up.wait(timeout=_IDLE_S)
         wake_up.clear()
         return True
+
+    def _pause(self, engine: Engine) -> None:
+        """Let others use the model, which may come back with other weights."""
+        engine.settle()
+        wait_while_paused(self)
+        if not self._traced.is_of_today():  # graphs would read memory that is not the weights' any more
+            self._engine = self._make_engine()
+            engine.hand_over(self._engine)
+            engine.close()
 
     def _make_engine(self) -> Engine:
         model, traced = self.model, self._traced

@@ -62,7 +62,7 @@ class ServingProgram:
         self.seats = Seats(_size_of(max_batch), num_groups, num_arguments, device)
         self._layers = layers
         self._traced_prompt = traced.prompt if self.captures_prompts else None
-        self._twin = traced.twin
+        self._twin, self._twin_for_many = traced.twin, traced.twin_for_many
         self._mask = torch.ones(self.seats.num_seats, 1, 1, 1, dtype=torch.bool, device=device)
         self._workspace = graphs.workspace(self.seats.num_seats, layers, device)
         self._space = graphs.capture_space(device)
@@ -71,15 +71,15 @@ class ServingProgram:
         self._logits: dict[int, torch.Tensor] = {}
         self._steps: dict[int, Graph] = {}
         self._choices: dict[tuple[int, Any], Graph] = {}
-        self._plain_step = step_forward(traced.twin)
-        self._several: Callable[..., torch.Tensor] | None = None  # compiled for all batches but one of a single one
+        self._plain_step = step_forward(traced.twin_for_many)
+        self._several: Callable[..., torch.Tensor] | None = None  # compiled for all batches but single ones
         # Of prompts, of one sequence at a time:
         self._alone = Seats(1, num_groups, num_arguments, device)
         self._last = torch.zeros(1, dtype=torch.int64, device=device)
         self._num_new = torch.zeros(1, dtype=torch.int32, device=device)
         self._prompt_logits: torch.Tensor | None = None
         self._prompts: dict[int, _PromptGraph] = {}
-        self._plain_prompt = prompt_forward(traced.twin)
+        self._plain_prompt = prompt_forward(traced.twin_for_many)
 
     def acquire(self) -> bool:
         """Make the program the caller's alone, if it is nobody's, also on the device."""
@@ -166,7 +166,7 @@ class ServingProgram:
         if size == 1:
             forward = graphs.compile_step(step_forward(self._twin))
         else:
-            forward = self._several or graphs.compile_step(step_forward(self._twin), of_any_batch=True)
+            forward = self._several or graphs.compile_step(step_forward(self._twin_for_many), of_any_batch=True)
             self._several = forward
 
         def run() -> None:

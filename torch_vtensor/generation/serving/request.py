@@ -32,6 +32,8 @@ class Request:
     """New tokens that were asked of the device so far, those that the host knows included."""
     num_starts: int = 0
     """How often it was begun: what was launched for an earlier start does not count any more."""
+    mark: Any = None
+    """Of the model as it was at the last start, where prefixes are reused."""
     has_ended: bool = False
 
     @property
