@@ -77,8 +77,7 @@ class Explanation(tuple[LayerExplanation, ...]):
             for entry in self
         ]
         reasons = dict.fromkeys(f"attention {entry.attention}" for entry in self if ":" in entry.attention)
-        batching = dict.fromkeys(f"generate_batch {entry.batching}" for entry in self if ":" in entry.batching)
-        return "\n".join(["layer  memory     attention  kind", *rows, *reasons, *batching])
+        return "\n".join(["layer  memory     attention  kind", *rows, *reasons])
 
 
 def stats() -> Stats:
