@@ -29,7 +29,7 @@ import torch_vtensor
 
 GIB = 2**30
 MODES = {"stock": "transformers", "plain": "torch_vtensor", "captured": "torch_vtensor, compile=True"}
-CHECKED = 4  # requests whose answers are compared
+CHECKED, CHECKED_TOKENS = 4, 32  # requests whose answers are compared, and how many tokens of each
 PROMPT_MEAN, ANSWER_MEAN, SIGMA = 220, 200, 0.9
 
 
@@ -136,9 +136,10 @@ def compare(model: Any, title: str, asked: list[Asked], modes: list[str], at_onc
 
 
 def alone(model: Any, one: Asked) -> list[int]:
-    """What generate() answers."""
+    """What generate() answers, to begin with."""
     ids = torch.tensor([one.prompt], device=model.device)
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy(one.num_new))
+    config = greedy(min(one.num_new, CHECKED_TOKENS))
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return output[0, len(one.prompt) :].tolist()
 
 
@@ -228,7 +229,7 @@ class Watch:
 
 
 def same_tokens(answer: list[int], other: list[int]) -> float:
-    """The part of an answer before it first differs from another."""
+    """The part of the beginning of an answer that is the same before it first differs."""
     same = next((index for index, (a, b) in enumerate(zip(answer, other, strict=False)) if a != b), len(other))
     return same / max(len(other), 1)
 

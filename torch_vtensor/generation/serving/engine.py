@@ -1,8 +1,9 @@
 """Engine: one round of continuous batching after the other, over rows that grow in place.
 
 A round takes up what the device has finished, begins requests that wait, takes up parts of their prompts, and launches
-one step for all sequences that are running. Tokens go from step to step on the device; the host reads them a few steps
-later, and only then learns who has ended. Memory is mapped ahead, so a round calls no driver and waits for nothing.
+one step for all sequences that are running, unless more are waiting for their first token. Tokens go from step to step
+on the device; the host reads them a few steps later, and only then learns who has ended. Memory is mapped ahead, so a
+round calls no driver and waits for nothing.
 
     waiting ──begin──> prompts ──first token──> seated ──last token──> ended
        └──────────────────<──gives way when memory is short──┘
@@ -36,8 +37,8 @@ __all__ = ["MAX_BATCH", "Engine", "Terms"]
 
 MAX_BATCH = 256
 _STEPS_AHEAD = 3
-_PROMPT_TOKENS = 4096  # in a round in which more wait for their first token than for their next
-_PROMPT_TOKENS_BESIDE = 1024  # otherwise: about as long as three steps of a model with 8 billion weights
+_PROMPT_TOKENS = 4096  # in a round, while more wait for their first token than for their next
+_PROMPT_TOKENS_BESIDE = 2048  # otherwise: others wait about 50 ms for a model with 8 billion weights on an H100
 
 
 class Terms(NamedTuple):
@@ -133,8 +134,11 @@ class Engine:
         self._read(_STEPS_AHEAD)
         self._begin_waiting()
         num_launched = len(self._launched)
-        self._take_up_prompts()
-        self._decode()
+        more_wait = len(self.prompts) + len(self.waiting) > len(self.seated)
+        prompts_come_first = self.terms.prompts_first or more_wait
+        self._take_up_prompts(prompts_come_first)
+        if not (self.prompts and prompts_come_first):
+            self._decode()
         if len(self._launched) == num_launched:
             self._read(0)  # there is nothing else to do
         self._deliver()
@@ -178,8 +182,7 @@ class Engine:
         while self.waiting and not self._holds_back and len(self.active) < self.terms.max_batch:
             request = self.waiting[0]
             try:
-                if not self._begin(request):
-                    break
+                self._holds_back = not self._begin(request)
             except Exception as error:  # this one's alone: the others go on
                 self._fail(request, error)
 
@@ -230,10 +233,8 @@ class Engine:
 
     # Running
 
-    def _take_up_prompts(self) -> None:
-        num_unheard = len(self.prompts) + len(self.waiting)
-        many = self.terms.prompts_first or num_unheard > len(self.seated)
-        budget = self.terms.prompt_tokens or (_PROMPT_TOKENS if many else _PROMPT_TOKENS_BESIDE)
+    def _take_up_prompts(self, come_first: bool) -> None:
+        budget = self.terms.prompt_tokens or (_PROMPT_TOKENS if come_first else _PROMPT_TOKENS_BESIDE)
         while self.prompts and budget > 0:
             request = self.prompts[0]
             rows, tokens = request.rows, request.tokens
