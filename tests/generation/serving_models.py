@@ -72,7 +72,7 @@ class Served:
         self.manager = model.init_continuous_batching(**options)
         with torch.no_grad():
             self.engine = self.manager._make_engine()
-        self.manager.batch_processor = self.engine
+        self.manager.batch_processor = self.manager._engine = self.engine
         self.outputs: list[Any] = []
 
     def round(self) -> None:

@@ -342,6 +342,22 @@ def test_prefixes_are_shared_with_generate_and_among_requests() -> None:
 
 
 @one_layout
+def test_nothing_is_kept_of_requests_that_end_after_disable(memory: Memory) -> None:
+    model, asked = model_to_serve("llama"), prompts(60, 50)
+    torch_vtensor.enable(prefix_cache=True)
+    served = Served(model, generation_config=config_of())
+    served.manager.add_requests(asked)
+    served.round()
+    torch_vtensor.disable()
+    outputs = served.run()
+    served.close()
+    assert [outputs[f"req_{index}"].generated_tokens for index in range(2)] == [
+        alone("llama", prompt, 8) for prompt in asked
+    ]
+    assert prefix_cache.tree_of(model) is None
+
+
+@one_layout
 def test_tenants_are_kept_apart() -> None:
     model, asked = model_to_serve("llama"), prompts(100)
     with torch_vtensor.enabled(prefix_cache=True):
@@ -367,6 +383,7 @@ def test_managers_are_ours_while_enabled_and_exactly_stock_after() -> None:
         assert isinstance(model._cached_continuous_batching_manager, BatchingManager)
         again = model.generate_batch(prompts(9), generation_config=config_of(), persistent_manager=True)
         assert answers(again) == answers(found)
+        assert reasons() == {}
     assert GenerationMixin.init_continuous_batching is stock
     assert "init_continuous_batching" not in vars(GenerationMixin)
     assert not hasattr(model, "_cached_continuous_batching_manager")

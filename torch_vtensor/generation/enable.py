@@ -86,8 +86,9 @@ def enable(
 ) -> None:
     """Give every HuggingFace ``generate()`` loop in this process growable KV memory, without changing its results.
 
-    From now on the layers of every ``DynamicCache``, existing ones included, append in place. Calling it again only
-    changes the settings. ``explain(model)`` says what each layer of a model will do; ``stats()`` what they did.
+    From now on the layers of every ``DynamicCache``, existing ones included, append in place, and ``generate_batch()``
+    runs over such memory. Calling it again only changes the settings. ``explain(model)`` says what each layer of a model
+    will do; ``stats()`` what they did.
 
     Args:
         compile: decode by captured graphs of the compiled model wherever that is possible: greedy search and sampling
@@ -121,7 +122,8 @@ def enable(
 def disable() -> None:
     """Put transformers' own methods back, also inside ``enabled()`` blocks; running caches go on as stock ones.
 
-    Effects: the tokens of running caches are copied to ordinary memory.
+    Effects: the tokens of running caches are copied to ordinary memory. Running managers of continuous batching go on
+        to their end.
     """
     global _switched_on
     with _lock:
@@ -209,6 +211,8 @@ def _set_reuse(who: object, wanted: bool) -> None:
         _reuses.clear()
     _reuses.discard(who)
     if not _reuses:
+        for manager in list(_managers):
+            manager.keep_no_prefixes()
         prefixes.clear()
 
 

@@ -80,6 +80,7 @@ class Engine:
         self.layout = layout
         self.terms = terms
         self.router = router
+        self.reuses_prefixes = terms.reuses_prefixes
         self.waiting: deque[Request] = deque()
         self.prompts: deque[Request] = deque()
         self.seated: list[Request] = []
@@ -217,7 +218,7 @@ class Engine:
 
     def _known_rows(self, request: Request) -> SequenceRows | None:
         """Rows that begin with what is known of a request's tokens."""
-        if not self.terms.reuses_prefixes:
+        if not self.reuses_prefixes:
             return None
         tokens = request.tokens
         request.mark = prefix_cache.mark_of(self.model)
@@ -370,7 +371,7 @@ class Engine:
 
     def _record(self, request: Request) -> None:
         rows = request.rows
-        if rows is None or not self.terms.reuses_prefixes:
+        if rows is None or request.mark is None or not self.reuses_prefixes:
             return
         tokens = request.tokens[: rows.num_rows]
         with prefix_salt(request.salt):

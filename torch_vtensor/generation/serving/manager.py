@@ -39,6 +39,8 @@ from torch_vtensor.generation.tenant import current_salt
 __all__ = ["BatchingManager", "init_batching"]
 
 _IDLE_S = 0.1
+_KEPT = "_cached_continuous_batching_manager"
+"""Where transformers notes the manager that a model keeps for its next session."""
 
 
 def init_batching(
@@ -50,7 +52,10 @@ def init_batching(
         is_captured: whether steps are to be compiled and captured.
         reuses_prefixes: whether requests are to begin with what earlier ones have left.
     """
-    manager = _manager_of(model, inspect.signature(stock).bind(model, *args, **kwargs).arguments)
+    if isinstance(getattr(model, _KEPT, None), BatchingManager):
+        manager = stock(model, *args, **kwargs)  # which finds it
+    else:
+        manager = _manager_of(model, inspect.signature(stock).bind(model, *args, **kwargs).arguments)
     if isinstance(manager, str):
         counters[f"stock: {manager}"] += 1
         log.info("transformers' own manager batches for %s: %s", type(model).__name__, manager)
@@ -62,8 +67,8 @@ def init_batching(
 
 def _manager_of(model: Any, given: dict[str, Any]) -> BatchingManager | str:
     """Our manager for what is given to ``init_continuous_batching``, or why it is to be transformers'."""
-    if getattr(model, "_cached_continuous_batching_manager", None) is not None:
-        return "a manager was kept from before"
+    if getattr(model, _KEPT, None) is not None:
+        return "transformers' own manager was kept from before"
     if (reason := why_never(model)) is not None:
         return reason
     config = given.get("generation_config") or model.generation_config
@@ -100,6 +105,7 @@ class BatchingManager(ContinuousBatchingManager):
     """Whether steps are compiled and captured."""
     reuses_prefixes = False
     """Whether requests begin with what earlier ones have left."""
+    _engine: Engine | None = None
 
     def serve_by(self, traced: Traced, choice: Choice, batching: Any) -> None:
         """Have requests served by these steps.
@@ -124,11 +130,17 @@ class BatchingManager(ContinuousBatchingManager):
 
     def forget(self) -> None:
         """Do not be found for later sessions; one that is running goes on to its end."""
-        if vars(self.model).get("_cached_continuous_batching_manager") is self:
-            del self.model._cached_continuous_batching_manager
+        if vars(self.model).get(_KEPT) is self:
+            delattr(self.model, _KEPT)
+
+    def keep_no_prefixes(self) -> None:
+        """From now on begin with nothing that is known, and leave nothing."""
+        self.reuses_prefixes = False
+        engine = self._engine
+        if engine is not None:
+            engine.reuses_prefixes = False
 
     def _run_generation_loop(self) -> None:
-        self._engine: Engine | None = None
         try:
             if self.model.device.type == "cuda":
                 torch.cuda.set_device(self.model.device)
@@ -143,10 +155,12 @@ class BatchingManager(ContinuousBatchingManager):
             log.exception("continuous batching of %s has failed", type(self.model).__name__)
             self._handle_critical_error(error, self._engine)
         finally:
-            if self._engine is not None:
-                self._engine.close()
+            try:
+                if self._engine is not None:
+                    self._engine.close()
+            finally:
                 self._engine = None
-            mark_as_stopped(self)
+                mark_as_stopped(self)
 
     def _serve(self, engine: Engine) -> bool:
         """Whether to go on after a round of what there is to do."""
