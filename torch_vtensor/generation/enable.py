@@ -87,8 +87,8 @@ def enable(
     """Give every HuggingFace ``generate()`` loop in this process growable KV memory, without changing its results.
 
     From now on the layers of every ``DynamicCache``, existing ones included, append in place, and ``generate_batch()``
-    runs over such memory. Calling it again only changes the settings. ``explain(model)`` says what each layer of a model
-    will do; ``stats()`` what they did.
+    runs over such memory. Calling it again only changes the settings. ``explain(model)`` says what each layer of a
+    model will do; ``stats()`` what they did.
 
     Args:
         compile: decode by captured graphs of the compiled model wherever that is possible: greedy search and sampling

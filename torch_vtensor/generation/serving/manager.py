@@ -116,13 +116,8 @@ class BatchingManager(ContinuousBatchingManager):
         self.input_queue: queue.Queue[Any] = _SaltedQueue(maxsize=batching.max_queue_size)
         self._traced, self._choice, self._given = traced, choice, batching
 
-    # transformers would have the model attend to a paged cache, under other names in other versions.
-
     def switch_to_cb_friendly_attn(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        """Leave the model's attention as it is."""
-
-    def switch_to_paged_attn(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        """Leave the model's attention as it is."""
+        """Leave the model's attention as it is, where transformers would have it read a paged cache."""
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: what is compiled and captured is kept with the model, and made when it is first needed."""
