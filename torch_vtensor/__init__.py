@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # Imported on first use: importing the package loads neither transformers nor a driver, and touches no GPU.
 _HOME = {
+    "Session": "generation.session",
     "VTensor": "allocator.vtensor",
     "VTensorCache": "generation.cache",
     "memory": "generation.cache",
@@ -32,6 +33,7 @@ _HOME = {
 __all__ = [
     "CapacityError",
     "OutOfPagesError",
+    "Session",
     "VTensor",
     "VTensorCache",
     "VTensorError",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from torch_vtensor.generation.cache import VTensorCache, memory
     from torch_vtensor.generation.enable import disable, enable, enabled, is_enabled
     from torch_vtensor.generation.report import empty_cache, explain, stats, trim
+    from torch_vtensor.generation.session import Session
     from torch_vtensor.generation.tenant import prefix_salt
 
 

@@ -95,6 +95,7 @@ class PagePool:
         self.page_bytes = driver.page_sizes[0]
         self.lock = threading.RLock()
         self.ledger = Ledger(budget_bytes)
+        self._free_bytes_at_first = driver.free_bytes()
         self.reclaimers: list[Callable[[float], None]] = []
         self.evictors: list[Callable[[float], None]] = []
         self.held_bytes = 0
@@ -117,6 +118,11 @@ class PagePool:
     @budget_bytes.setter
     def budget_bytes(self, value: int | None) -> None:
         self.ledger.budget_bytes = value
+
+    @property
+    def limit_bytes(self) -> int:
+        """What there is to be shared out: the budget, without one what the device had free when the pool was made."""
+        return self._free_bytes_at_first if self.budget_bytes is None else self.budget_bytes
 
     @property
     def is_foreign(self) -> bool:
@@ -184,27 +190,23 @@ class PagePool:
                         self._tenants.setdefault(page.handle, _UNKNOWN)
                     self.ledger.put(page.handle, page.nbytes)
 
-    def hold(self, pages: Iterable[Page]) -> int:
-        """Keep pages, mapped or not, by one more reference to each; returns the bytes of those that nobody held."""
+    def hold(self, pages: Iterable[Page]) -> None:
+        """Keep pages, mapped or not, by one more reference to each."""
         with self.lock:
-            held_bytes = self.held_bytes
             for page in pages:
                 page.num_refs += 1
                 page.num_held += 1
                 if page.num_held == 1:
                     self.held_bytes += page.nbytes
-            return self.held_bytes - held_bytes
 
-    def let_go(self, pages: Sequence[Page]) -> int:
-        """The opposite of ``hold``; returns the bytes of those pages that nobody holds now. Cannot fail."""
+    def let_go(self, pages: Sequence[Page]) -> None:
+        """The opposite of ``hold``. Cannot fail."""
         with self.lock:
-            held_bytes = self.held_bytes
             for page in pages:
                 page.num_held -= 1
                 if page.num_held == 0:
                     self.held_bytes -= page.nbytes
             self.drop(pages)
-            return held_bytes - self.held_bytes
 
     def scrubbed(self, pages: Iterable[Page]) -> None:
         """Note that the dirty ones of these pages hold zeros now."""

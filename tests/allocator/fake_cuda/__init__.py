@@ -152,6 +152,9 @@ class FakeDriver:
     def __init__(self, fake: FakeCuda) -> None:
         self._cuda = fake.library
 
+    def free_bytes(self) -> int:
+        return 2**40
+
     def create(self, nbytes: int) -> int:
         handle = ctypes.c_uint64()
         self._in_context(self._cuda.cuMemCreate, ctypes.byref(handle), nbytes, None, 0)

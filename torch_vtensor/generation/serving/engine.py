@@ -220,9 +220,12 @@ class Engine:
         """Rows that begin with what is known of a request's tokens."""
         if not self.reuses_prefixes:
             return None
-        tokens = request.tokens
-        request.mark = prefix_cache.mark_of(self.model)
-        lent = prefix_cache.lend(self.model, request.mark, tokens, self.layout.capacity)
+        mark, tokens = prefix_cache.mark_of(self.model), request.tokens
+        request.mark = None if isinstance(mark, str) else mark
+        if isinstance(mark, str):
+            prefix_cache.counters[f"not reused: {mark}"] += 1
+            return None
+        lent = prefix_cache.lend(self.model, mark, tokens, self.layout.capacity)
         if lent is None:
             return None
         layouts, loan = lent
