@@ -18,15 +18,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from torch_vtensor.errors import CapacityError, OutOfPagesError, VTensorError
-from torch_vtensor.generation import prefix_cache
 from torch_vtensor.generation.cached_rows import CachedRows
 from torch_vtensor.generation.decode.program import Traced
 from torch_vtensor.generation.decode.prompt import Part
+from torch_vtensor.generation.serving import known
 from torch_vtensor.generation.serving._transformers_compat import RequestStatus
 from torch_vtensor.generation.serving.choice import Choice
+from torch_vtensor.generation.serving.launches import Launches
 from torch_vtensor.generation.serving.program import ServingProgram
 from torch_vtensor.generation.serving.request import Request
 from torch_vtensor.generation.serving.rows import RowsLayout, SequenceRows
@@ -55,14 +54,6 @@ class Terms(NamedTuple):
     prompts_first: bool
 
 
-class _Launch(NamedTuple):
-    """Tokens that the device was asked for, on their way to the host: whose, and of which of its starts."""
-
-    tokens: torch.Tensor
-    event: Any
-    whose: list[tuple[Request, int]]
-
-
 class Engine:
     """Serves requests of one model, on one thread.
 
@@ -85,14 +76,14 @@ class Engine:
         self.prompts: deque[Request] = deque()
         self.seated: list[Request] = []
         self.active: list[Request] = []
-        self._launched: deque[_Launch] = deque()
+        self._launched = Launches()
         self._num_arrived = 0
         self._holds_back = False  # until somebody has ended: memory was short
         self._outputs: list[Any] = []
         self._scratch = SequenceRows(layout, 1)
         scratch = self._scratch.cached(1)
         assert isinstance(scratch, CachedRows)
-        self._store_layouts = scratch.layouts
+        self._stores = scratch.layouts
         try:
             for store in self._scratch.stores:
                 store.commit(1)
@@ -196,7 +187,8 @@ class Engine:
         if num_asked > capacity:
             raise CapacityError(num_asked, capacity)
         with prefix_salt(request.salt):
-            rows = self._known_rows(request) or SequenceRows(self.layout, len(tokens) + 1)
+            rows = known.begin(self.model, request, self.layout, self._stores) if self.reuses_prefixes else None
+            rows = rows or SequenceRows(self.layout, len(tokens) + 1)
             try:
                 rows.commit(len(tokens) + 1)
             except OutOfPagesError:
@@ -215,25 +207,6 @@ class Engine:
             request.state.status = RequestStatus.PREFILLING
         counters["tokens of prompts"] += len(tokens) - rows.num_rows
         return True
-
-    def _known_rows(self, request: Request) -> SequenceRows | None:
-        """Rows that begin with what is known of a request's tokens."""
-        if not self.reuses_prefixes:
-            return None
-        mark, tokens = prefix_cache.mark_of(self.model), request.tokens
-        request.mark = None if isinstance(mark, str) else mark
-        if isinstance(mark, str):
-            prefix_cache.counters[f"not reused: {mark}"] += 1
-            return None
-        lent = prefix_cache.lend(self.model, mark, tokens, self.layout.capacity)
-        if lent is None:
-            return None
-        layouts, loan = lent
-        if layouts != self._store_layouts:
-            for vtensor in loan.vtensors:
-                vtensor.close()
-            return None
-        return SequenceRows(self.layout, len(tokens) + 1, loan.vtensors, loan.num_rows)
 
     # Running
 
@@ -258,7 +231,7 @@ class Engine:
         """Have the first token of a request whose prompt was taken up last, and let it go on with the others."""
         first = self.program.first_token(self.terms.choice)
         request.num_launched = request.num_known + 1
-        self._note(first, [request])
+        self._launched.note(first, [request])
         if request.wants_more:
             self._arrange()
             assert request.rows is not None
@@ -282,7 +255,7 @@ class Engine:
         if not self.seated:
             return
         self._warmed_up(None)
-        self._note(self.program.run_step(self.terms.choice), self.seated)
+        self._launched.note(self.program.run_step(self.terms.choice), self.seated)
         counters["steps"] += 1
         for request in self.seated:
             assert request.rows is not None
@@ -304,26 +277,10 @@ class Engine:
             self.program.run_plainly()
         return Part(0, 0, 0) if part is None else part
 
-    def _note(self, tokens: torch.Tensor, whose: Sequence[Request]) -> None:
-        """Have these tokens brought to the host."""
-        event = torch.cuda.Event() if tokens.device.type == "cuda" else None
-        copied = tokens.to("cpu", non_blocking=True, copy=True)
-        if event is not None:
-            event.record()
-        self._launched.append(_Launch(copied, event, [(request, request.num_starts) for request in whose]))
-
     def _read(self, num_pending: int) -> None:
         """Take up what the device has finished, and wait for all but the last ``num_pending`` launches."""
-        while self._launched:
-            launch = self._launched[0]
-            if launch.event is not None and not launch.event.query():
-                if len(self._launched) <= num_pending:
-                    break
-                launch.event.synchronize()
-            self._launched.popleft()
-            for (request, start), token in zip(launch.whose, launch.tokens.tolist(), strict=True):
-                if not request.has_ended and request.num_starts == start:
-                    self._say(request, token)
+        for request, token in self._launched.read(num_pending):
+            self._say(request, token)
 
     def _say(self, request: Request, token: int) -> None:
         state = request.state
@@ -373,16 +330,9 @@ class Engine:
         self.waiting.appendleft(request)
 
     def _record(self, request: Request) -> None:
-        rows = request.rows
-        if rows is None or request.mark is None or not self.reuses_prefixes:
-            return
-        tokens = request.tokens[: rows.num_rows]
-        with prefix_salt(request.salt):
-            found = rows.cached(len(tokens))
-            if isinstance(found, str):
-                prefix_cache.counters[f"not recorded: {found}"] += 1
-            else:
-                prefix_cache.record(self.model, request.mark, tokens, found)
+        if self.reuses_prefixes:
+            with prefix_salt(request.salt):
+                known.record(self.model, request)
 
     def _fail(self, request: Request, error: Exception) -> None:
         if not request.has_ended:
