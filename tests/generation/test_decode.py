@@ -25,7 +25,7 @@ from transformers.generation import EosTokenCriteria
 import torch_vtensor
 from torch_vtensor.errors import OutOfPagesError
 from torch_vtensor.generation import shared_reads
-from torch_vtensor.generation.decode import loop, program
+from torch_vtensor.generation.decode import graphs, loop, program
 from torch_vtensor.generation.decode import step as step_module
 
 
@@ -33,8 +33,8 @@ from torch_vtensor.generation.decode import step as step_module
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step as it is, except in slow tests; and programs of this test alone."""
     if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(program, "_compile", lambda forward: forward)
-        monkeypatch.setattr(program, "_compile_parts", lambda twin: None)
+        monkeypatch.setattr(graphs, "compile_step", lambda forward: forward)
+        monkeypatch.setattr(graphs, "compile_parts", lambda twin: None)
     monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
     monkeypatch.setattr(loop, "_refused", weakref.WeakSet())
     monkeypatch.setattr(loop, "_prompts_refused", weakref.WeakSet())
@@ -45,13 +45,13 @@ def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was captured, in order."""
     captured: list[Any] = []
-    capture = program._capture
+    capture = graphs.capture
 
     def noted(run: Any, *args: Any) -> Any:
         captured.append(run)
         return capture(run, *args)
 
-    monkeypatch.setattr(program, "_capture", noted)
+    monkeypatch.setattr(graphs, "capture", noted)
     return captured
 
 
@@ -546,7 +546,7 @@ def test_a_step_that_cannot_be_compiled(
     }  # fmt: skip
     theirs, their_streamer = generate(model, prompt(3), **options), Streamer()
     generate(model, prompt(1), streamer=their_streamer)
-    monkeypatch.setattr(program, "_compile", broken)
+    monkeypatch.setattr(graphs, "compile_step", broken)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(compiled(model, prompt(3), **options), theirs)
         assert torch.equal(compiled(model, prompt(3), **options), theirs)
@@ -584,7 +584,7 @@ def test_a_prompt_in_chunks_and_a_step_that_cannot_be_compiled(monkeypatch: pyte
     model = model_of("llama")
     theirs = generate(model, prompt(2), prefill_chunk_size=50)
     assert torch.equal(compiled(model, prompt(2), prefill_chunk_size=50), theirs)
-    monkeypatch.setattr(program, "_compile", None)
+    monkeypatch.setattr(graphs, "compile_step", None)
     monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
     assert torch.equal(compiled(model, prompt(2), prefill_chunk_size=50), theirs)
 

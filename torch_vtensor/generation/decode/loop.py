@@ -232,7 +232,8 @@ def _prepare(call: _Call, sequences: torch.Tensor, prompt: _Prompt | None) -> _D
         if call.model not in _sharing_refused:
             placements = [_sharing(index, placed) for index in range(len(placed.groups))]
         shares = tuple(bool(placement.shared) for placement in placements)
-        program = traced.acquire_program(len(sequences), placed.layers, shares)
+        layout = len(sequences), placed.layers, shares
+        program = traced.acquire_program(layout, lambda: DecodeProgram(traced, *layout))
         with ExitStack() as undo:
             decoding = undo.enter_context(_Decoding(program, placed, prompt))
             program.place(placements)
