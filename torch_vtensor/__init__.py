@@ -15,7 +15,11 @@ _HOME = {
     "VTensor": "allocator.vtensor",
     "VTensorCache": "generation.cache",
     "memory": "generation.cache",
+    "offload": "generation.cache",
+    "prefetch": "generation.cache",
     "memory_pool": "allocator.torch_pool",
+    "sleep": "allocator.sleeping",
+    "wake": "allocator.sleeping",
     "enable": "generation.enable",
     "enabled": "generation.enable",
     "disable": "generation.enable",
@@ -25,12 +29,16 @@ _HOME = {
     "trim": "generation.report",
     "empty_cache": "generation.report",
     "prefix_salt": "generation.tenant",
+    "AsleepError": "errors",
     "CapacityError": "errors",
+    "OffloadLimitError": "errors",
     "OutOfPagesError": "errors",
     "VTensorError": "errors",
 }
 __all__ = [
+    "AsleepError",
     "CapacityError",
+    "OffloadLimitError",
     "OutOfPagesError",
     "VTensor",
     "VTensorCache",
@@ -44,16 +52,27 @@ __all__ = [
     "is_enabled",
     "memory",
     "memory_pool",
+    "offload",
+    "prefetch",
     "prefix_salt",
+    "sleep",
     "stats",
     "trim",
+    "wake",
 ]
 
 if TYPE_CHECKING:
+    from torch_vtensor.allocator.sleeping import sleep, wake
     from torch_vtensor.allocator.torch_pool import memory_pool
     from torch_vtensor.allocator.vtensor import VTensor
-    from torch_vtensor.errors import CapacityError, OutOfPagesError, VTensorError
-    from torch_vtensor.generation.cache import VTensorCache, memory
+    from torch_vtensor.errors import (
+        AsleepError,
+        CapacityError,
+        OffloadLimitError,
+        OutOfPagesError,
+        VTensorError,
+    )
+    from torch_vtensor.generation.cache import VTensorCache, memory, offload, prefetch
     from torch_vtensor.generation.enable import disable, enable, enabled, is_enabled
     from torch_vtensor.generation.report import empty_cache, explain, stats, trim
     from torch_vtensor.generation.tenant import prefix_salt

@@ -23,7 +23,7 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 class Settings:
     """What a process starts with; arguments given in code come before these.
 
-    Units:   budget_bytes, page_bytes bytes; log_level as in `logging`.
+    Units:   budget_bytes, page_bytes, offload_bytes bytes; log_level as in `logging`.
     """
 
     enable: bool = False
@@ -34,6 +34,12 @@ class Settings:
 
     page_bytes: int = 64 * KIB
     """TORCH_VTENSOR_PAGE_BYTES: page of the host driver. A CUDA device names its own."""
+
+    offload_bytes: int | None = None
+    """TORCH_VTENSOR_OFFLOAD_BYTES: most bytes outside a device that its pages may be offloaded to; None: no limit."""
+
+    offload_folder: str = "/var/tmp"
+    """TORCH_VTENSOR_OFFLOAD_FOLDER: where the unnamed file for offloaded pages of the CPU is; best on a disk."""
 
     log_level: int = logging.WARNING
     """TORCH_VTENSOR_LOG: level of the `torch_vtensor` logger."""
@@ -119,5 +125,7 @@ _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "ENABLE": ("enable", _parse_switch),
     "BUDGET_BYTES": ("budget_bytes", parse_bytes),
     "PAGE_BYTES": ("page_bytes", parse_bytes),
+    "OFFLOAD_BYTES": ("offload_bytes", parse_bytes),
+    "OFFLOAD_FOLDER": ("offload_folder", str),
     "LOG": ("log_level", _parse_log_level),
 }

@@ -36,7 +36,8 @@ def default_scheduler(device: torch.device) -> GrowthScheduler:
         scheduler = _schedulers.get(device)
         if scheduler is None:
             budget_bytes = _budget_bytes if _budget_bytes is not None else load_settings().budget_bytes
-            scheduler = GrowthScheduler(PagePool(_make_driver(device), budget_bytes))
+            pool = PagePool(_make_driver(device), budget_bytes, offload_bytes=load_settings().offload_bytes)
+            scheduler = GrowthScheduler(pool)
             _schedulers[device] = scheduler
         return scheduler
 
@@ -74,7 +75,8 @@ def _make_driver(device: torch.device) -> Driver:
     if device.type == "cpu":
         from torch_vtensor.allocator.host_driver import HostDriver
 
-        return HostDriver(load_settings().page_bytes)
+        settings = load_settings()
+        return HostDriver(settings.page_bytes, settings.offload_folder)
     raise ValueError(f"no memory driver for device '{device}': torch_vtensor supports 'cpu' and 'cuda'")
 
 

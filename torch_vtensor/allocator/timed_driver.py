@@ -50,6 +50,9 @@ class TimedDriver:
     def create(self, nbytes: int) -> int:
         return self._timed("create", lambda: self.inner.create(nbytes))
 
+    def create_offloaded(self, nbytes: int) -> int:
+        return self._timed("create_offloaded", lambda: self.inner.create_offloaded(nbytes))
+
     def destroy(self, handle: int, nbytes: int) -> None:
         self._timed("destroy", lambda: self.inner.destroy(handle, nbytes))
 
@@ -61,6 +64,9 @@ class TimedDriver:
 
     def unmap(self, ptr: int, nbytes: int) -> None:
         self._timed("unmap", lambda: self.inner.unmap(ptr, nbytes))
+
+    def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
+        self._timed("copy", lambda: self.inner.copy(target_ptr, source_ptr, nbytes))
 
     def tensor(self, ptr: int, nbytes: int, owner: object) -> torch.Tensor:
         return self.inner.tensor(ptr, nbytes, owner)

@@ -160,6 +160,14 @@ class KVStore:
         for vtensor in self.vtensors:
             vtensor.commit(tokens)
 
+    def use(self) -> None:
+        """What every use begins with: rows that were offloaded come back, if there is room.
+
+        Raises: AsleepError between ``sleep`` and ``wake``.
+        """
+        for vtensor in self.vtensors:
+            vtensor.use()
+
     def commit_ahead(self) -> None:
         """Have one more page a strip mapped in the background."""
         for vtensor in self.vtensors:

@@ -1,0 +1,284 @@
+"""Pages leave the device and come back, under addresses that stay, so that views and captured graphs stay valid.
+
+    sleep      [ 7 ][ 2 ]  ──copy──>  pages outside the device;  the addresses have nothing behind them
+    offload    [ 7 ][ 2 ]  ──copy──>  the same, mapped at the same addresses: reads and writes go on, slower
+    discard    [ 7 ][ 2 ]             what they held is gone; they come back as zeros
+    wake, prefetch                    new pages of the device, filled, and mapped at the same addresses
+
+Every move has the same steps, for all of its pages at once. Up to the one in the middle, which cannot fail, the old
+memory has everything; from there on, the new one has.
+
+    1  take the new memory            2  copy, over addresses of its own, and wait for the device
+    3  unmap the old memory           4  exchange what the pages stand for           5  map the new memory
+
+A page that several ranges map moves once. What the driver refuses in step 3 or 5 is tried again at once; a range of
+which a page could still not be mapped sleeps, with all of its rows, until ``wake`` succeeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from torch_vtensor.allocator.address_range import AddressRange
+from torch_vtensor.allocator.page_pool import Page, PagePool, Tier
+from torch_vtensor.errors import DriverError, OffloadLimitError, VTensorError
+
+if TYPE_CHECKING:
+    from torch_vtensor.allocator.growth import GrowthScheduler
+
+__all__ = ["PREFIX_TAG", "has_tag", "offload", "offload_idle", "prefetch", "put_to_sleep", "wake"]
+
+_Places = dict[Page, list[tuple[AddressRange, int]]]
+PREFIX_TAG = "kv_cache"
+"""By which pages sleep that only a prefix tree holds."""
+
+
+def put_to_sleep(scheduler: GrowthScheduler, tags: Collection[str] | None, discard: Collection[str] | None) -> None:
+    """Unmap the ranges with these tags (None: all), and take what then nobody maps from the device.
+
+    Args:
+        discard: tags whose pages lose what they hold (None: all), unless a prefix tree holds them.
+
+    Effects: waits for the device. Views of these ranges must not be used until ``wake``.
+    Raises:  OffloadLimitError or DriverError, with every range as it was, or awake.
+    """
+    pool = scheduler.pool
+    with pool.lock:
+        _check_can_move(pool)
+        places = _places_of(pool)
+        ranges = {range_ for range_ in pool.ranges.values() if has_tag(range_.tag, tags)}
+        leaving, unmapped = [], []
+        for page, at in places.items():
+            mapped = [(range_, ptr) for range_, ptr in at if not range_.is_vacant(ptr)]
+            going = [(range_, ptr) for range_, ptr in mapped if range_ in ranges]
+            unmapped += [(range_, ptr, page) for range_, ptr in going]
+            if len(going) == len(mapped) and (going or (not at and has_tag(PREFIX_TAG, tags))):
+                leaving.append(page)
+        lost = [page for page in leaving if _is_discarded(page, places[page], discard)]
+        kept = [page for page in leaving if page.tier is Tier.DEVICE and page not in set(lost)]
+        with_new = pool.offloaded([page.nbytes for page in kept]) + pool.discarded(page.nbytes for page in lost)
+        _move(scheduler, kept + lost, with_new, unmapped, [], places)
+
+
+def wake(scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
+    """Map the ranges with these tags (None: all) at their addresses again, with all that they held.
+
+    Effects: waits for the device. Rows that were discarded are zeros. What is idle comes back to where it was, which
+        may be outside the device.
+    Raises:  OutOfPagesError or DriverError, with every range as it was, or awake.
+    """
+    pool = scheduler.pool
+    with pool.lock:
+        _check_can_move(pool)
+        coming = [
+            page
+            for page, at in _places_of(pool).items()
+            if page.tier is not Tier.DEVICE
+            and (any(_wakes(range_, ptr, tags) for range_, ptr in at) if at else has_tag(PREFIX_TAG, tags))
+            and not (page.tier is Tier.OFFLOADED and at and all(range_.is_idle for range_, _ in at))
+        ]
+        _bring_back(scheduler, coming, lambda range_, ptr: _wakes(range_, ptr, tags))
+
+
+def offload(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> int:
+    """Move the pages of idle ranges to outside the device, at the same addresses; returns the bytes that left it.
+
+    Pages that a range maps which is not idle stay.
+
+    Effects: waits for the device.
+    Raises:  OffloadLimitError or DriverError, with every row where it was, or outside the device.
+    """
+    pool = scheduler.pool
+    with pool.lock:
+        _check_can_move(pool)
+        places = _places_of(pool)
+        pages = [
+            page
+            for page, at in places.items()
+            if page.tier is Tier.DEVICE
+            and any(range_ in ranges for range_, _ in at)
+            and all(range_.is_idle and not range_.is_asleep for range_, _ in at)
+        ]
+        unmapped = [(range_, ptr, page) for page in pages for range_, ptr in places[page]]
+        _move(scheduler, pages, pool.offloaded([page.nbytes for page in pages]), unmapped, unmapped, places)
+        return sum(page.nbytes for page in pages)
+
+
+def prefetch(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> int:
+    """Bring the pages of these ranges back to the device, at the same addresses; returns the bytes.
+
+    Effects: waits for the device.
+    Raises:  OutOfPagesError or DriverError, with every row where it was, or on the device.
+    """
+    pool = scheduler.pool
+    with pool.lock:
+        _check_can_move(pool)
+        wanted = dict.fromkeys(page for range_ in ranges for _, page in range_.places() if page.tier is Tier.OFFLOADED)
+        _bring_back(scheduler, list(wanted), lambda range_, ptr: False)
+        return sum(page.nbytes for page in wanted)
+
+
+def offload_idle(scheduler: GrowthScheduler, nbytes: float) -> None:
+    """Offload idle ranges, the one that is so the longest first, until ``nbytes`` are pooled or none is left.
+
+    Effects: nothing while a graph is being captured; stops at what cannot be offloaded, without an error.
+    """
+    pool = scheduler.pool
+    with pool.lock:
+        if pool.driver.is_capturing():
+            return
+        idle = [range_ for range_ in pool.ranges.values() if range_.is_idle and not range_.is_asleep]
+        for range_ in sorted(idle, key=lambda range_: range_.idle_since):
+            if pool.ledger.free_bytes >= nbytes:
+                return
+            try:
+                offload(scheduler, [range_])
+            except OffloadLimitError:
+                return
+            except DriverError as error:
+                if not error.is_out_of_memory:
+                    raise
+                return
+
+
+def _places_of(pool: PagePool) -> _Places:
+    """Where every page belongs; one that only a prefix tree holds belongs nowhere."""
+    places: _Places = {page: [] for page in pool.live_pages()}
+    for range_ in list(pool.ranges.values()):
+        for ptr, page in range_.places():
+            places[page].append((range_, ptr))
+    return places
+
+
+def has_tag(tag: str, tags: Collection[str] | None) -> bool:
+    """Whether ``tag`` is among ``tags``, which are all that there are if None."""
+    return tags is None or tag in tags
+
+
+def _wakes(range_: AddressRange, ptr: int, tags: Collection[str] | None) -> bool:
+    return range_.is_vacant(ptr) and has_tag(range_.tag, tags)
+
+
+def _is_discarded(page: Page, at: list[tuple[AddressRange, int]], discard: Collection[str] | None) -> bool:
+    return page.num_held == 0 and all(has_tag(range_.tag, discard) for range_, _ in at)
+
+
+def _check_can_move(pool: PagePool) -> None:
+    pool.check_process()
+    if pool.driver.is_capturing():
+        raise VTensorError(
+            f"memory on {pool.device} cannot change places while a graph is being captured: sleep, wake, offload or "
+            "prefetch before the capture, or after it."
+        )
+
+
+def _bring_back(scheduler: GrowthScheduler, pages: list[Page], is_mapped: Callable[[AddressRange, int], bool]) -> None:
+    """Give ``pages`` memory of the device again, wherever they are mapped, and map all vacant places that are to be."""
+    pool = scheduler.pool
+    pool.share(pages)  # to take memory for them may let go of prefixes, and empty ranges that ended
+    try:
+        pages_of: dict[Hashable, list[Page]] = {}
+        for page in pages:
+            pages_of.setdefault(page.salt, []).append(page)
+        new: list[Page] = []
+        try:
+            for salt, of_tenant in pages_of.items():
+                new += pool.acquire([page.nbytes for page in of_tenant], salt)
+        except BaseException:
+            pool.drop(new)
+            raise
+        pages = [page for of_tenant in pages_of.values() for page in of_tenant]
+        places = _places_of(pool)
+        unmapped = [(range_, ptr, page) for page in pages for range_, ptr in places[page] if not range_.is_vacant(ptr)]
+        woken = [(range_, ptr, page) for page, at in places.items() for range_, ptr in at if is_mapped(range_, ptr)]
+        _move(scheduler, pages, new, unmapped, unmapped + woken, places)
+    finally:
+        pool.drop(pages)
+
+
+def _move(
+    scheduler: GrowthScheduler,
+    pages: Sequence[Page],
+    new: Sequence[Page],
+    unmapped: Sequence[tuple[AddressRange, int, Page]],
+    mapped: Sequence[tuple[AddressRange, int, Page]],
+    places: _Places,
+) -> None:
+    """Exchange the memory of ``pages`` for that of ``new``, which are dropped, by the steps above.
+
+    Args:
+        unmapped: places to unmap before; those of ``pages``, and maybe more.
+        mapped: places to map after.
+
+    Raises: DriverError; where nothing was exchanged yet, with everything mapped that was.
+    """
+    pool = scheduler.pool
+    try:
+        filled = [(page, it) for page, it in zip(pages, new, strict=True) if it.tier is not Tier.DISCARDED]
+        if filled or unmapped:
+            pool.driver.fence().wait()  # whatever still writes to the pages, or reads
+        if filled:
+            _fill(scheduler, filled, places)
+        try:
+            for range_, ptr, page in unmapped:
+                range_.vacate(ptr, page)
+        except BaseException:
+            with suppress(DriverError):
+                _map((range_, ptr, page) for range_, ptr, page in unmapped if range_.is_vacant(ptr))
+            raise
+        for page, it in zip(pages, new, strict=True):
+            pool.exchange(page, it)
+        _map(mapped)
+    finally:
+        pool.drop(new)
+
+
+def _map(places: Iterable[tuple[AddressRange, int, Page]]) -> None:
+    """Map pages at vacant places, those that are refused twice; raises the last refusal, with the others mapped."""
+    refused, refusal = list(places), None
+    for _ in range(2):
+        waiting, refused = refused, []
+        for range_, ptr, page in waiting:
+            try:
+                range_.occupy(ptr, page)
+            except DriverError as error:
+                refused.append((range_, ptr, page))
+                refusal = error
+    if refused and refusal is not None:
+        raise refusal
+
+
+def _fill(scheduler: GrowthScheduler, filled: Sequence[tuple[Page, Page]], places: _Places) -> None:
+    """Copy what the first page of each pair holds to the second, or zeros where it holds nothing; waits for the device.
+
+    Pages that are mapped nowhere are mapped at addresses of this function's own meanwhile.
+    """
+    pool = scheduler.pool
+    source_ptrs = {page: next((ptr for range_, ptr in places[page] if not range_.is_vacant(ptr)), None)
+                   for page, _ in filled}  # fmt: skip
+    staged = [it for _, it in filled]
+    staged += [page for page, _ in filled if page.tier is not Tier.DISCARDED and source_ptrs[page] is None]
+    bounds = [0]
+    for page in staged:
+        bounds.append(bounds[-1] + page.nbytes)
+    hold = scheduler.reserve(1, bounds[-1], None)
+    try:
+        hold.range.commit_run(bounds, [staged])
+        base_ptr = hold.range.base_ptr
+        staged_ptrs = {page: base_ptr + offset for page, offset in zip(staged, bounds, strict=False)}
+        for page, it in filled:
+            if page.tier is Tier.DISCARDED:
+                pool.driver.tensor(staged_ptrs[it], it.nbytes, hold).zero_()
+            else:
+                source_ptr = source_ptrs[page]
+                if source_ptr is None:
+                    source_ptr = staged_ptrs[page]
+                pool.driver.copy(staged_ptrs[it], source_ptr, page.nbytes)
+        pool.driver.fence().wait()
+        pool.overwritten([it for _, it in filled])
+        hold.range.empty()
+    finally:
+        del hold  # what could not be unmapped is, when the scheduler comes by again
+        scheduler.reap()
