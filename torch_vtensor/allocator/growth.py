@@ -23,6 +23,7 @@ import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from torch_vtensor.allocator import tiers
@@ -211,12 +212,20 @@ class GrowthScheduler:
             if tiers.has_tag(tiers.PREFIX_TAG, tags) and tiers.has_tag(tiers.PREFIX_TAG, discard):
                 for evict in list(self.pool.evictors):
                     evict(math.inf)
-            tiers.put_to_sleep(self, tags, discard)
+            try:
+                for sleeper in self.pool.sleepers:
+                    sleeper.sleep(self, tags, discard)
+                tiers.put_to_sleep(self, tags, discard)
+            except BaseException:
+                for sleeper in self.pool.sleepers:
+                    with suppress(VTensorError):
+                        sleeper.wake(self, tags)
+                raise
             try:
                 self._empty_parked()
                 self.pool.trim()
             except DriverError as error:  # all sleep, and what was returned says that less than all of it came back
-                _log.warning("memory that sleep() took stays until the next trim(): %s", error)
+                _log.warning("memory that sleep() took stays until the next trim(): %s", str(error))
             return committed_bytes - self.pool.ledger.committed_bytes
 
     def wake(self, tags: Collection[str] | None = None) -> int:
@@ -228,6 +237,8 @@ class GrowthScheduler:
             return 0
         with self.pool.lock:
             used_bytes = self.pool.ledger.committed_bytes - self.pool.ledger.free_bytes
+            for sleeper in self.pool.sleepers:
+                sleeper.wake(self, tags)
             tiers.wake(self, tags)
             return max(self.pool.ledger.committed_bytes - self.pool.ledger.free_bytes - used_bytes, 0)
 

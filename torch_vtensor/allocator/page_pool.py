@@ -19,6 +19,7 @@ from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesErro
 
 if TYPE_CHECKING:
     from torch_vtensor.allocator.address_range import AddressRange
+    from torch_vtensor.allocator.tiers import Sleeper
 
 __all__ = ["Page", "PagePool", "PoolStats", "Tier", "check_budget"]
 
@@ -132,6 +133,7 @@ class PagePool:
         self.reclaimers: list[Callable[[float], None]] = []
         self.evictors: list[Callable[[float], None]] = []
         self.offloaders: list[Callable[[float], None]] = []
+        self.sleepers: list[Sleeper] = []
         self.offloads = OffloadPool(self.driver, offload_bytes)
         self.ranges: weakref.WeakValueDictionary[int, AddressRange] = weakref.WeakValueDictionary()
         """Every range that may map pages, by the order in which they were made."""
@@ -414,6 +416,15 @@ class PagePool:
         """Have at least ``nbytes`` pooled, if enough of what lives is idle and may leave the device."""
         for offload in self.offloaders:
             offload(nbytes)
+
+    def make_room(self, nbytes: int) -> None:
+        """Have so much of what is idle leave the device, or the pool, that ``nbytes`` more fit, if that can be done."""
+        with self.lock:
+            for relieve in (self.reclaim, self._offload):
+                wanted_bytes = nbytes if self.budget_bytes is None else self._shortfall_bytes(nbytes)
+                if self.ledger.free_bytes >= wanted_bytes:
+                    break
+                relieve(wanted_bytes)
 
     def reclaim(self, nbytes: float = math.inf) -> None:
         """Have at least ``nbytes`` pooled, if that can be done without touching a live range."""

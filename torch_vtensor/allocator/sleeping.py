@@ -20,7 +20,9 @@ def sleep(
     discard: bool | str | Sequence[str] = False,
     device: torch.device | str | None = None,
 ) -> int:
-    """Give the physical memory of VTensors back to the device, until ``wake``; their addresses stay reserved.
+    """Give the physical memory of tensors back to the device, until ``wake``; their addresses stay reserved.
+
+    Of VTensors and the caches on them, and of torch tensors that were made inside ``memory_pool``.
 
     What they hold is kept outside the device: in pinned memory of the host for a GPU, in an unnamed file on a disk for
     the CPU. Pages that several tensors share are kept once. Idle memory goes back as well. Until ``wake``, neither the
@@ -28,8 +30,8 @@ def sleep(
     memory faults, one of the CPU's shows zeros and faults when it is written.
 
     Args:
-        tag: only what has this tag, or one of these; default: everything. KV caches have "kv_cache", a VTensor what it
-            was made with.
+        tag: only what has this tag, or one of these; default: everything. KV caches have "kv_cache", tensors of
+            ``memory_pool`` "weights", unless they were made with another one.
         discard: the tags of what need not be kept, or True: it comes back as zeros. With "kv_cache", prefixes that no
             cache uses are forgotten.
         device: only this one; without an index, all of its type; default: all.

@@ -17,9 +17,9 @@ which a page could still not be mapped sleeps, with all of its rows, until ``wak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Protocol
 
 from torch_vtensor.allocator.address_range import AddressRange
 from torch_vtensor.allocator.page_pool import Page, PagePool, Tier
@@ -28,7 +28,28 @@ from torch_vtensor.errors import DriverError, OffloadLimitError, VTensorError
 if TYPE_CHECKING:
     from torch_vtensor.allocator.growth import GrowthScheduler
 
-__all__ = ["PREFIX_TAG", "has_tag", "offload", "offload_idle", "prefetch", "put_to_sleep", "wake"]
+__all__ = [
+    "PREFIX_TAG",
+    "Sleeper",
+    "has_tag",
+    "offload",
+    "offload_idle",
+    "prefetch",
+    "put_to_sleep",
+    "staged_at",
+    "wake",
+]
+
+
+class Sleeper(Protocol):
+    """Who has memory of a pool beside its ranges, and can do without it for a while."""
+
+    def sleep(self, scheduler: GrowthScheduler, tags: Collection[str] | None, discard: Collection[str] | None) -> None:
+        """As ``put_to_sleep``."""
+
+    def wake(self, scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
+        """As ``wake``."""
+
 
 _Places = dict[Page, list[tuple[AddressRange, int]]]
 PREFIX_TAG = "kv_cache"
@@ -54,7 +75,8 @@ def put_to_sleep(scheduler: GrowthScheduler, tags: Collection[str] | None, disca
             mapped = [(range_, ptr) for range_, ptr in at if not range_.is_vacant(ptr)]
             going = [(range_, ptr) for range_, ptr in mapped if range_ in ranges]
             unmapped += [(range_, ptr, page) for range_, ptr in going]
-            if len(going) == len(mapped) and (going or (not at and has_tag(PREFIX_TAG, tags))):
+            is_prefix_only = page.num_held > 0 and not at
+            if len(going) == len(mapped) and (going or (is_prefix_only and has_tag(PREFIX_TAG, tags))):
                 leaving.append(page)
         lost = [page for page in leaving if _is_discarded(page, places[page], discard)]
         kept = [page for page in leaving if page.tier is Tier.DEVICE and page not in set(lost)]
@@ -76,7 +98,11 @@ def wake(scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
             page
             for page, at in _places_of(pool).items()
             if page.tier is not Tier.DEVICE
-            and (any(_wakes(range_, ptr, tags) for range_, ptr in at) if at else has_tag(PREFIX_TAG, tags))
+            and (
+                any(_wakes(range_, ptr, tags) for range_, ptr in at)
+                if at
+                else page.num_held > 0 and has_tag(PREFIX_TAG, tags)
+            )
             and not (page.tier is Tier.OFFLOADED and at and all(range_.is_idle for range_, _ in at))
         ]
         _bring_back(scheduler, coming, lambda range_, ptr: _wakes(range_, ptr, tags))
@@ -144,7 +170,7 @@ def offload_idle(scheduler: GrowthScheduler, nbytes: float) -> None:
 
 
 def _places_of(pool: PagePool) -> _Places:
-    """Where every page belongs; one that only a prefix tree holds belongs nowhere."""
+    """Where every page belongs; one that only a prefix tree holds, or a ``Sleeper``, belongs nowhere."""
     places: _Places = {page: [] for page in pool.live_pages()}
     for range_ in list(pool.ranges.values()):
         for ptr, page in range_.places():
@@ -260,25 +286,37 @@ def _fill(scheduler: GrowthScheduler, filled: Sequence[tuple[Page, Page]], place
                    for page, _ in filled}  # fmt: skip
     staged = [it for _, it in filled]
     staged += [page for page, _ in filled if page.tier is not Tier.DISCARDED and source_ptrs[page] is None]
-    bounds = [0]
-    for page in staged:
-        bounds.append(bounds[-1] + page.nbytes)
-    hold = scheduler.reserve(1, bounds[-1], None)
-    try:
-        hold.range.commit_run(bounds, [staged])
-        base_ptr = hold.range.base_ptr
-        staged_ptrs = {page: base_ptr + offset for page, offset in zip(staged, bounds, strict=False)}
+    with staged_at(scheduler, staged) as staged_ptrs:
         for page, it in filled:
             if page.tier is Tier.DISCARDED:
-                pool.driver.tensor(staged_ptrs[it], it.nbytes, hold).zero_()
+                pool.driver.tensor(staged_ptrs[it], it.nbytes, None).zero_()
             else:
                 source_ptr = source_ptrs[page]
                 if source_ptr is None:
                     source_ptr = staged_ptrs[page]
                 pool.driver.copy(staged_ptrs[it], source_ptr, page.nbytes)
         pool.driver.fence().wait()
-        pool.overwritten([it for _, it in filled])
+    pool.overwritten([it for _, it in filled])
+
+
+@contextmanager
+def staged_at(scheduler: GrowthScheduler, pages: Sequence[Page]) -> Iterator[dict[Page, int]]:
+    """Addresses at which pages are mapped inside the block, which ends with the device done with them.
+
+    Raises: DriverError; what was mapped then is unmapped when the scheduler comes by again.
+    """
+    if not pages:
+        yield {}
+        return
+    bounds = [0]
+    for page in pages:
+        bounds.append(bounds[-1] + page.nbytes)
+    hold = scheduler.reserve(1, bounds[-1], None)
+    try:
+        hold.range.commit_run(bounds, [pages])
+        base_ptr = hold.range.base_ptr
+        yield {page: base_ptr + offset for page, offset in zip(pages, bounds, strict=False)}
         hold.range.empty()
     finally:
-        del hold  # what could not be unmapped is, when the scheduler comes by again
+        del hold
         scheduler.reap()
