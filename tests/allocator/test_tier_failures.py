@@ -8,6 +8,7 @@ import torch
 from scripted_drivers import PAGE, FailingDriver
 from vtensors import assert_all_given_back
 
+from torch_vtensor.allocator import page_copy
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.page_pool import PagePool
 from torch_vtensor.allocator.vtensor import VTensor
@@ -15,6 +16,11 @@ from torch_vtensor.errors import DriverError, OffloadLimitError, OutOfPagesError
 
 ROW = 700
 _MOST_TRIES = 20
+
+
+@pytest.fixture(autouse=True)
+def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_copy, "_CHUNK_BYTES", 5 * PAGE)
 
 
 class Scenario:

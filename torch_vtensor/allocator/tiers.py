@@ -17,11 +17,12 @@ which a page could still not be mapped sleeps, with all of its rows, until ``wak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 from torch_vtensor.allocator.address_range import AddressRange
+from torch_vtensor.allocator.page_copy import Transfer, copy_pages
 from torch_vtensor.allocator.page_pool import Page, PagePool, Tier
 from torch_vtensor.errors import DriverError, OffloadLimitError, VTensorError
 
@@ -36,7 +37,6 @@ __all__ = [
     "offload_idle",
     "prefetch",
     "put_to_sleep",
-    "staged_at",
     "wake",
 ]
 
@@ -277,46 +277,11 @@ def _map(places: Iterable[tuple[AddressRange, int, Page]]) -> None:
 
 
 def _fill(scheduler: GrowthScheduler, filled: Sequence[tuple[Page, Page]], places: _Places) -> None:
-    """Copy what the first page of each pair holds to the second, or zeros where it holds nothing; waits for the device.
-
-    Pages that are mapped nowhere are mapped at addresses of this function's own meanwhile.
-    """
-    pool = scheduler.pool
-    source_ptrs = {page: next((ptr for range_, ptr in places[page] if not range_.is_vacant(ptr)), None)
-                   for page, _ in filled}  # fmt: skip
-    staged = [it for _, it in filled]
-    staged += [page for page, _ in filled if page.tier is not Tier.DISCARDED and source_ptrs[page] is None]
-    with staged_at(scheduler, staged) as staged_ptrs:
-        for page, it in filled:
-            if page.tier is Tier.DISCARDED:
-                pool.driver.tensor(staged_ptrs[it], it.nbytes, None).zero_()
-            else:
-                source_ptr = source_ptrs[page]
-                if source_ptr is None:
-                    source_ptr = staged_ptrs[page]
-                pool.driver.copy(staged_ptrs[it], source_ptr, page.nbytes)
-        pool.driver.fence().wait()
-    pool.overwritten([it for _, it in filled])
-
-
-@contextmanager
-def staged_at(scheduler: GrowthScheduler, pages: Sequence[Page]) -> Iterator[dict[Page, int]]:
-    """Addresses at which pages are mapped inside the block, which ends with the device done with them.
-
-    Raises: DriverError; what was mapped then is unmapped when the scheduler comes by again.
-    """
-    if not pages:
-        yield {}
-        return
-    bounds = [0]
-    for page in pages:
-        bounds.append(bounds[-1] + page.nbytes)
-    hold = scheduler.reserve(1, bounds[-1], None)
-    try:
-        hold.range.commit_run(bounds, [pages])
-        base_ptr = hold.range.base_ptr
-        yield {page: base_ptr + offset for page, offset in zip(pages, bounds, strict=False)}
-        hold.range.empty()
-    finally:
-        del hold
-        scheduler.reap()
+    """Copy what the first page of each pair holds to the second, zeros where it has nothing; waits for the device."""
+    transfers = []
+    for page, it in filled:
+        mapped_at = next((ptr for range_, ptr in places[page] if not range_.is_vacant(ptr)), None)
+        source = None if page.tier is Tier.DISCARDED else page if mapped_at is None else mapped_at
+        transfers.append(Transfer(source, it, it.nbytes))
+    copy_pages(scheduler, transfers)
+    scheduler.pool.overwritten([it for _, it in filled])

@@ -24,9 +24,10 @@ from torch_vtensor.allocator import _torch_compat, native
 from torch_vtensor.allocator._torch_compat import PoolId
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.native_allocator import Failure, NativeAllocator, Outcome, Segment, TorchPoolStats
+from torch_vtensor.allocator.page_copy import Transfer, copy_pages
 from torch_vtensor.allocator.page_pool import Page, PagePool, check_budget
 from torch_vtensor.allocator.pools import default_pool
-from torch_vtensor.allocator.tiers import has_tag, staged_at
+from torch_vtensor.allocator.tiers import has_tag
 from torch_vtensor.errors import DriverError, OutOfPagesError, VTensorError
 
 __all__ = ["TorchPoolStats", "memory_pool", "release_idle", "torch_pool_stats"]
@@ -172,17 +173,15 @@ class TorchPools:
         self, scheduler: GrowthScheduler, contents: Iterable[tuple[Segment, Sequence[Page]]], *, to_segments: bool
     ) -> None:
         """Copy segments to the pages that stand for them, or back, zeros where there are none; waits for the device."""
-        driver = self.pool.driver
-        contents = [(it, pages) for it, pages in contents if pages or to_segments]
-        with staged_at(scheduler, [page for _, pages in contents for page in pages]) as ptrs:
-            for it, pages in contents:
-                ptr = it.address
-                for page in pages:
-                    driver.copy(*((ptr, ptrs[page]) if to_segments else (ptrs[page], ptr)), page.nbytes)
-                    ptr += page.nbytes
-                if not pages:
-                    driver.tensor(ptr, it.nbytes, None).zero_()
-            driver.fence().wait()
+        transfers = []
+        for it, pages in contents:
+            ptr = it.address
+            for page in pages:
+                transfers.append(Transfer(page, ptr, page.nbytes) if to_segments else Transfer(ptr, page, page.nbytes))
+                ptr += page.nbytes
+            if to_segments and not pages:
+                transfers.append(Transfer(None, ptr, it.nbytes))
+        copy_pages(scheduler, transfers)
 
     def _forget_freed(self, segments: Sequence[Segment]) -> None:
         """Let go of what segments held that torch has freed while they slept."""
