@@ -66,14 +66,10 @@ def test_a_graph_replays_after_waking_and_over_offloaded_pages(scheduler: Growth
     right, graph = out.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         torch.sum(vtensor.tensor(), 0, out=out)
-    for away, back in (
-        (scheduler.sleep, scheduler.wake),
-        (vtensor.offload, lambda: None),
-        (lambda: None, vtensor.prefetch),
-    ):
+    for moves in ((scheduler.sleep, scheduler.wake), (vtensor.offload,), (vtensor.prefetch,)):
         out.zero_()
-        away()
-        back()
+        for move in moves:
+            move()
         graph.replay()
         assert torch.equal(out, right)
     assert vtensor.offloaded_bytes == 0
