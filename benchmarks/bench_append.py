@@ -16,6 +16,7 @@ from unittest import mock
 
 import report
 import torch
+from memory import used_bytes
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
 import torch_vtensor
@@ -209,13 +210,13 @@ def give_back(device: torch.device) -> str:
     scheduler = default_scheduler(device)
     torch_vtensor.trim()
     gib = 10 if device.type == "cuda" else 0.5
-    before = _free_bytes(device)
+    before = used_bytes(device)
     vtensor = torch_vtensor.VTensor((65536,), capacity=2**20, dtype=torch.bfloat16, device=device)
     vtensor.commit(int(gib * GIB) // vtensor.row_bytes)
-    taken = before - _free_bytes(device)
+    taken = used_bytes(device) - before
     vtensor.close()
     time_taken = report.measure(torch_vtensor.trim, device, 1, warmup=0)
-    returned = taken - (before - _free_bytes(device))
+    returned = before + taken - used_bytes(device)
     calls = [
         (name, call.count, f"{call.p50_us:.1f}", f"{call.p99_us:.1f}")
         for name, call in scheduler.stats().driver_calls.items()
@@ -225,12 +226,6 @@ def give_back(device: torch.device) -> str:
         f"({returned / taken:.1%}) in {time_taken.median * 1e3:.1f} ms.\n\n## Driver calls of this whole run\n\n"
         + report.table(("call", "count", "p50 us", "p99 us"), calls)
     )
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return -default_scheduler(device).pool.driver.inner.physical_bytes()
 
 
 if __name__ == "__main__":

@@ -1,25 +1,27 @@
 """generate() with DynamicCache, StaticCache (compiled) and torch_vtensor, eager, with fast attention and compiled.
 
     python benchmarks/bench_generate.py [--device cuda] [--points 1x1024,8x32768] [--modes dynamic,vtensor] [--quick]
+    python benchmarks/bench_generate.py --workloads single,batch,chat,long
 
 The model is random: Llama-3-8B's shape in bfloat16 on a GPU, eight layers of a 0.1B shape in float32 on a CPU. Tokens
-of every mode are compared with DynamicCache's. Writes
-benchmarks/results/generate_<device>_<date>.md, losses included.
+of every mode are compared with DynamicCache's. Points measure single steps at one context, workloads whole calls
+(workloads.py). Writes benchmarks/results/generate_<device>_<date>.md, or workloads_<device>_<date>.md, losses included.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import threading
 import time
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import report
 import torch
+from memory import give_back, used_bytes
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
@@ -28,7 +30,6 @@ from transformers.generation.streamers import BaseStreamer
 import torch_vtensor
 from torch_vtensor.allocator.pools import default_scheduler
 
-GIB = 2**30
 GPU_POINTS = "1x1024,1x8192,1x32768,8x1024,8x8192,8x32768,32x1024,32x8192"
 CPU_POINTS = "1x1024,1x4096,1x12288,4x2048"
 STATIC_POINTS = {"1x1024"}  # each shape costs up to a minute of compiling
@@ -40,8 +41,7 @@ MODES = {
     "static": "StaticCache, compiled",
 }
 OURS = ("vtensor", "fast", "compiled")
-WARM_UP_TOKENS = 64
-NOTED_WARM_UP_S = 5
+NOTED_FIRST_CALL_S = 5
 LONG_PROMPT_TOKENS = 64 * 1024  # of all sequences: more are taken up in parts, whose activations fit beside the cache
 PROFILED_STEPS = 3
 
@@ -58,7 +58,7 @@ class Run(NamedTuple):
     calls: list[tuple[int, int]]
     waits: int
     tokens: torch.Tensor
-    warm_up_s: float
+    total_s: float
     device_s: float | None  # how long the GPU worked in a step, whatever it waited for
 
 
@@ -138,34 +138,46 @@ def main() -> None:
     parser.add_argument("--points", help="batch x context, comma separated")
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--turns", type=int, default=2, help="how often each mode is measured at each point")
+    parser.add_argument("--turns", type=int, default=2, help="how often each mode is measured, after a first call")
+    parser.add_argument("--workloads", help="measure these instead of points, comma separated")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--out", type=Path, help="folder of the result file")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     points = (arguments.points or (GPU_POINTS if device.type == "cuda" else CPU_POINTS)).split(",")
+    before = used_bytes(device)
     model, shape = make_model(device, arguments.quick)
+    if arguments.workloads:
+        from workloads import measure_workloads
+
+        names, modes = arguments.workloads.split(","), arguments.modes.split(",")
+        body = measure_workloads(model, names, modes, arguments.quick, used_bytes(device) - before)
+        print(report.write("workloads", device, f"Model: {shape}. Greedy.\n\n{body}", arguments.out).read_text())
+        return
     rows, notes = [], []
     for point in tqdm(points, desc="points"):
         batch, context = (int(number) for number in point.split("x"))
         prompt = torch.randint(0, model.config.vocab_size, (batch, context), device=device)
         modes = [mode for mode in arguments.modes.split(",") if mode != "static" or point in STATIC_POINTS]
         runs: dict[str, list[Run]] = {mode: [] for mode in modes}
-        # Modes take turns, so that a slow phase of the machine meets all of them.
-        for turn in range(arguments.turns):
+        # Modes take turns, so that a slow phase of the machine meets all of them. The first call of each is apart:
+        # torch plans cuDNN's attention for every length that it sees for the first time, and compiled code is made.
+        for _ in range(1 + arguments.turns):
             for mode in modes:
                 try:
-                    runs[mode].append(run(model, prompt, mode, arguments.new_tokens, warm_up=turn == 0))
+                    runs[mode].append(run(model, prompt, mode, arguments.new_tokens))
                 except torch.OutOfMemoryError as error:
                     notes.append(f"- {point} {mode}: out of memory ({str(error)[:120]})")
-                    clean(device)
-        baseline = merge(runs["dynamic"]) if runs.get("dynamic") else None
+                    give_back(device)
         for mode in modes:
-            if runs[mode]:
-                rows.append(row(point, mode, merge(runs[mode]), baseline))
+            if len(runs[mode]) > 1:
+                rows.append(row(point, mode, runs[mode], runs.get("dynamic") or []))
                 tqdm.write(" | ".join(str(cell) for cell in rows[-1]))
-                if runs[mode][0].warm_up_s > NOTED_WARM_UP_S:
-                    notes.append(f"- {point} {mode}: the first call took {runs[mode][0].warm_up_s:.1f} s.")
+                first, again = runs[mode][:2]
+                if first.total_s - again.total_s > NOTED_FIRST_CALL_S:
+                    notes.append(
+                        f"- {point} {mode}: the first call took {first.total_s:.1f} s, the next {again.total_s:.1f}."
+                    )
         body = f"Model: {shape}. Greedy, {arguments.new_tokens} new tokens a sequence, eager unless said.\n\n"
         body += report.table(HEADER, rows) + "\n\n" + LEGEND + "\n\n" + "\n".join(notes)
         path = report.write("generate", device, body, arguments.out)  # after each point: the last may run out of time
@@ -178,6 +190,7 @@ HEADER = (
     "tokens/s",
     "vs dynamic",
     "ms a step (10th-90th)",
+    "in the first call",
     "GPU ms a step",
     "first token s",
     "MiB now",
@@ -190,7 +203,9 @@ HEADER = (
     "same tokens",
 )
 LEGEND = (
-    "tokens/s is the batch over the median decoding step. GPU ms is how long kernels and copies ran in an eager step: "
+    "tokens/s is the batch over the median decoding step, vs dynamic the median over turns of DynamicCache's median "
+    "step over this one's in the same turn (and the least and most of a turn). In the first call every length is new "
+    "to torch's cuDNN attention, which plans it then. GPU ms is how long kernels and copies ran in an eager step: "
     "where it is far below the step's time, the host could not launch them any faster. MiB are physical bytes above "
     "the weights: at the end of decoding, the most while decoding, and after the cache is gone and trim() / "
     "empty_cache() was called. Driver calls and waits for the device are torch_vtensor's own, while decoding. Same "
@@ -205,14 +220,15 @@ def merge(runs: list[Run]) -> Run:
         steps_s=[step for run in runs for step in run.steps_s],
         calls=[call for run in runs for call in run.calls],
         waits=sum(run.waits for run in runs),
-        warm_up_s=runs[0].warm_up_s,
         peak_bytes=max(run.peak_bytes for run in runs),
     )
 
 
-def row(point: str, mode: str, result: Run, baseline: Run | None) -> tuple[object, ...]:
-    """One line of the table."""
+def row(point: str, mode: str, runs: list[Run], baseline: list[Run]) -> tuple[object, ...]:
+    """One line of the table. The first of ``runs`` is the mode's first call."""
+    result = merge(runs[1:])
     step = report.timing(result.steps_s)
+    ratios = [median(stock.steps_s) / median(run.steps_s) for stock, run in zip(baseline[1:], runs[1:], strict=False)]
     ours = mode in OURS
     main = [call for call, _ in result.calls]
     background = [call for _, call in result.calls]
@@ -220,8 +236,9 @@ def row(point: str, mode: str, result: Run, baseline: Run | None) -> tuple[objec
         point,
         MODES[mode],
         f"{result.tokens.shape[0] / step.median:.1f}",
-        f"{report.timing(baseline.steps_s).median / step.median:.2f}x" if baseline else "-",
+        f"{median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else "-",
         f"{step:ms}",
+        f"{report.timing(runs[0].steps_s):ms}",
         f"{result.device_s * 1e3:.2f}" if result.device_s is not None else "-",
         f"{result.first_s:.3f}",
         f"{result.now_bytes / 2**20:.0f}",
@@ -231,12 +248,12 @@ def row(point: str, mode: str, result: Run, baseline: Run | None) -> tuple[objec
         f"{sum(main) / len(main):.2f}, {sum(background) / len(background):.2f}" if ours else "-",
         f"{sum(calls == 0 for calls in main) / len(main):.1%}" if ours else "-",
         result.waits if ours else "-",
-        f"{(result.tokens == baseline.tokens).float().mean().item():.1%}" if baseline else "-",
+        f"{(result.tokens == baseline[0].tokens).float().mean().item():.1%}" if baseline else "-",
     )
 
 
-def make_model(device: torch.device, quick: bool) -> tuple[LlamaForCausalLM, str]:
-    """A random model and its description."""
+def make_model(device: torch.device, quick: bool, kv_heads: int | None = None) -> tuple[LlamaForCausalLM, str]:
+    """A random model and its description; ``kv_heads`` heads of keys and values, by default as many as is usual."""
     torch.manual_seed(0)
     if device.type == "cuda" and not quick:
         config = LlamaConfig(
@@ -245,7 +262,7 @@ def make_model(device: torch.device, quick: bool) -> tuple[LlamaForCausalLM, str
             intermediate_size=14336,
             num_hidden_layers=32,
             num_attention_heads=32,
-            num_key_value_heads=8,
+            num_key_value_heads=kv_heads or 8,
             max_position_embeddings=131072,
             rope_theta=500000.0,
         )
@@ -257,10 +274,13 @@ def make_model(device: torch.device, quick: bool) -> tuple[LlamaForCausalLM, str
             intermediate_size=1024,
             num_hidden_layers=8,
             num_attention_heads=8,
-            num_key_value_heads=8,
+            num_key_value_heads=kv_heads or 8,
             max_position_embeddings=32768,
         )
-        shape, dtype = "8 layers, 8 heads of 64, random weights, float32", torch.float32
+        shape, dtype = (
+            f"8 layers, 8 heads of 64, {kv_heads or 8} of keys and values, random weights, float32",
+            torch.float32,
+        )
     config.pad_token_id = config.eos_token_id = None
     with torch.device(device):
         torch.set_default_dtype(dtype)
@@ -269,8 +289,8 @@ def make_model(device: torch.device, quick: bool) -> tuple[LlamaForCausalLM, str
     return model, shape
 
 
-def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: int, warm_up: bool) -> Run:
-    """Generate, measured; before that once to warm up, if asked."""
+def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: int) -> Run:
+    """Generate, measured."""
     device = prompt.device
 
     def generate(prompt: torch.Tensor, num_tokens: int, probe: Probe) -> Any:
@@ -294,14 +314,7 @@ def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: in
     if mode in OURS:
         context = torch_vtensor.enabled(compile=mode == "compiled", attention="fast" if mode == "fast" else None)
     with context:
-        began = time.perf_counter()
-        if warm_up and mode == "static":  # it compiles for this very length
-            generate(prompt, new_tokens, Probe(device))
-        elif warm_up:
-            generate(prompt if mode == "compiled" else prompt[:, :WARM_UP_TOKENS], 4, Probe(device))
-        report.synchronize(device)
-        warm_up_s = time.perf_counter() - began
-        clean(device)
+        give_back(device)
         scheduler = default_scheduler(device)
         before, waits = used_bytes(device), scheduler.num_device_waits
         allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -311,6 +324,7 @@ def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: in
         start = time.perf_counter()
         output = generate(prompt, new_tokens, probe)
         report.synchronize(device)
+        total_s = time.perf_counter() - start
         cache = output.past_key_values
         held = torch_vtensor.memory(cache)
         now = held.committed_bytes + held.ordinary_bytes
@@ -320,7 +334,7 @@ def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: in
         peak += probe.committed_bytes
         tokens = output.sequences.clone()
         del cache, output
-        clean(device)
+        give_back(device)
         after_bytes = used_bytes(device) - before
     return Run(
         first_s=probe.times[0] - start,
@@ -332,25 +346,9 @@ def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: in
         calls=[(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(probe.calls)],
         waits=scheduler.num_device_waits - waits,
         tokens=tokens,
-        warm_up_s=warm_up_s,
+        total_s=total_s,
         device_s=probe.device_s,
     )
-
-
-def clean(device: torch.device) -> None:
-    """Give back everything that is not in use."""
-    gc.collect()
-    torch_vtensor.trim()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def used_bytes(device: torch.device) -> int:
-    """Physical bytes in use, as the system counts them."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return total - free
-    return int(default_scheduler(device).pool.driver.inner.physical_bytes())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 import torch_vtensor
 from torch_vtensor.cli import COMMANDS, machine, main
 from torch_vtensor.errors import DriverError
+from torch_vtensor.ops.attention_choice import MEASURED
 from torch_vtensor.settings import GIB, MIB
 
 
@@ -226,5 +227,5 @@ def test_plan_says_what_is_wrong(
 def test_attention_says_who_is_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["attention", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.endswith("cpu       cpu") for line in lines) == 5
+    assert sum(line.endswith("cpu       cpu") for line in lines) == len(MEASURED)
     assert any(line.startswith("decode below 0.5 GB") and "1.00" in line for line in lines)

@@ -24,6 +24,7 @@ from transformers.generation import EosTokenCriteria
 
 import torch_vtensor
 from torch_vtensor.errors import OutOfPagesError
+from torch_vtensor.generation import shared_reads
 from torch_vtensor.generation.decode import loop, program
 
 
@@ -362,6 +363,30 @@ def test_an_explicit_cache_and_its_forks(memory: Memory) -> None:
     ours = run(compiled, torch_vtensor.VTensorCache, lambda cache: cache.fork())
     assert all(torch.equal(our, their) for our, their in zip(ours, theirs, strict=True))
     assert reasons(memory) == {}
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_what_forks_share_is_told_to_the_operator(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_reads, "_SHARES_READS", {"cpu"})
+    monkeypatch.setattr(shared_reads, "_LEAST_SAVED_BYTES", 1)
+    model, inputs = model_of("llama"), prompt(2, 130)
+    answers = []
+    for compiles in (False, True):
+        with torch_vtensor.enabled(compile=compiles), torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            model(**inputs, past_key_values=cache)
+            cache.batch_repeat_interleave(3)
+            ids = torch.cat([inputs["input_ids"].repeat_interleave(3, 0), torch.arange(6)[:, None] + 3], dim=1)
+            answers.append(generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+                                    past_key_values=cache))  # fmt: skip
+    assert torch.equal(*answers)
+    assert not reasons(memory)
+    (made,) = programs_of(model)
+    (shared,) = {id(group.shared): group.shared for group in made.step.groups}.values()
+    assert shared is not None
+    assert shared.groups.tolist() == [[0, 1, 2, -1], [3, 4, 5, -1]]
+    assert 0 < shared.num_shared[0] <= 130
+    assert len(set(shared.num_shared.tolist())) == 1
 
 
 def test_tokens_that_were_cut_off_are_no_part_of_what_follows(memory: Memory) -> None:

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 import torch_vtensor
 from torch_vtensor.allocator.cuda_driver import CudaDriver
+from torch_vtensor.generation import shared_reads
 from torch_vtensor.generation.decode import program
 
 # Pages are 2 MiB on CUDA whatever the fixture's setting says; the decoding is the same in both of its layouts.
@@ -165,6 +166,24 @@ def test_a_conversation_goes_on_in_either_loop(memory: Memory) -> None:
         answers.append(ids)
     assert torch.equal(*answers)
     assert reasons(memory) == set()
+
+
+def test_forks_read_what_they_share_once(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_reads, "_LEAST_SAVED_BYTES", 1)
+    model, ids = wide(), prompt(1, 2000)["input_ids"].cuda()
+    ids = torch.cat([ids.repeat(6, 1), torch.arange(6, device="cuda")[:, None] + 3], dim=1)
+    answers = []
+    for shares in (False, True):
+        with torch_vtensor.enabled(compile=True), torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            model(input_ids=ids[: 1 if shares else None, :-1], past_key_values=cache)
+            if shares:
+                cache.batch_repeat_interleave(6)
+            answers.append(model.generate(ids, past_key_values=cache, max_new_tokens=80, do_sample=False))
+            del cache
+    assert torch.equal(*answers)
+    assert not reasons(memory)
+    assert [tables for _, _, tables in program.traced_model(model)._programs] == [(None,), ((1, 8),)]
 
 
 def test_threads_on_streams_of_their_own(memory: Memory) -> None:

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 import torch_vtensor
 from torch_vtensor import ops
 from torch_vtensor.allocator import pools
-from torch_vtensor.generation import attention, kv_store
+from torch_vtensor.generation import attention, kv_store, shared_reads
 from torch_vtensor.generation.attention_masks import VisibleTokens, describing
 
 HAS_INTERFACE = hasattr(AttentionInterface, "get_interface")
@@ -244,8 +244,8 @@ def test_an_encoder_with_padding_on_the_right() -> None:
 def test_slots_in_the_same_pages_are_told_to_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt whose slots were multiplied is read once: groups hold as long as nobody writes into shared pages."""
     monkeypatch.setattr(kv_store, "TOKEN_MAJOR_DEVICES", {"cpu"})
-    monkeypatch.setattr(attention, "_SHARES_READS", {"cpu"})
-    monkeypatch.setattr(attention, "_LEAST_SAVED_BYTES", 1)
+    monkeypatch.setattr(shared_reads, "_SHARES_READS", {"cpu"})
+    monkeypatch.setattr(shared_reads, "_LEAST_SAVED_BYTES", 1)
     told = []
 
     def decode_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -272,7 +272,7 @@ def test_slots_in_the_same_pages_are_told_to_the_operator(monkeypatch: pytest.Mo
                 del cache
         check_same(*answers)
     groups, num_shared = told[0]
-    assert groups.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert groups.tolist() == [[0, 1, 2, -1], [3, 4, 5, -1]]
     assert len(set(num_shared.tolist())) == 1
     assert 40 < num_shared[0] <= 130
     assert told[3][0] is groups, "one table serves all layers and steps"

@@ -33,6 +33,16 @@ def addressed(tensor: torch.Tensor) -> torch.Tensor:
     return torch.tensor(slots, device=tensor.device)
 
 
+SHARED = [
+    (AttentionCase(lengths=(70, 90, 66), dims=(16, 16), heads=1, room=3), ((0, 1, 2),), (65, 65, 65)),
+    (AttentionCase(lengths=(40, 180, 150, 33), dims=(16, 32), first=(4, 0, 0, 4), layout="token_major"),
+     ((2, 1), (3, 0)), (32, 140, 140, 32)),
+    (AttentionCase(lengths=(20, 300, 290), heads=1, dims=(64, 64), group=8, has_sinks=True, softcap=4.0),
+     ((1, 2),), (0, 280, 280)),
+]  # fmt: skip
+"""Cases, groups of slots that begin with the same tokens, and how many of a slot's tokens those are."""
+
+
 class CachedCall:
     """A call of cached_attention: the last rows of every sequence are arguments, and NaN in memory until written."""
 
@@ -78,6 +88,24 @@ class CachedCall:
         from torch_vtensor.ops.decode_attention.triton import make_workspace
 
         return make_workspace(len(self.case.lengths), self.case.heads, self.case.dims[1], device)
+
+    def share(
+        self, groups: tuple[tuple[int, ...], ...], num_shared: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give all slots of a group the first one's rows; returns the tables of the operator."""
+        table = torch.full((len(groups) + 1, 4), -1, dtype=torch.int32)
+        for row, slots in enumerate(groups):
+            table[row, : len(slots)] = torch.tensor(slots)
+            for rows in (self.given["keys"], self.given["values"]):
+                rows[list(slots), :, : num_shared[slots[0]]] = rows[slots[0], :, : num_shared[slots[0]]].clone()
+        counts = torch.tensor(num_shared, dtype=torch.int32)
+        return table.to(self.query.device), counts.to(self.query.device)
+
+    def forget(self, groups: tuple[tuple[int, ...], ...], num_shared: tuple[int, ...]) -> None:
+        """NaN in what the slots of a group share, but for the first one's."""
+        for slots in groups:
+            for rows in (self.given["keys"], self.given["values"]):
+                rows[list(slots[1:]), :, : num_shared[slots[0]]] = float("nan")
 
     def check(self, out: torch.Tensor) -> None:
         """The result is attention's; the new rows are written as they are, and nothing else changed."""

@@ -105,8 +105,10 @@ def kv_append() -> None:
 
 def cached_attention() -> None:
     from cached_cases import CASES, PROMPTS, CachedCall
+    from cached_cases import SHARED as SHARED_CALLS
 
     from torch_vtensor.ops.attention_triton import Rows
+    from torch_vtensor.ops.decode_attention.prefix_triton import launch_rows as launch_shared
     from torch_vtensor.ops.decode_attention.triton import launch_rows
     from torch_vtensor.ops.prefill_attention.triton import launch_rows as launch_prompt
 
@@ -127,6 +129,19 @@ def cached_attention() -> None:
                 call.check_rotated(out, torch.ops.torch_vtensor.cached_attention(*plain.arguments()))
             else:
                 call.check(out)
+    for case, groups, num_shared in SHARED_CALLS:
+        call = CachedCall(case, "cpu")
+        tables = call.share(groups, num_shared)
+        expected = torch.ops.torch_vtensor.cached_attention(*call.arguments())
+        call.forget(groups, num_shared)
+        query, key, value, key_addresses, value_addresses, lengths, firsts, sinks, *_ = call.arguments()
+        keys, values = call.given["keys"], call.given["values"]
+        rows = Rows((0, *keys.stride()[1:3]), (0, *values.stride()[1:3]), key_addresses, value_addresses)
+        out = launch_shared(
+            query, query, query, rows, lengths, *tables, case.heads, case.dims[1], 0, firsts, case.scale, sinks,
+            case.softcap, (key, value), out=torch.empty_like(expected),
+        )  # fmt: skip
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     for case in PROMPTS:
         call = CachedCall(case, "cpu")
         query, key, value, key_addresses, value_addresses, lengths, firsts, sinks, *_, num_new = call.arguments()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from attention_cases import AttentionCase
-from cached_cases import CASES, PROMPTS, CachedCall
+from cached_cases import CASES, PROMPTS, SHARED, CachedCall
 from test_unmapped_memory import CUDA, MAKE, STRICT_HOST
 
 from torch_vtensor.ops.cached_attention import cached_attention
@@ -31,6 +31,32 @@ def test_a_rotation_on_the_way(device: str, num_rows: int) -> None:
     plain, rotated = CachedCall(case, device), CachedCall(case, device, has_rotation=True)
     without = cached_attention(*plain.arguments())
     rotated.check_rotated(cached_attention(*rotated.arguments()), without)
+
+
+@pytest.mark.parametrize("has_rotation", [False, True])
+@pytest.mark.parametrize(("case", "groups", "num_shared"), SHARED, ids=range(len(SHARED)))
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_sequences_share_is_read_once(
+    device: str,
+    case: AttentionCase,
+    groups: tuple[tuple[int, ...], ...],
+    num_shared: tuple[int, ...],
+    has_rotation: bool,
+) -> None:
+    call = CachedCall(case, device, has_rotation)
+    tables = call.share(groups, num_shared)
+    before = {name: call.given[name].clone() for name in ("keys", "values")}
+    expected = cached_attention(*call.arguments())
+    written = {name: call.given[name].clone() for name in ("keys", "values")}
+    for name, rows in before.items():
+        call.given[name].copy_(rows)
+    if device == "cuda":  # elsewhere each sequence reads its own, which is the same
+        call.forget(groups, num_shared)
+    out = cached_attention(*call.arguments(), groups=tables[0], num_shared=tables[1])
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+    for slot, length in enumerate(case.lengths):
+        for name, rows in written.items():
+            assert torch.equal(call.given[name][slot, :, length - 1], rows[slot, :, length - 1])
 
 
 def test_offsets_and_repeated_steps() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import AttentionCase
 
-from torch_vtensor.ops import decode_attention, implementations, prefill_attention
+from torch_vtensor.ops import attention_choice, decode_attention, implementations, prefill_attention
 from torch_vtensor.ops.attention_choice import MEASURED, NAMES, Case, choose, regime_of, why_not
 
 H100 = torch.device("cuda", 0)
@@ -24,7 +26,7 @@ def on_a_hopper_without_fa3(monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
         monkeypatch.setattr("torch_vtensor.ops.attention_choice._why_not_here", lambda name, index: WHERE[name])
 
 
-WHERE = {"cudnn": None, "flash": None, "fa3": "flash_attn_interface is not installed"}
+WHERE = {"gluon": None, "cudnn": None, "flash": None, "fa3": "flash_attn_interface is not installed"}
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,12 @@ def test_work_is_counted() -> None:
         ("cudnn", EXTEND, "aligns them with the first token"),
         ("flash", DECODE._replace(batch=0), "nothing to do"),
         ("fa3", DECODE, "flash_attn_interface is not installed"),
+        ("gluon", DECODE, "made for prefill_attention"),
+        ("gluon", PREFILL._replace(dtype=torch.float32), "torch.float32 is not of 16 bits"),
+        ("gluon", PREFILL._replace(value_dim=64), "head dims 128 and 64; both must be 128"),
+        ("gluon", PREFILL._replace(is_aligned=False), "not aligned to 16 bytes"),
+        ("gluon", PREFILL._replace(options=("window",)), "window asked for"),
+        ("gluon", PREFILL._replace(num_tokens=0), "nothing to do"),
         ("triton", DECODE._replace(dtype=torch.float64), "no float64"),
         ("cpu", DECODE, "the tensors are on cuda"),
     ],
@@ -90,6 +98,46 @@ def test_calls_with_numbers_on_the_device_are_our_kernels() -> None:
         assert choose(case._replace(device=torch.device("cpu"))) == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("change", "is_aligned"),
+    [
+        (lambda rows: rows, True),
+        (lambda rows: rows.transpose(1, 2).contiguous().transpose(1, 2), True),
+        (lambda rows: rows[:1].expand(2, -1, -1, -1), True),
+        (lambda rows: rows[:, :1].expand(-1, 2, -1, -1), False),
+        (lambda rows: rows.flatten()[4:-12].as_strided((2, 2, 8, 16), rows.stride()), False),
+        (lambda rows: rows.flatten().as_strided((2, 2, 8, 12), (200, 100, 12, 1)), False),
+    ],
+    ids=["heads", "tokens", "one_for_all_slots", "one_for_all_heads", "offset", "odd_rows"],
+)
+def test_which_rows_are_aligned(change: Any, is_aligned: bool) -> None:
+    rows = change(torch.zeros(2, 2, 9, 16, dtype=torch.bfloat16))
+    query = torch.zeros(2, 4, 3, rows.shape[3], dtype=torch.bfloat16)
+    assert Case.of("prefill", query, rows, rows).is_aligned == is_aligned
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "reason"),
+    [
+        ((9, 0), "3.6.0", None),
+        ((9, 0), "3.7.1", "Triton 3.7.1 is installed, and it was tried with 3.6 alone"),
+        ((10, 0), "3.6.0", "the device has compute capability (10, 0), not 9.x"),
+    ],
+)
+def test_gluon_is_for_the_chip_and_the_triton_that_it_ran_with(
+    capability: tuple[int, int], triton: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # what the other tests say of the machine
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
+    attention_choice._why_not_here.cache_clear()
+    try:
+        assert why_not("gluon", PREFILL) == reason
+    finally:
+        attention_choice._why_not_here.cache_clear()
+
+
 def cpu_arguments(num_rows: int) -> dict[str, Any]:
     arguments = AttentionCase(lengths=(9, 9), num_rows=num_rows).arguments()
     return {name: arguments[name] for name in ("query", "keys", "values")}
@@ -104,7 +152,7 @@ def test_a_forced_implementation_is_taken_or_refused(op: str, attend: Any, num_r
     for name in ("triton", "flash"):
         with pytest.raises(ValueError, match=rf"'{name}' was asked for .* {op}_attention: the tensors are on cpu"):
             attend(**arguments, implementation=name)
-    with pytest.raises(ValueError, match="implementation is 'fastest'; it is one of 'triton', 'cudnn'"):
+    with pytest.raises(ValueError, match="implementation is 'fastest'; it is one of 'triton', 'gluon'"):
         attend(**arguments, implementation="fastest")
 
 

@@ -30,7 +30,7 @@ from torch_vtensor.allocator.page_pool import PagePool
 from torch_vtensor.allocator.vtensor import VTensor
 
 scheduler = GrowthScheduler(PagePool(driver))
-dim, heads = 64, 2
+dim, heads = 128, 2
 tokens = driver.page_sizes[0] // (dim * torch.bfloat16.itemsize)  # exactly a page for every head
 
 def cache(num_tokens):
@@ -47,7 +47,13 @@ for lengths in ([tokens, tokens], [tokens, tokens - 3], [tokens, 0], [1, tokens]
     for rows in (1, 5, min(tokens, 100)):
         query = torch.randn(2, 3 * heads, rows, dim, dtype=torch.bfloat16, device=device)
         for options in ({}, {"window": 7}, {"softcap": 20.0}):
-            results = [ops.prefill_attention(query, keys, values, lengths, **options)]
+            ways = ops.implementations("prefill", query, keys, values, lengths, **options)
+            results = [
+                ops.prefill_attention(query, keys, values, lengths, implementation=way.name, **options)
+                for way in ways
+                if way.why_not is None
+            ]
+            assert results
             if rows < 10:
                 results.append(ops.decode_attention(query, keys, values, lengths, **options))
                 results.append(ops.decode_attention(query, keys, values, lengths, split_tokens=32, **options))

@@ -25,7 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{'':{width}}  " + "".join(f"{name:>8}" for name in names) + "   host      device")
     for regime in MEASURED:
         rows, tokens = regime.example
-        case = Case("decode", device, torch.bfloat16, 128, 128, 8, 32, 8, rows, tokens, True, False, ())
+        op = "decode" if rows == 1 else "prefill"
+        case = Case(op, device, torch.bfloat16, 128, 128, 8, 32, 8, rows, tokens, True, False, ())
         figures = [f"{regime.ratios[name]:.2f}" if name in regime.ratios else "–" for name in names]
         chosen = choose(case), choose(case._replace(has_counts=True))
         columns = "".join(f"{figure:>8}" for figure in figures)

@@ -27,6 +27,7 @@ from torch_vtensor.generation._transformers_compat import (
 )
 from torch_vtensor.generation.attention_masks import Pattern, VisibleTokens, describing
 from torch_vtensor.generation.kv_store import KVStore
+from torch_vtensor.generation.shared_reads import SharedPrefix, SharedTables, shared_prefixes, tables_of
 from torch_vtensor.ops import decode_attention, prefill_attention
 
 __all__ = ["counters", "install", "remove", "what_layer_does"]
@@ -42,10 +43,7 @@ _HARMLESS = {
     "position_ids", "return_dict", "scaling", "sliding_window", "use_cache", "dropout", "softcap", "s_aux",
 }  # fmt: skip
 """Arguments of an attention function that masks say already, or that are dealt with here."""
-_SHARES_READS = {"cuda"}
-"""Devices whose kernels read a prefix once for all slots that share it."""
-_LEAST_SAVED_BYTES = 8 * 2**20  # of one layer: two more launches cost about as much as reading this
-_tables: weakref.WeakKeyDictionary[KVStore, tuple[Any, dict[str, Any]]] = weakref.WeakKeyDictionary()
+_tables: weakref.WeakKeyDictionary[KVStore, tuple[tuple[SharedPrefix, ...], SharedTables]] = weakref.WeakKeyDictionary()
 _installed: list[Callable[[], None]] = []
 
 
@@ -212,7 +210,7 @@ def _attend(
         return _attend_segments(query, key, value, pattern, options)
     options |= {"first": pattern.first, "window": pattern.window}
     if num_rows == 1:
-        if key.device.type in _SHARES_READS and pattern.window is None and pattern.first is None:
+        if pattern.window is None and pattern.first is None:
             options |= _shared(key)
         return decode_attention(query, key, value, pattern.stop, **options)
     return prefill_attention(query, key, value, pattern.stop, causal=pattern.causal, **options)
@@ -224,26 +222,14 @@ def _shared(key: torch.Tensor) -> dict[str, Any]:
     Effects: copies a table to the device when pages were shared anew or written apart; no wait for it.
     """
     store = layers.store_behind(key)
-    if store is None:
-        return {}
-    prefixes = tuple(
-        (slots, min(tokens, key.shape[2] - 1))
-        for slots, tokens in store.shared_prefixes()
-        if (len(slots) - 1) * tokens * store.shape.token_bytes >= _LEAST_SAVED_BYTES
-    )
-    if not prefixes:
+    prefixes = () if store is None else shared_prefixes(store, key.shape[2] - 1)
+    if store is None or not prefixes:
         return {}
     known = _tables.get(store)
     if known is None or known[0] != prefixes:
-        most = max(len(slots) for slots, _ in prefixes)
-        groups = [[*slots, *[-1] * (most - len(slots))] for slots, _ in prefixes]
-        counts = [0] * key.shape[0]
-        for slots, tokens in prefixes:
-            for slot in slots:
-                counts[slot] = tokens
-        tables = [torch.tensor(numbers, dtype=torch.int32, device=key.device) for numbers in (groups, counts)]
-        known = _tables[store] = prefixes, {"groups": tables[0], "num_shared": tables[1]}
-    return known[1]
+        tables = SharedTables(*(table.to(key.device) for table in tables_of(prefixes, key.shape[0])))
+        known = _tables[store] = prefixes, tables
+    return known[1]._asdict()
 
 
 def _attend_segments(

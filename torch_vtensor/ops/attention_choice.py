@@ -1,10 +1,12 @@
 """Which implementation an attention operator takes: who can do a call, how fast each was measured, who is chosen.
 
     triton   our kernels: every call on a GPU          cudnn, flash  torch's, through scaled_dot_product_attention
-    cpu      ours on a CPU                             fa3           FlashAttention-3, where flash_attn_interface is
+    gluon    ours for many rows, on Hopper             fa3           FlashAttention-3, where flash_attn_interface is
+    cpu      ours on a CPU
 
-The others know no lengths on the device: they serve calls whose sequences are all as long as keys and values are, which
-the host knows when ``lengths`` is None. A call with lengths is never made to wait for the device to find out.
+Those that are not ours know no lengths on the device: they serve calls whose sequences are all as long as keys and
+values are, which the host knows when ``lengths`` is None. A call with lengths is never made to wait for the device to
+find out.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import torch
 
 __all__ = ["MEASURED", "NAMES", "Case", "Implementation", "Implementations", "Regime", "choose", "implementations"]
 
-NAMES = ("triton", "cudnn", "flash", "fa3", "cpu")
+NAMES = ("triton", "gluon", "cudnn", "flash", "fa3", "cpu")
 _16_BITS = (torch.bfloat16, torch.float16)
+_GLUON_TRITON = "3.6"
+"""The release of Triton that the Gluon kernel ran with; Gluon changes with every one."""
 
 
 class Case(NamedTuple):
@@ -40,6 +44,8 @@ class Case(NamedTuple):
     """Whether numbers on the device say which tokens and rows count."""
     options: tuple[str, ...]
     """What is asked for beyond a softmax over all tokens before."""
+    is_aligned: bool = True
+    """Whether rows of keys and of values lie apart, each at a multiple of 16 bytes: what can be copied by TMA."""
 
     @classmethod
     def of(
@@ -74,6 +80,7 @@ class Case(NamedTuple):
             causal,
             any(counts is not None for counts in (lengths, num_new, first)),
             tuple(name for name, option in options if option is not None),
+            _is_aligned(keys) and _is_aligned(values),
         )
 
     @property
@@ -87,6 +94,11 @@ class Case(NamedTuple):
         hidden = self.num_rows * (self.num_rows - 1) // 2 if self.causal else 0
         seen = self.num_rows * self.num_tokens - hidden
         return 2 * self.batch * self.query_heads * (self.dim + self.value_dim) * seen
+
+
+def _is_aligned(rows: torch.Tensor) -> bool:
+    strides = [stride * rows.itemsize for stride in rows.stride()[:3]]
+    return min(strides[1:]) > 0 and all(nbytes % 16 == 0 for nbytes in (rows.data_ptr(), *strides))
 
 
 class Regime(NamedTuple):
@@ -106,6 +118,7 @@ class Regime(NamedTuple):
 # points in the layout of our caches. FlashAttention-3's: by its times over cuDNN's and flash's on an H200, 2026-11-22.
 # On the host a call of flash takes 60 us and of triton 140, more than a small decode takes on the device. cuDNN plans
 # 50 ms for every length that it has not seen: worth it for the longest prompts alone, where 32 layers save more.
+# gluon is taken where it is asked for: it has not been measured yet.
 MEASURED = (
     Regime(
         "decode below 0.5 GB",
@@ -232,12 +245,27 @@ def why_not(name: str, case: Case) -> str | None:
         return f"the tensors are on {case.device.type}"
     if name in ("triton", "cpu"):
         return "triton has no float64" if name == "triton" and case.dtype is torch.float64 else None
-    if case.has_counts:
+    if case.has_counts and name != "gluon":
         return "lengths, num_new or first are on the device"
     if case.options:
         return f"{', '.join(case.options)} asked for"
     if case.dtype not in _16_BITS:
         return f"{case.dtype} is not of 16 bits"
+    if 0 in (case.batch, case.heads, case.num_rows, case.num_tokens):
+        return "there is nothing to do"
+    why = _why_not_gluon(case) if name == "gluon" else _why_not_foreign(name, case)
+    return why or _why_not_here(name, case.device.index or 0)
+
+
+def _why_not_gluon(case: Case) -> str | None:
+    if case.op != "prefill":
+        return "it is made for prefill_attention"
+    if (case.dim, case.value_dim) != (128, 128):
+        return f"head dims {case.dim} and {case.value_dim}; both must be 128"
+    return None if case.is_aligned else "rows of keys or values are not aligned to 16 bytes, or not apart"
+
+
+def _why_not_foreign(name: str, case: Case) -> str | None:
     widest = 128 if name == "cudnn" else 256
     if case.dim != case.value_dim or case.dim % 8 or case.dim > widest:
         return f"head dims {case.dim} and {case.value_dim}; both must be one multiple of 8 up to {widest}"
@@ -245,9 +273,7 @@ def why_not(name: str, case: Case) -> str | None:
         return f"{case.num_rows} rows and {case.num_tokens} tokens: some rows see nothing"
     if name == "cudnn" and case.causal and 1 < case.num_rows < case.num_tokens:
         return "rows over a prefix: it aligns them with the first token"
-    if 0 in (case.batch, case.heads, case.num_rows, case.num_tokens):
-        return "there is nothing to do"
-    return _why_not_here(name, case.device.index or 0)
+    return None
 
 
 @functools.cache
@@ -256,8 +282,13 @@ def _why_not_here(name: str, device_index: int) -> str | None:
     if torch.version.hip is not None:
         return "it was not tried on AMD devices"
     capability = torch.cuda.get_device_capability(device_index)
-    if name == "fa3":
-        if importlib.util.find_spec("flash_attn_interface") is None:
-            return "flash_attn_interface is not installed"
-        return None if capability[0] == 9 else f"the device has compute capability {capability}, not 9.x"
+    if name == "fa3" and importlib.util.find_spec("flash_attn_interface") is None:
+        return "flash_attn_interface is not installed"
+    if name in ("fa3", "gluon") and capability[0] != 9:
+        return f"the device has compute capability {capability}, not 9.x"
+    if name == "gluon":
+        import triton
+
+        if not triton.__version__.startswith(f"{_GLUON_TRITON}."):
+            return f"Triton {triton.__version__} is installed, and it was tried with {_GLUON_TRITON} alone"
     return None if capability >= (8, 0) else f"the device has compute capability {capability}, below 8.0"

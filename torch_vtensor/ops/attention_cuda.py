@@ -66,11 +66,15 @@ def prefill_attention(
         softcap=softcap, causal=causal,
     )  # fmt: skip
     name = choose(case, implementation)
-    if name != "triton":
+    if name not in ("triton", "gluon"):
         return _run(name, query, keys, values, scale, causal)
+    lengths = _lengths(keys) if lengths is None else lengths
+    if name == "gluon":
+        from torch_vtensor.ops.prefill_attention import gluon
+
+        return gluon.launch(query, keys, values, lengths, num_new, first, scale, causal)
     from torch_vtensor.ops.prefill_attention.triton import launch
 
-    lengths = _lengths(keys) if lengths is None else lengths
     return launch(query, keys, values, lengths, num_new, first, scale, window, sinks, softcap, causal)
 
 

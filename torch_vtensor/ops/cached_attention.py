@@ -19,7 +19,8 @@ _library.define(
     "cached_attention(Tensor query, Tensor key, Tensor value, Tensor key_addresses, Tensor value_addresses,"
     " Tensor lengths, Tensor firsts, Tensor? sinks, Tensor partials, Tensor arrivals, int key_offset, int value_offset,"
     " int key_head_stride, int key_token_stride, int value_head_stride, int value_token_stride, float scale,"
-    " int? window, float? softcap, Tensor? cos=None, Tensor? sin=None, Tensor? num_new=None) -> Tensor"
+    " int? window, float? softcap, Tensor? cos=None, Tensor? sin=None, Tensor? num_new=None, Tensor? groups=None,"
+    " Tensor? num_shared=None) -> Tensor"
 )
 
 cached_attention = torch.ops.torch_vtensor.cached_attention
@@ -29,8 +30,9 @@ Shapes:  query [B, Hq, Q, D]; key [B, H, Q, D], value [B, H, Q, Dv]; addresses [
     keys and values in the tensors' dtype, 16-byte aligned, offsets and strides in elements; lengths [B] int32: tokens
     before these; firsts [B] int32: the first real token (left padding); sinks [Hq]; partials, arrivals: the workspace,
     which Q = 1 uses; cos, sin [B or 1, Q, D]: a rotary embedding for query and key, whose halves make the pairs;
-    num_new [B] int32: how many of the Q are tokens of the sequence, default all. Returns [B, Hq, Q, Dv], of which rows
-    from ``num_new`` on mean nothing.
+    num_new [B] int32: how many of the Q are tokens of the sequence, default all; groups [G, K] and num_shared [B]
+    int32: as in ``decode_attention``, at most ``lengths``, without a window, looked at where Q = 1. Returns
+    [B, Hq, Q, Dv], of which rows from ``num_new`` on mean nothing.
 Effects: writes ``num_new`` rows a head; rows from ``lengths`` + ``num_new`` on are neither read nor written.
 """
 
@@ -63,6 +65,8 @@ def _cuda(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     num_new: Tensor | None = None,
+    groups: Tensor | None = None,
+    num_shared: Tensor | None = None,
 ) -> Tensor:
     from torch_vtensor.ops.attention_triton import Rows
     from torch_vtensor.ops.decode_attention import triton
@@ -75,47 +79,32 @@ def _cuda(
         key_offset,
         value_offset,
     )
-    if query.shape[2] > 1:
+    rotation = None if cos is None or sin is None else (cos, sin)
+    is_prompt = query.shape[2] > 1
+    shares = groups is not None and window is None and not is_prompt
+    if rotation is not None and (is_prompt or shares):
+        query, key, rotation = _rotated(query, *rotation), _rotated(key, *rotation), None
+    num_heads, value_dim, new = key.shape[1], value.shape[3], (key, value)
+    if is_prompt:
         from torch_vtensor.ops.prefill_attention import triton as prefill
 
-        if cos is not None and sin is not None:
-            query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
         return prefill.launch_rows(
-            query,
-            query,
-            query,
-            rows,
-            lengths,
-            key.shape[1],
-            value.shape[3],
-            first=firsts,
-            scale=scale,
-            window=window,
-            sinks=sinks,
-            softcap=softcap,
-            new=(key, value),
-            num_new=num_new,
-        )
+            query, query, query, rows, lengths, num_heads, value_dim, num_new, firsts, scale, window, sinks, softcap,
+            new=new,
+        )  # fmt: skip
+    workspace, out = triton.Workspace(partials, arrivals), _result(query, key, value)
+    if shares:
+        from torch_vtensor.ops.decode_attention import prefix_triton
+
+        assert groups is not None and num_shared is not None
+        return prefix_triton.launch_rows(
+            query, query, query, rows, lengths, groups, num_shared, num_heads, value_dim, 0, firsts, scale, sinks,
+            softcap, new, workspace, out,
+        )  # fmt: skip
     return triton.launch_rows(
-        query,
-        query,
-        query,
-        rows,
-        lengths,
-        key.shape[1],
-        value.shape[3],
-        capacity=0,
-        first=firsts,
-        scale=scale,
-        window=window,
-        sinks=sinks,
-        softcap=softcap,
-        new=(key, value),
-        rotation=None if cos is None or sin is None else (cos, sin),
-        workspace=triton.Workspace(partials, arrivals),
-        out=_result(query, key, value),
-        early=True,
-    )
+        query, query, query, rows, lengths, num_heads, value_dim, 0, firsts, scale, window, sinks, softcap, new=new,
+        rotation=rotation, workspace=workspace, out=out, early=True,
+    )  # fmt: skip
 
 
 def _cpu(
@@ -141,6 +130,8 @@ def _cpu(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     num_new: Tensor | None = None,
+    groups: Tensor | None = None,
+    num_shared: Tensor | None = None,
 ) -> Tensor:
     from torch_vtensor.ops.prefill_attention.cpu import prefill_attention
 

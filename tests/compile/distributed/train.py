@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -43,19 +44,21 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
-def make(name: str) -> Any:
+def make(name: str, device: str) -> Any:
     """An example of ready_models.py, or the one for which transformers need not be imported."""
     if name != "mlp":
-        return getattr(import_module("ready_models"), name)()
+        example = getattr(import_module("ready_models"), name)()
+        example.model.to(device)
+        return replace(example, arguments=tuple(x.to(device) for x in example.arguments))
     torch.manual_seed(0)
-    model = nn.Sequential(Block(), Block()).double()
-    batch = tuple(torch.randn(2, 8, 4, 8, dtype=torch.double))
+    model = nn.Sequential(Block(), Block()).double().to(device)
+    batch = tuple(torch.randn(2, 8, 4, 8, dtype=torch.double).to(device))
     return SimpleNamespace(model=model, loss_of=lambda x, y: F.mse_loss(model(x), y), arguments=batch, tolerance=1e-9)
 
 
-def train(plan: str, model: str, codegen: str) -> None:
+def train(plan: str, model: str, codegen: str, device: str = "cpu") -> None:
     """Five steps of AdamW give the losses and the parameters of one process."""
-    ours, theirs = make(model), make(model)
+    ours, theirs = make(model, device), make(model, device)
     options = {"plan": plan, "codegen": codegen}
     step = torch.compile(ours.loss_of, backend="superscaler", options=options, dynamic=False)
     # A large eps: otherwise a gradient of pure rounding noise becomes a step of the full learning rate.
@@ -78,7 +81,7 @@ def train(plan: str, model: str, codegen: str) -> None:
             close(parameter.detach(), whole, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def die(plan: str) -> None:
+def die(plan: str, device: str = "cpu") -> None:
     """Train until, in the middle of a step, the last rank ends as if it had been killed."""
     if dist.get_rank() == dist.get_world_size() - 1:
         begin, num_begun = ProcessGroups.send if "1f1b" in plan else ProcessGroups.collective, 0
@@ -91,22 +94,27 @@ def die(plan: str) -> None:
             return begin(*arguments)  # type: ignore[arg-type]
 
         setattr(ProcessGroups, begin.__name__, counted)
-    train(plan, "mlp", "eager")
+    train(plan, "mlp", "eager", device)
 
 
 def run_rank(store: Path, rank: int, num_ranks: int, tasks: Sequence[str]) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(store), num_ranks), rank=rank, world_size=num_ranks, timeout=WAIT
     )
+    run_tasks(tasks, "cpu")
+    dist.destroy_process_group()
+
+
+def run_tasks(tasks: Sequence[str], device: str) -> None:
+    """Do one task after the other, and say so."""
     for task in tasks:
         name, *rest = task.split("@")
         if name == "die":
-            die(*rest)
+            die(*rest, device)
         else:
-            train(name, *rest)
+            train(name, *rest, device)
         torch.compiler.reset()
         print(task, "is right", flush=True)
-    dist.destroy_process_group()
 
 
 def fork_rank(folder: Path, rank: int, num_ranks: int, tasks: Sequence[str]) -> int:

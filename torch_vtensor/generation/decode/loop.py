@@ -28,6 +28,7 @@ from torch_vtensor.generation.decode.sampling import Sampling, sampling_of
 from torch_vtensor.generation.decode.step import LayerRows
 from torch_vtensor.generation.decode.support import end_tokens_of, first_tokens, why_stock, windows_of
 from torch_vtensor.generation.kv_store import KVShape, KVStore
+from torch_vtensor.generation.shared_reads import shared_prefixes, table_shape
 
 __all__ = ["sample"]
 
@@ -224,11 +225,13 @@ def _prepare(call: _Call, sequences: torch.Tensor, prompt: _Prompt | None) -> _D
         if placed is None:
             return "a layer of the cache is in stock memory"
         for group in placed.groups:
-            _commit(group, num_rows)
-        program = traced.acquire_program(len(sequences), placed.layers, len(placed.groups))
+            _commit(group, num_rows)  # which takes apart what is written to
+        placements = [_sharing(index, placed) for index in range(len(placed.groups))]
+        tables = tuple(table_shape(placement.shared) for placement in placements)
+        program = traced.acquire_program(len(sequences), placed.layers, tables)
         with ExitStack() as undo:
             decoding = undo.enter_context(_Decoding(program, placed, prompt))
-            program.place([group.placement for group in placed.groups])
+            program.place(placements)
             newest = _newest_positions(call, sequences) if prompt is None else prompt.positions[:, -1]
             program.start(sequences, newest, max_new, call.sampling)
             if prompt is None:
@@ -462,6 +465,18 @@ def _place(call: _Call, traced: Traced, num_rows: int, max_new: int) -> _Placed 
             )
         )
     return _Placed(tuple(rows), made)
+
+
+def _sharing(index: int, placed: _Placed) -> Placement:
+    """Where a group lies, and which of its sequences begin with the same pages, if its layers read them as a whole."""
+    group = placed.groups[index]
+    if all(layer.window is not None for layer in placed.layers if layer.group == index):
+        return group.placement
+    firsts = group.placement.firsts
+    shared = shared_prefixes(group.store, group.length)
+    return group.placement._replace(
+        shared=tuple(one for one in shared if len({firsts[slot] for slot in one.slots}) == 1)
+    )
 
 
 def _commit(group: _Group, num_steps: int) -> None:

@@ -30,11 +30,15 @@ from torch_vtensor.generation.decode.step import (
     step_forward,
     twin_of,
 )
+from torch_vtensor.generation.shared_reads import SharedPrefix, SharedTables, tables_of
 
 __all__ = ["DecodeProgram", "Placement", "Traced", "traced_model"]
 
 Graph = Callable[[], None]
 _MAX_CHOICES = 16
+
+
+Tables = tuple[tuple[int, int] | None, ...]
 
 
 class Placement(NamedTuple):
@@ -47,6 +51,7 @@ class Placement(NamedTuple):
     value_addresses: list[int]
     length: int
     firsts: list[int]
+    shared: tuple[SharedPrefix, ...] = ()
 
 
 class _PromptGraph(NamedTuple):
@@ -62,10 +67,11 @@ class DecodeProgram:
 
     Args:
         traced: the model, of which its tensors alone are kept.
-        layers, num_groups: the layout of its caches.
+        layers: the layout of its caches.
+        tables: for each group of layers the shape of the table of what its sequences share; None if they share nothing.
     """
 
-    def __init__(self, traced: Traced, batch: int, layers: tuple[LayerRows, ...], num_groups: int) -> None:
+    def __init__(self, traced: Traced, batch: int, layers: tuple[LayerRows, ...], tables: Tables) -> None:
         device = traced.twin.device
         self.batch = batch
         self.device = device
@@ -82,8 +88,13 @@ class DecodeProgram:
                 torch.zeros(batch, **ints),
                 torch.zeros(batch, dtype=torch.int32, device=device),
                 torch.zeros(batch, dtype=torch.int32, device=device),
+                shape
+                and SharedTables(
+                    torch.full(shape, -1, dtype=torch.int32, device=device),
+                    torch.zeros(batch, dtype=torch.int32, device=device),
+                ),
             )
-            for _ in range(num_groups)
+            for shape in tables
         )
         self.step = Step(layers, groups, *_workspace(batch, layers, device))
         self._forward = _compile(step_forward(traced.twin))
@@ -125,6 +136,9 @@ class DecodeProgram:
             group.value_addresses.copy_(_on(self.device, placement.value_addresses, torch.int64), non_blocking=True)
             group.firsts.copy_(_on(self.device, placement.firsts, torch.int32), non_blocking=True)
             group.lengths.fill_(placement.length)
+            if group.shared is not None:
+                for table, numbers in zip(group.shared, tables_of(placement.shared, self.batch), strict=True):
+                    table.copy_(_pinned(self.device, numbers), non_blocking=True)
 
     def start(self, sequences: torch.Tensor, positions: torch.Tensor, max_new: int, sampling: Sampling) -> None:
         """Continue ``sequences`` [B, L], whose last tokens stand at ``positions`` [B], by up to ``max_new`` tokens."""
@@ -280,17 +294,17 @@ class Traced:
             where.get(name) is it and _address(it) == address for where, name, it, address in self._tensors
         )
 
-    def acquire_program(self, batch: int, layers: tuple[LayerRows, ...], num_groups: int) -> DecodeProgram:
+    def acquire_program(self, batch: int, layers: tuple[LayerRows, ...], tables: Tables) -> DecodeProgram:
         """A program for so many sequences in caches of this layout, the caller's alone until it is released.
 
         One made before, if it is free, captured or not yet.
         """
         with self._lock:
-            programs = self._programs.setdefault((batch, layers, num_groups), [])
+            programs = self._programs.setdefault((batch, layers, tables), [])
             for program in programs:
                 if program.acquire():
                     return program
-            program = DecodeProgram(self, batch, layers, num_groups)
+            program = DecodeProgram(self, batch, layers, tables)
             program.acquire()
             programs.append(program)
             return program
@@ -323,7 +337,10 @@ def _address(it: Any) -> int:
 
 
 def _on(device: torch.device, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
-    tensor = torch.tensor(numbers, dtype=dtype, device="cpu")
+    return _pinned(device, torch.tensor(numbers, dtype=dtype, device="cpu"))
+
+
+def _pinned(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 

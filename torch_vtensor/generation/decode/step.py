@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from torch_vtensor.generation._transformers_compat import CACHE_NAME, DynamicCache
+from torch_vtensor.generation.shared_reads import SharedTables
 from torch_vtensor.ops.cached_attention import cached_attention
 
 __all__ = [
@@ -62,12 +63,16 @@ class LayerShape(NamedTuple):
 
 
 class GroupRows(NamedTuple):
-    """Of layers whose sequences have one address and one length: tensors [B] on the device."""
+    """Of layers whose sequences have one address and one length: tensors [B] on the device.
+
+    ``shared`` says which sequences have their first tokens in common, if any may: see `shared_reads`.
+    """
 
     key_addresses: torch.Tensor
     value_addresses: torch.Tensor
     lengths: torch.Tensor
     firsts: torch.Tensor
+    shared: SharedTables | None = None
 
 
 class Step(NamedTuple):
@@ -160,6 +165,7 @@ def _attention(
         layer.window,
         softcap,
         num_new=step.num_new,
+        **({} if group.shared is None else group.shared._asdict()),
     )
     return out.transpose(1, 2), None
 

@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_vtensor.ops.attention_triton import Rows, attend
-from torch_vtensor.ops.decode_attention.triton import Prefix, launch_rows
+from torch_vtensor.ops.attention_triton import Rows, attend, slot_pointer
+from torch_vtensor.ops.decode_attention import triton as decode
 
-__all__ = ["launch"]
+__all__ = ["launch", "launch_rows"]
 
 _LOG2E = 1.4426950408889634
 _MAX_ROWS = 128
@@ -28,6 +28,8 @@ def _prefix(
     query,
     keys,
     values,
+    key_addresses,
+    value_addresses,
     groups,
     num_shared,
     firsts,
@@ -41,6 +43,8 @@ def _prefix(
     query_slot_stride,
     query_head_stride,
     query_token_stride,
+    key_offset,
+    value_offset,
     key_slot_stride,
     key_head_stride,
     key_token_stride,
@@ -56,6 +60,7 @@ def _prefix(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     STAGES: tl.constexpr,
+    HAS_ADDRESSES: tl.constexpr,
     HAS_FIRSTS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -84,8 +89,10 @@ def _prefix(
         query_rows = slot * query_slot_stride + (head * GROUP + row % GROUP) * query_head_stride
         query_rows += row // GROUP * query_token_stride
         q = tl.load(query + query_rows[:, None] + d[None, :], mask=row_ok[:, None] & (d[None, :] < D), other=0.0)
-        key_rows = keys + leader * key_slot_stride + head * key_head_stride
-        value_rows = values + leader * value_slot_stride + head * value_head_stride
+        key_rows = slot_pointer(keys, key_addresses, leader, key_slot_stride, key_offset, HAS_ADDRESSES)
+        value_rows = slot_pointer(values, value_addresses, leader, value_slot_stride, value_offset, HAS_ADDRESSES)
+        key_rows += head * key_head_stride
+        value_rows += head * value_head_stride
         start = begin + part * part_tokens
         stop = tl.minimum(start + part_tokens, shared)
         whole = start + (stop - start) // BLOCK_T * BLOCK_T
@@ -151,8 +158,36 @@ def launch(
     softcap: float | None = None,
 ) -> torch.Tensor:
     """``decode_attention`` on tensors, with ``groups`` and ``num_shared``."""
-    batch, query_heads, num_query, dim = query.shape
+    batch, query_heads, num_query, _ = query.shape
     num_heads, capacity, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
+    out = query.new_empty(batch, num_query, query_heads, value_dim).transpose(1, 2)
+    return launch_rows(
+        query, keys, values, Rows.of(keys, values), lengths, groups, num_shared, num_heads, value_dim, capacity, first,
+        scale, sinks, softcap, out=out,
+    )  # fmt: skip
+
+
+def launch_rows(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: Rows,
+    lengths: torch.Tensor,
+    groups: torch.Tensor,
+    num_shared: torch.Tensor,
+    num_heads: int,
+    value_dim: int,
+    capacity: int,
+    first: torch.Tensor | None = None,
+    scale: float | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    new: tuple[torch.Tensor, torch.Tensor] | None = None,
+    workspace: decode.Workspace | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``decode_attention`` with ``groups`` and ``num_shared`` on rows that lie anywhere: see ``decode.launch_rows``."""
+    batch, query_heads, num_query, dim = query.shape
     num_groups, max_members = groups.shape
     rows_per_slot = query_heads // num_heads * num_query
     block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
@@ -168,6 +203,8 @@ def launch(
         query,
         keys,
         values,
+        num_shared if rows.key_addresses is None else rows.key_addresses,
+        num_shared if rows.value_addresses is None else rows.value_addresses,
         groups,
         num_shared,
         num_shared if first is None else first,
@@ -179,8 +216,10 @@ def launch(
         scale * _LOG2E,
         0.0 if softcap is None else softcap * _LOG2E,
         *query.stride()[:3],
-        *keys.stride()[:3],
-        *values.stride()[:3],
+        rows.key_offset,
+        rows.value_offset,
+        *rows.key_strides,
+        *rows.value_strides,
         HEADS=num_heads,
         GROUP=query_heads // num_heads,
         D=dim,
@@ -190,28 +229,16 @@ def launch(
         BLOCK_M=block_m,
         BLOCK_T=block_t,
         STAGES=num_stages,
+        HAS_ADDRESSES=rows.key_addresses is not None,
         HAS_FIRSTS=first is not None,
         HAS_SOFTCAP=softcap is not None,
         PRECISION="ieee" if query.dtype is torch.float32 else "tf32",
         num_warps=num_warps if block_m > 64 else 4,
     )
-    key_strides, value_strides = (tensor.stride()[:3] for tensor in (keys, values))
-    return launch_rows(
-        query,
-        keys,
-        values,
-        Rows((key_strides[0], key_strides[1], key_strides[2]), (value_strides[0], value_strides[1], value_strides[2])),
-        lengths,
-        num_heads,
-        value_dim,
-        capacity,
-        first,
-        scale,
-        sinks=sinks,
-        softcap=softcap,
-        out=query.new_empty(batch, num_query, query_heads, value_dim).transpose(1, 2),
-        prefix=Prefix(states, num_shared),
-    )
+    return decode.launch_rows(
+        query, keys, values, rows, lengths, num_heads, value_dim, capacity, first, scale, sinks=sinks, softcap=softcap,
+        new=new, workspace=workspace, out=out, prefix=decode.Prefix(states, num_shared),
+    )  # fmt: skip
 
 
 def _config(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
