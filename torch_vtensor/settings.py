@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 KIB = 1024
@@ -40,6 +41,9 @@ class Settings:
 
     offload_folder: str = "/var/tmp"
     """TORCH_VTENSOR_OFFLOAD_FOLDER: where the unnamed file for offloaded pages of the CPU is; best on a disk."""
+
+    status: bool = True
+    """TORCH_VTENSOR_STATUS: whether other processes can see, and limit, what this one holds (`top`, `limit`)."""
 
     log_level: int = logging.WARNING
     """TORCH_VTENSOR_LOG: level of the `torch_vtensor` logger."""
@@ -79,6 +83,14 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         except ValueError as error:
             raise ValueError(f"{_PREFIX}{name}={text}: {error}") from None
     return settings
+
+
+def status_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """Where this user's processes have their status files (`torch_vtensor.status`): in memory, and theirs alone."""
+    runtime = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR", "")
+    if runtime and Path(runtime).is_dir():
+        return Path(runtime) / "torch_vtensor"
+    return Path(f"/dev/shm/torch_vtensor-{os.getuid()}")
 
 
 def parse_bytes(text: str) -> int:
@@ -127,5 +139,6 @@ _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "PAGE_BYTES": ("page_bytes", parse_bytes),
     "OFFLOAD_BYTES": ("offload_bytes", parse_bytes),
     "OFFLOAD_FOLDER": ("offload_folder", str),
+    "STATUS": ("status", _parse_switch),
     "LOG": ("log_level", _parse_log_level),
 }

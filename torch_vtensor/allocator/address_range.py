@@ -65,6 +65,7 @@ class AddressRange:
         self._vacant: dict[int, bool] = {}  # places whose page is not usable there; True: it is mapped, without access
         self.base_ptr = pool.driver.reserve(self.reserved_bytes)
         pool.tags.add(tag)
+        pool.reserved_bytes += self.reserved_bytes
         pool.ranges[next(pool.range_numbers)] = self
 
     @property
@@ -258,6 +259,7 @@ class AddressRange:
         released_bytes = self.reserved_bytes
         if released_bytes:
             self.pool.driver.release(self.base_ptr, released_bytes)
+            self.pool.reserved_bytes -= released_bytes
         self.reserved_bytes = 0
         if self._rest is not None:
             self._rest.num_heads -= 1

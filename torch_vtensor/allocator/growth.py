@@ -83,7 +83,6 @@ class GrowthScheduler:
         self._forsaken: deque[Sequence[Page]] = deque()
         self._parked: list[_Idle] = []
         self._retired: list[_Idle] = []
-        self._reserved_bytes = 0
         self._idle_clock = itertools.count()
         self._thread: _Worker | None = None
         self._thread_lock = threading.RLock()
@@ -128,7 +127,6 @@ class GrowthScheduler:
                         self.pool.tags.add(tag)
                         return RangeHold(parked, self._dead)
             new = AddressRange(self.pool, num_strips, strip_bytes, salt, tag)
-            self._reserved_bytes += new.reserved_bytes
             return RangeHold(new, self._dead)
 
     def drop_head(self, hold: RangeHold, nbytes: int) -> RangeHold:
@@ -295,7 +293,7 @@ class GrowthScheduler:
             prefix_bytes = sum(page.nbytes for page in prefixes)
             num_uses = {page: page.num_refs - idle_refs[page] - max(page.num_held - 1, 0) for page in pages}
             return PoolStats(
-                reserved_bytes=self._reserved_bytes,
+                reserved_bytes=pool.reserved_bytes,
                 committed_bytes=counts.committed_bytes,
                 live_bytes=sum(page.nbytes for page in pages) - parked_bytes - prefix_bytes,
                 shared_bytes=sum(page.nbytes for page in pages if num_uses[page] > 1),
@@ -395,7 +393,7 @@ class GrowthScheduler:
                     self.num_device_waits += 1
                     idle.fence.wait()
                 idle.range.empty()
-                self._reserved_bytes -= idle.range.release()
+                idle.range.release()
                 self._retired.pop(0)
         finally:
             self._retired[:0] = remaining

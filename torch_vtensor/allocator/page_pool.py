@@ -16,10 +16,12 @@ from torch_vtensor.allocator.ledger import Ledger, Take
 from torch_vtensor.allocator.offload_pool import OffloadPool
 from torch_vtensor.allocator.timed_driver import CallStats, TimedDriver
 from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
+from torch_vtensor.status import Figures
 
 if TYPE_CHECKING:
     from torch_vtensor.allocator.address_range import AddressRange
     from torch_vtensor.allocator.tiers import Sleeper
+    from torch_vtensor.status import StatusRecord
 
 __all__ = ["Page", "PagePool", "PoolStats", "Tier", "check_budget"]
 
@@ -140,6 +142,10 @@ class PagePool:
         self.range_numbers = itertools.count()
         self.tags: set[str] = set()
         """Every tag that memory ever had, by which it can be put to sleep."""
+        self.status: StatusRecord | None = None
+        """Where other processes see this pool's figures, and ask for another budget."""
+        self.reserved_bytes = 0
+        self.shared_bytes = 0
         self.held_bytes = 0
         self.scrubbed_bytes = 0
         self.num_mappings = 0
@@ -196,6 +202,7 @@ class PagePool:
         """
         self.check_process()
         with self.lock:
+            self._obey()
             pages: list[Page] = []
             missing_bytes = asked_bytes = sum(sizes)
             try:
@@ -205,13 +212,14 @@ class PagePool:
             except BaseException:
                 self.drop(pages)
                 raise
+            self.publish()
             return pages
 
     def share(self, pages: Iterable[Page]) -> None:
         """Add one reference to each page."""
         with self.lock:
             for page in pages:
-                page.num_refs += 1
+                self._add_reference(page)
 
     def drop(self, pages: Iterable[Page]) -> None:
         """Remove one reference from each page; one that has none left is pooled. No driver call, cannot fail.
@@ -224,13 +232,16 @@ class PagePool:
                 if page.num_refs == 0:
                     del self._pages[page]
                     self._put(page)
+                elif page.num_refs == 1:
+                    self.shared_bytes -= page.nbytes
+            self.publish()
 
     def hold(self, pages: Iterable[Page]) -> int:
         """Keep pages, mapped or not, by one more reference to each; returns the bytes of those that nobody held."""
         with self.lock:
             held_bytes = self.held_bytes
             for page in pages:
-                page.num_refs += 1
+                self._add_reference(page)
                 page.num_held += 1
                 if page.num_held == 1:
                     self.held_bytes += page.nbytes
@@ -308,7 +319,23 @@ class PagePool:
                 self._tenants.pop(handle, None)
                 self.ledger.uncharge(nbytes)
                 freed_bytes += nbytes
+            self.publish()
         return freed_bytes
+
+    def publish(self) -> None:
+        """Show other processes what this one has here. No system call."""
+        if self.status is not None and not self.is_foreign:
+            counts = self.ledger.counts()
+            self.status.publish(
+                Figures(
+                    reserved_bytes=self.reserved_bytes,
+                    committed_bytes=counts.committed_bytes,
+                    pooled_bytes=counts.free_bytes,
+                    shared_bytes=self.shared_bytes,
+                    offloaded_bytes=self.offloads.used_bytes,
+                    budget_bytes=-1 if counts.budget_bytes is None else counts.budget_bytes,
+                )
+            )
 
     def live_pages(self) -> KeysView[Page]:
         """The pages that somebody has now, the oldest first."""
@@ -326,6 +353,8 @@ class PagePool:
             handles = [(page.tier, page.handle) for page in self._pages if page.tier is not Tier.DISCARDED]
             assert all(page.num_refs > 0 for page in self._pages), "a live page has no reference"
             assert all(0 <= page.num_held <= page.num_refs for page in self._pages), "a hold is not a reference"
+            shared_bytes = sum(page.nbytes for page in self._pages if page.num_refs > 1)
+            assert shared_bytes == self.shared_bytes, f"{shared_bytes} bytes are shared, {self.shared_bytes} counted"
             held_bytes = sum(page.nbytes for page in self._pages if page.num_held)
             assert held_bytes == self.held_bytes, f"{held_bytes} bytes are held and {self.held_bytes} counted"
             assert len(set(handles)) == len(handles), "two live pages have one handle"
@@ -402,6 +431,23 @@ class PagePool:
         except BaseException:
             self.ledger.uncharge(nbytes)
             raise
+
+    def _obey(self) -> None:
+        """Take the budget that another process asked for, and return idle memory beyond it to the system."""
+        asked = None if self.status is None else self.status.asked_budget()
+        if asked is not None:
+            self.budget_bytes = asked[0]
+            for relieve in (self.reclaim, self._offload):
+                shortfall_bytes = self._shortfall_bytes(0)
+                if shortfall_bytes > 0:
+                    relieve(shortfall_bytes)
+                    self.trim(max(self.ledger.free_bytes - shortfall_bytes, 0))
+            self.publish()
+
+    def _add_reference(self, page: Page) -> None:
+        page.num_refs += 1
+        if page.num_refs == 2:
+            self.shared_bytes += page.nbytes
 
     def _put(self, page: Page) -> None:
         """Pool the memory of a page that nobody has any more."""
