@@ -17,7 +17,9 @@ _HOME = {
     "memory": "generation.cache",
     "offload": "generation.cache",
     "prefetch": "generation.cache",
+    "memory_map": "allocator.memory_map",
     "memory_pool": "allocator.torch_pool",
+    "metrics": "generation.metrics",
     "sleep": "allocator.sleeping",
     "wake": "allocator.sleeping",
     "enable": "generation.enable",
@@ -51,7 +53,9 @@ __all__ = [
     "explain",
     "is_enabled",
     "memory",
+    "memory_map",
     "memory_pool",
+    "metrics",
     "offload",
     "prefetch",
     "prefix_salt",
@@ -62,6 +66,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from torch_vtensor.allocator.memory_map import memory_map
     from torch_vtensor.allocator.sleeping import sleep, wake
     from torch_vtensor.allocator.torch_pool import memory_pool
     from torch_vtensor.allocator.vtensor import VTensor
@@ -74,6 +79,7 @@ if TYPE_CHECKING:
     )
     from torch_vtensor.generation.cache import VTensorCache, memory, offload, prefetch
     from torch_vtensor.generation.enable import disable, enable, enabled, is_enabled
+    from torch_vtensor.generation.metrics import metrics
     from torch_vtensor.generation.report import empty_cache, explain, stats, trim
     from torch_vtensor.generation.tenant import prefix_salt
 

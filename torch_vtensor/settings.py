@@ -45,6 +45,9 @@ class Settings:
     status: bool = True
     """TORCH_VTENSOR_STATUS: whether other processes can see, and limit, what this one holds (`top`, `limit`)."""
 
+    nvtx: bool = False
+    """TORCH_VTENSOR_NVTX: whether profiles that read NVTX show the calls of a GPU's memory driver as ranges."""
+
     log_level: int = logging.WARNING
     """TORCH_VTENSOR_LOG: level of the `torch_vtensor` logger."""
 
@@ -140,5 +143,6 @@ _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "OFFLOAD_BYTES": ("offload_bytes", parse_bytes),
     "OFFLOAD_FOLDER": ("offload_folder", str),
     "STATUS": ("status", _parse_switch),
+    "NVTX": ("nvtx", _parse_switch),
     "LOG": ("log_level", _parse_log_level),
 }

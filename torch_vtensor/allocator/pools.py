@@ -41,6 +41,7 @@ def default_scheduler(device: torch.device) -> GrowthScheduler:
         if scheduler is None:
             budget_bytes = _budget_bytes if _budget_bytes is not None else load_settings().budget_bytes
             pool = PagePool(_make_driver(device), budget_bytes, offload_bytes=load_settings().offload_bytes)
+            pool.driver.marks_ranges = load_settings().nvtx and device.type == "cuda"
             scheduler = GrowthScheduler(pool)
             if load_settings().status:
                 pool.status = _status_of(device)

@@ -37,6 +37,8 @@ class TimedDriver:
         self.page_sizes = inner.page_sizes
         self.growth_fraction = inner.growth_fraction
         self.zeroes_pages = inner.zeroes_pages
+        self.marks_ranges = False
+        """Whether every call is a range of its own in a profile that reads NVTX."""
         self.num_calls_by_thread: Counter[int] = Counter()
         self._num_calls: Counter[str] = Counter()
         self._seconds: dict[str, deque[float]] = {}
@@ -101,6 +103,9 @@ class TimedDriver:
     def _timed(self, name: str, call: Callable[[], _T]) -> _T:
         start = time.perf_counter()
         try:
+            if self.marks_ranges:
+                with torch.cuda.nvtx.range(f"torch_vtensor {name}"):
+                    return call()
             return call()
         finally:
             self._seconds.setdefault(name, deque(maxlen=_SAMPLES_KEPT)).append(time.perf_counter() - start)
