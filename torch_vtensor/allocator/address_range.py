@@ -240,12 +240,13 @@ class AddressRange:
         with self.pool.lock:
             self._unmap_strays()
             start, nbytes = self.head_bytes, self.committed_bytes - self.head_bytes
-            if self._vacant:  # what is mapped among them, page by page
+            at_once = self.is_on_device
+            if not at_once:  # what is mapped of them, one by one: no call for memory of two kinds
                 for ptr, page in self.places():
                     self.vacate(ptr, page)
             for strip, pages in enumerate(self._pages):
                 if pages:
-                    if not self._vacant:
+                    if at_once:
                         self.pool.driver.unmap(self._address(strip, start), nbytes)
                         self.pool.num_mappings -= len(pages)
                     self._pages[strip] = []
@@ -302,7 +303,11 @@ class AddressRange:
                     driver.map(self._address(strip, offset), page.nbytes, page.handle)
                     self._strays.append((self._address(strip, offset), unmapped.pop()))
                     self.pool.num_mappings += 1
-                driver.set_access(self._address(strip, start), bounds[-1] - start)
+                if all(page.tier is Tier.DEVICE for page in strip_pages):
+                    driver.set_access(self._address(strip, start), bounds[-1] - start)
+                else:  # no call for memory of two kinds
+                    for offset, page in zip(bounds, strip_pages, strict=False):
+                        driver.set_access(self._address(strip, offset), page.nbytes)
             for ptr, page in self._strays:
                 if page.is_dirty:
                     driver.tensor(ptr, page.nbytes, self).zero_()

@@ -205,6 +205,8 @@ class GrowthScheduler:
         if self.pool.is_foreign:
             return 0
         with self.pool.lock:
+            tiers.check_can_move(self.pool)
+            self.pool.is_tiered = True
             committed_bytes = self.pool.ledger.committed_bytes
             self._empty_parked()
             if tiers.has_tag(tiers.PREFIX_TAG, tags) and tiers.has_tag(tiers.PREFIX_TAG, discard):
@@ -234,6 +236,7 @@ class GrowthScheduler:
         if self.pool.is_foreign:
             return 0
         with self.pool.lock:
+            tiers.check_can_move(self.pool)
             used_bytes = self.pool.ledger.committed_bytes - self.pool.ledger.free_bytes
             for sleeper in self.pool.sleepers:
                 sleeper.wake(self, tags)
@@ -254,6 +257,7 @@ class GrowthScheduler:
     def mark_idle(self, hold: RangeHold) -> None:
         """Have the range's pages offloaded when the device is short of memory; until ``prefetch``."""
         with self.pool.lock:
+            self.pool.is_tiered = True
             hold.range.is_idle, hold.range.idle_since = True, next(self._idle_clock)
 
     def prefetch(self, hold: RangeHold) -> int:

@@ -140,6 +140,8 @@ class PagePool:
         self.ranges: weakref.WeakValueDictionary[int, AddressRange] = weakref.WeakValueDictionary()
         """Every range that may map pages, by the order in which they were made."""
         self.range_numbers = itertools.count()
+        self.is_tiered = False
+        """Whether any of its memory ever slept, was idle or offloaded: only then does a use have to look."""
         self.tags: set[str] = set()
         """Every tag that memory ever had, by which it can be put to sleep."""
         self.status: StatusRecord | None = None

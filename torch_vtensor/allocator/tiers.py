@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PREFIX_TAG",
     "Sleeper",
+    "check_can_move",
     "has_tag",
     "offload",
     "offload_idle",
@@ -67,7 +68,6 @@ def put_to_sleep(scheduler: GrowthScheduler, tags: Collection[str] | None, disca
     """
     pool = scheduler.pool
     with pool.lock:
-        _check_can_move(pool)
         places = _places_of(pool)
         ranges = {range_ for range_ in pool.ranges.values() if has_tag(range_.tag, tags)}
         leaving, unmapped = [], []
@@ -93,7 +93,6 @@ def wake(scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
     """
     pool = scheduler.pool
     with pool.lock:
-        _check_can_move(pool)
         coming = [
             page
             for page, at in _places_of(pool).items()
@@ -118,7 +117,7 @@ def offload(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> int
     """
     pool = scheduler.pool
     with pool.lock:
-        _check_can_move(pool)
+        check_can_move(pool)
         places = _places_of(pool)
         pages = [
             page
@@ -140,7 +139,7 @@ def prefetch(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> in
     """
     pool = scheduler.pool
     with pool.lock:
-        _check_can_move(pool)
+        check_can_move(pool)
         wanted = dict.fromkeys(page for range_ in ranges for _, page in range_.places() if page.tier is Tier.OFFLOADED)
         _bring_back(scheduler, list(wanted), lambda range_, ptr: False)
         return sum(page.nbytes for page in wanted)
@@ -191,7 +190,8 @@ def _is_discarded(page: Page, at: list[tuple[AddressRange, int]], discard: Colle
     return page.num_held == 0 and all(has_tag(range_.tag, discard) for range_, _ in at)
 
 
-def _check_can_move(pool: PagePool) -> None:
+def check_can_move(pool: PagePool) -> None:
+    """Raise VTensorError while a graph is being captured, ForkedProcessError in a child process."""
     pool.check_process()
     if pool.driver.is_capturing():
         raise VTensorError(

@@ -130,6 +130,7 @@ class KVStore:
         self.num_layers = len(intervals)
         self.intervals = intervals
         self.vtensors = vtensors
+        self.pool = vtensors[0].scheduler.pool
         self.viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
         self._num_writes = [0] * self.num_layers
         self._derived: weakref.WeakValueDictionary[Hashable, KVStore] = weakref.WeakValueDictionary()

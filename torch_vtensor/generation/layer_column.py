@@ -92,7 +92,7 @@ class LayerColumn:
         """
         num_new = key.shape[2]
         new_stop = stop + num_new
-        if self.store is not None:
+        if self.store is not None and self.store.pool.is_tiered:
             self.store.use()
         if stop < self._seen:
             self._make_writable(stop)
