@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from torch_vtensor.allocator.host_memory import spare_host_bytes
 from torch_vtensor.errors import DriverError, ForkedProcessError
 
 __all__ = ["CudaDriver", "format_version"]
@@ -160,6 +161,9 @@ class CudaDriver:
         return int(self.call("cuMemCreate", nbytes, nbytes, self._properties, 0))
 
     def create_offloaded(self, nbytes: int) -> int:
+        if (spare_bytes := spare_host_bytes()) < nbytes:
+            hint = f"the host has {spare_bytes} bytes to spare, and would kill a process that pins more"
+            raise DriverError("cuMemCreate", "CUDA_ERROR_OUT_OF_MEMORY", self.device, nbytes, hint)
         return int(self.call("cuMemCreate", nbytes, nbytes, self._offloaded_properties, 0))
 
     def destroy(self, handle: int, nbytes: int) -> None:

@@ -36,7 +36,8 @@ def sleep(
             cache uses are forgotten.
         device: only this one; without an index, all of its type; default: all.
 
-    Returns: bytes of physical memory given back to the devices.
+    Returns: bytes of physical memory given back to the devices. What it took outside of them stays for the next time,
+        until ``trim``.
     Effects: waits for the device.
     Raises:  ValueError for a tag that no tensor ever had; OffloadLimitError or DriverError, with every tensor as it
         was, or awake; VTensorError while a graph is being captured.
