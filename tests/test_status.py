@@ -191,6 +191,7 @@ def test_a_number_that_another_process_has_now_is_stale(tmp_path: Path) -> None:
     content[16] ^= 1  # when the process started
     (tmp_path / "1").write_bytes(content)
     (tmp_path / "2").write_bytes(b"")
+    (tmp_path / "99999999.new").write_bytes(b"")  # killed before it was finished
     assert [it.pid for it in processes(tmp_path)] == [os.getpid()]
     assert [path.name for path in tmp_path.iterdir()] == [str(os.getpid())]
 

@@ -24,6 +24,7 @@ __all__ = ["DeviceStatus", "Figures", "StatusFile", "StatusRecord", "ask_for_bud
 _MAGIC = b"vtensor1"
 _MOST_DEVICES = 64
 _NO_LIMIT = -1
+_UNFINISHED = ".new"
 _HEADER = struct.Struct("<8sqq")
 _NAME = struct.Struct("<32s")
 _WISH = struct.Struct("<qq")  # its number, and the budget; written by others
@@ -68,7 +69,7 @@ class StatusFile:
         _remove_stale(folder)
         pid = os.getpid()
         self.path = folder / str(pid)
-        new = folder / f"{pid}.new"
+        new = folder / f"{pid}{_UNFINISHED}"
         with new.open("w+b") as file:
             file.truncate(_FILE_BYTES)
             self._map = mmap.mmap(file.fileno(), _FILE_BYTES)
@@ -182,10 +183,12 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _remove_stale(folder: Path) -> None:
-    for path in _files(folder):
-        if not _is_alive(path):
-            with suppress(OSError):
-                path.unlink()
+    unfinished = (path for path in folder.iterdir() if path.suffix == _UNFINISHED)
+    stale = [path for path in _files(folder) if not _is_alive(path)]
+    stale += [path for path in unfinished if not Path(f"/proc/{path.stem}").exists()]
+    for path in stale:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _is_alive(path: Path) -> bool:
