@@ -156,7 +156,7 @@ class FakeCuda:
 
     def check_sound(self) -> None:
         """No rule was broken, and the calling thread is as it was before."""
-        assert self.violation == ""
+        assert self.violation == "", self.violation
         counts = self.counts()
         assert (counts.context_depth, counts.capture_mode) == (0, 0)
 
@@ -205,7 +205,11 @@ class FakeDriver:
         self._in_context("cuMemAddressFree", nbytes, ptr, nbytes)
 
     def map(self, ptr: int, nbytes: int, handle: int) -> None:
-        self._in_context("cuMemMap", nbytes, ptr, nbytes, 0, handle, 0)
+        self._cuda.fake_set_sharing(1)  # what could not be unmapped yet may be mapped again
+        try:
+            self._in_context("cuMemMap", nbytes, ptr, nbytes, 0, handle, 0)
+        finally:
+            self._cuda.fake_set_sharing(0)
 
     def set_access(self, ptr: int, nbytes: int) -> None:
         self._in_context("cuMemSetAccess", nbytes, ptr, nbytes, None, 1)

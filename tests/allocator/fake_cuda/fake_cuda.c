@@ -92,6 +92,7 @@ static char violation[512];
 
 static _Thread_local void *context, *own_context; /* own: what is current while nothing is pushed */
 static _Thread_local int capture_mode, context_depth;
+static _Thread_local int may_share; /* one page may be mapped at two addresses, as PagePool's ranges do */
 static _Thread_local int was_free; /* the answer to this thread's last question whether a stream is being captured */
 static _Thread_local void *asked_stream;
 
@@ -331,7 +332,7 @@ int cuMemMap(uint64_t address, size_t bytes, size_t offset, uint64_t handle, uns
                     violate("two pages were mapped at one address");
                 }
             }
-            if (page->num_maps++ > 0) {
+            if (page->num_maps++ > 0 && !may_share) {
                 violate("one page was mapped under two segments");
             }
             mapped[num_mapped++] = (range){.address = address, .bytes = bytes, .handle = handle};
@@ -614,6 +615,10 @@ void fake_finish(void *stream_key) {
 /* What is current on the calling thread while nothing is pushed. */
 void fake_set_context(void *current) {
     context = own_context = current;
+}
+
+void fake_set_sharing(int may) {
+    may_share = may;
 }
 
 /* Launches wait as long as it is full. */
