@@ -24,7 +24,7 @@ READY := $(VENV)/.ready-$(subst /,-,$(PYTHON)$(TORCH))
 help: ## show these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## train, save, load and generate, against the stock caches; under two minutes on two cores
+demo: $(READY) ## train, save, load, generate and branch, against the stock caches; under two minutes on two cores
 	$(RUN) torch_vtensor demo
 
 test: $(READY) ## run the tests that this machine can run; PYTEST="-m slow" runs the long ones

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import torch_vtensor
 from torch_vtensor.cli import main
-from torch_vtensor.demo import compare, text, train
+from torch_vtensor.demo import branches, compare, text, train
 
 LESS = ["demo", "--quick", "--tokens", "16"]
 
@@ -40,7 +40,8 @@ def test_quick_demo_trains_generates_compares_and_draws(run_python: Callable[...
     (row,) = (line.split() for line in printed.splitlines() if line.startswith("torch_vtensor  "))
     assert row[-1] == "identical"
     assert printed.splitlines()[-1].startswith("next: ")
-    assert (tmp_path / "out" / "memory.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("memory.png", "branches.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "text.txt").read_text(encoding="utf-8") in printed
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").config.model_type == "llama"
 
@@ -149,6 +150,19 @@ def test_dynamic_cache_peak_is_what_cat_really_holds(tiny_model: Any, monkeypatc
     monkeypatch.setattr(torch, "cat", cat)
     tiny_model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
     assert compare.DYNAMIC.measure(cache, 10).peak_bytes == max(held)
+
+
+def test_branches_hold_the_document_once(tiny_model: Any) -> None:
+    page_bytes, num_strips = 64 * 1024, 2 * 2 * 4  # layers, keys and values, heads
+    grown = branches.grow(tiny_model, num_document=1100, num_branches=3, num_new=4, seed=0)
+    document, *others = grown.sessions
+    assert [held.num_tokens for held in others] == [1101 + 4 + len(f"\n\n{start} ") for start in
+                                                    ("In short,", "For example,", "Note that")]  # fmt: skip
+    assert {held.shared_bytes for held in grown.sessions} == {4 * num_strips * page_bytes}  # of 256 tokens
+    own_bytes = sum(held.committed_bytes - held.shared_bytes for held in grown.sessions)
+    assert grown.together_bytes == document.shared_bytes + own_bytes
+    assert grown.apart_bytes - grown.together_bytes == 3 * document.shared_bytes
+    assert f"together {grown.together_bytes / 2**20:.2f} MiB" in branches.format_branches(grown)
 
 
 def test_measured_memory_is_what_the_caches_are_made_for(tiny_model: Any) -> None:

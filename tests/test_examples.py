@@ -10,6 +10,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SHOWS = {
+    "branches": "five sessions hold",
     "chat_fork": "four conversations hold",
     "compile_backend": "1 graph compiled",
     "explicit_cache": "the same 100 tokens, at the same address: True",

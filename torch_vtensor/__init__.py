@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # Imported on first use: importing the package loads neither transformers nor a driver, and touches no GPU.
 _HOME = {
+    "Session": "generation.session",
     "VTensor": "allocator.vtensor",
     "VTensorCache": "generation.cache",
     "memory": "generation.cache",
@@ -42,6 +43,7 @@ __all__ = [
     "CapacityError",
     "OffloadLimitError",
     "OutOfPagesError",
+    "Session",
     "VTensor",
     "VTensorCache",
     "VTensorError",
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from torch_vtensor.generation.enable import disable, enable, enabled, is_enabled
     from torch_vtensor.generation.metrics import metrics
     from torch_vtensor.generation.report import empty_cache, explain, stats, trim
+    from torch_vtensor.generation.session import Session
     from torch_vtensor.generation.tenant import prefix_salt
 
 

@@ -177,6 +177,67 @@ def test_a_tree_keeps_at_most_what_it_may(make_scheduler: MakeScheduler) -> None
     assert tree.match([0] * 60) == 0
 
 
+def test_what_is_kept_may_be_more_than_a_tree_keeps_by_itself(scheduler: GrowthScheduler) -> None:
+    tree = tree_of(scheduler, max_bytes=10 * PAGE)
+    source = sequences.make(scheduler, [TOKENS])
+    assert tree.record(TOKENS, source) == 100
+    assert tree.match(TOKENS) == 0
+    pin = tree.keep(TOKENS, source)
+    record(tree, [3] * 20)
+    assert (tree.match(TOKENS), tree.match([3] * 20)) == (100, 0)
+    assert tree.stats().num_pinned_nodes == 1
+    tree.check_integrity()
+    pin.release()
+    record(tree, [3] * 5)
+    assert tree.match(TOKENS) == 0
+    with pytest.raises(ValueError, match="lend 101 rows"):
+        tree.keep([*TOKENS, 1], source)
+    close(source)
+
+
+def test_without_a_budget_a_tree_keeps_a_part_of_what_was_free_when_its_pool_was_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(HostDriver, "free_bytes", lambda driver: 800 * PAGE)
+    scheduler = GrowthScheduler(PagePool(HostDriver(PAGE)))
+    monkeypatch.setattr(HostDriver, "free_bytes", lambda driver: 0)  # much of it by the pool itself
+    tree = tree_of(scheduler)
+    assert (tree.max_bytes, scheduler.idle_bytes) == (200 * PAGE, 100 * PAGE)
+    scheduler.pool.budget_bytes = 80 * PAGE
+    assert (tree.max_bytes, scheduler.idle_bytes) == (20 * PAGE, 10 * PAGE)
+
+
+def test_a_tree_counts_pages_that_another_one_still_holds(scheduler: GrowthScheduler) -> None:
+    """As when a model has changed between the two: what it computed with earlier pages is of its new state."""
+    before, tree = tree_of(scheduler), tree_of(scheduler)
+    record(before, TOKENS)
+    lent = fork(before, TOKENS)
+    tree.record(TOKENS, lent)
+    close(lent)
+    settle(scheduler)
+    assert tree.held_bytes > 0
+    del before
+    gc.collect()
+    settle(scheduler)
+    assert tree.held_bytes == scheduler.pool.held_bytes == scheduler.stats().prefix_bytes
+    tree.check_integrity()
+    tree.evict()
+    assert tree.held_bytes == scheduler.pool.held_bytes == 0
+
+
+def test_what_stays_is_evicted_once_it_may_be(scheduler: GrowthScheduler) -> None:
+    tree = tree_of(scheduler)
+    record(tree, TOKENS[:30])
+    with tree.pin(TOKENS[:30]):
+        for number in range(5):  # the pinned node is a leaf again each time
+            record(tree, TOKENS[:30] + [number] * 20)
+            tree.evict()
+            tree.check_integrity()
+        assert tree.match(TOKENS) == 30
+    tree.evict()
+    assert (tree.match(TOKENS), tree.stats().num_nodes, tree.held_bytes) == (0, 0, 0)
+
+
 def test_parked_ranges_go_before_prefixes_and_prefixes_before_an_error(make_scheduler: MakeScheduler) -> None:
     scheduler = make_scheduler(driver_of_one_size(), budget_bytes=200 * PAGE)
     tree = tree_of(scheduler, max_bytes=200 * PAGE)

@@ -79,6 +79,15 @@ def test_a_share_of_the_uncut_step_is_measured_layer_by_layer(monkeypatch: pytes
     assert max(explained.peak_bytes.values()) > 0
 
 
+def test_memory_is_predicted_for_a_model_without_memory_that_makes_tensors() -> None:
+    model, x = make_step()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return model(x * torch.arange(WIDTH, device=x.device)).square().sum()
+
+    assert max(ss.explain(step, x, memory_budget=1 << 40).peak_bytes.values()) > x.nbytes
+
+
 def test_timelines_are_drawn_and_traced(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     model, x = make_step()

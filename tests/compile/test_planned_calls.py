@@ -122,7 +122,9 @@ def test_hooks_on_what_is_made_inside_are_refused_and_those_on_parameters_run(co
 
     model, x = mlp(), torch.randn(3, 4)
     with pytest.raises(
-        BackendCompilerFailed, match=r"register_hook.*hooks on tensors that the compiled function makes"
+        # Some releases of torch hand the hook on as it is, others within a function of autograd.
+        BackendCompilerFailed,
+        match=r"(register_hook|autograd_function_apply).*hooks on tensors that the compiled function makes",
     ):
         compiled(function, plan=single_device)(x)
 

@@ -378,6 +378,18 @@ def test_short_prompts_are_not_worth_it() -> None:
         assert reasons("not recorded") == {"fewer tokens than are worth it": 2}
 
 
+def test_what_would_not_fill_half_a_page_stays_in_ordinary_memory(memory: Memory) -> None:
+    model = model_of("llama")
+    with torch_vtensor.enabled(prefix_cache=True):
+        output = generate(model, prompt(1, 20), return_dict_in_generate=True)
+        found = torch_vtensor.memory(output.past_key_values)
+        if memory.layout == "strips":  # of 64 tokens a head
+            assert found.committed_bytes == 0 < found.ordinary_bytes
+            assert reasons("not recorded") == {"fewer tokens than are worth it": 1}
+        else:  # of 5 tokens of every layer
+            assert torch_vtensor.stats().prefixes["tokens recorded"] == 25
+
+
 def test_blocks_and_the_switch_keep_prefixes_as_long_as_one_wants_them() -> None:
     model = model_of("llama")
     with torch_vtensor.enabled(prefix_cache=True):

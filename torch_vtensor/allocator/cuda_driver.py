@@ -191,8 +191,8 @@ class CudaDriver:
         # An empty array names no address, since nothing may be mapped there and torch asks the driver what is.
         return torch.as_tensor(_CudaArray(ptr if nbytes else 0, nbytes, owner), device=self.device)
 
-    def total_bytes(self) -> int:
-        return int(torch.cuda.mem_get_info(self.device)[1])
+    def free_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info(self.device)[0])
 
     def fence(self) -> _ContextFence:
         return _ContextFence(self)

@@ -77,8 +77,8 @@ class Driver(Protocol):
         With ``nbytes`` 0 nothing needs to be mapped at ``ptr``.
         """
 
-    def total_bytes(self) -> int:
-        """Physical memory of the device."""
+    def free_bytes(self) -> int:
+        """Physical memory of the device that nobody uses at this moment."""
 
     def fence(self) -> Fence:
         """Mark the device's work as submitted so far, on every stream."""

@@ -69,7 +69,7 @@ class GrowthScheduler:
     Args:
         pool: the device's pages.
         idle_bytes: how much parked and pooled memory to keep for the next sequence; more than that is returned to
-            the system in the background. Default: an eighth of the budget, or of the device's memory.
+            the system in the background. Default: an eighth of the pool's limit.
 
     Source: vTensor (arXiv 2407.15309) section 4.3, the vTensor scheduler: there a thread spins through every step;
         here it sleeps until a sequence is about to need a page.
@@ -94,8 +94,7 @@ class GrowthScheduler:
         """The high watermark of parked and pooled memory."""
         if self._idle_bytes is not None:
             return self._idle_bytes
-        budget_bytes = self.pool.budget_bytes
-        return (self.pool.driver.total_bytes() if budget_bytes is None else budget_bytes) // _IDLE_FRACTION
+        return self.pool.limit_bytes // _IDLE_FRACTION
 
     def reserve(
         self,

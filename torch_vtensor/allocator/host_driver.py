@@ -18,9 +18,11 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 import tempfile
 from bisect import insort
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -195,8 +197,12 @@ class HostDriver:
         flat = torch.frombuffer(buffer, dtype=torch.uint8)
         return flat if nbytes else flat[:0]
 
-    def total_bytes(self) -> int:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    def free_bytes(self) -> int:
+        told = Path("/proc/meminfo").read_text(encoding="ascii")  # sysconf leaves out what files are cached in
+        available = re.search(r"^MemAvailable:\s+(\d+) kB$", told, re.MULTILINE)
+        if available is None:  # before Linux 3.14
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        return int(available[1]) * 1024
 
     def fence(self) -> _PassedFence:
         return _PassedFence()

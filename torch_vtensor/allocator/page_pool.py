@@ -132,6 +132,7 @@ class PagePool:
         self.page_bytes = driver.page_sizes[0]
         self.lock = threading.RLock()
         self.ledger = Ledger(budget_bytes)
+        self._free_bytes_at_first = driver.free_bytes()
         self.reclaimers: list[Callable[[float], None]] = []
         self.evictors: list[Callable[[float], None]] = []
         self.offloaders: list[Callable[[float], None]] = []
@@ -168,6 +169,11 @@ class PagePool:
     @budget_bytes.setter
     def budget_bytes(self, value: int | None) -> None:
         self.ledger.budget_bytes = value
+
+    @property
+    def limit_bytes(self) -> int:
+        """What there is to be shared out: the budget, without one what the device had free when the pool was made."""
+        return self._free_bytes_at_first if self.budget_bytes is None else self.budget_bytes
 
     @property
     def is_foreign(self) -> bool:
@@ -238,27 +244,23 @@ class PagePool:
                     self.shared_bytes -= page.nbytes
             self.publish()
 
-    def hold(self, pages: Iterable[Page]) -> int:
-        """Keep pages, mapped or not, by one more reference to each; returns the bytes of those that nobody held."""
+    def hold(self, pages: Iterable[Page]) -> None:
+        """Keep pages, mapped or not, by one more reference to each."""
         with self.lock:
-            held_bytes = self.held_bytes
             for page in pages:
                 self._add_reference(page)
                 page.num_held += 1
                 if page.num_held == 1:
                     self.held_bytes += page.nbytes
-            return self.held_bytes - held_bytes
 
-    def let_go(self, pages: Sequence[Page]) -> int:
-        """The opposite of ``hold``; returns the bytes of those pages that nobody holds now. Cannot fail."""
+    def let_go(self, pages: Sequence[Page]) -> None:
+        """The opposite of ``hold``. Cannot fail."""
         with self.lock:
-            held_bytes = self.held_bytes
             for page in pages:
                 page.num_held -= 1
                 if page.num_held == 0:
                     self.held_bytes -= page.nbytes
             self.drop(pages)
-            return held_bytes - self.held_bytes
 
     def scrubbed(self, pages: Sequence[Page]) -> None:
         """Note that the dirty ones of these pages hold zeros now."""

@@ -19,6 +19,7 @@ import heapq
 import itertools
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from torch_vtensor.allocator.vtensor import VTensor
 
 __all__ = ["Lane", "Loan", "Pin", "PrefixExplanation", "PrefixStats", "PrefixTree"]
 
-_KEPT_FRACTION = 4  # of the budget, or of the device's memory, that prefixes may hold in all
+_KEPT_FRACTION = 4  # of the pool's limit, that prefixes may hold in all
 # Half of what a process may have: of 65,530 maps (Linux), of the about 520,000 that drivers were seen to take (CUDA).
 _MOST_MAPPINGS = {"cpu": 32_000, "cuda": 260_000}
 
@@ -76,7 +77,7 @@ class PrefixExplanation(NamedTuple):
 class _Node:
     """Tokens that follow those of ``parent``, and the pages of a sequence that has them."""
 
-    __slots__ = ("children", "last_used", "num_pins", "parent", "runs", "start", "tokens", "written")
+    __slots__ = ("children", "is_queued", "last_used", "num_pins", "parent", "runs", "start", "tokens", "written")
 
     def __init__(self, parent: _Node | None, start: int, tokens: tuple[int, ...], runs: list[PageRun]) -> None:
         self.parent = parent
@@ -86,6 +87,7 @@ class _Node:
         self.children: dict[int, _Node] = {}
         self.num_pins = 0
         self.last_used = 0
+        self.is_queued = False
         self.written: Fence | None = None  # what has to be done on the device before the rows are there
 
     @property
@@ -131,7 +133,7 @@ class PrefixTree:
         lanes: the tensors that every sequence lies in, for example a layer's keys and its values.
         scheduler: whose pages they are.
         max_bytes: how much memory the tree may hold, in pages that nobody else uses or that somebody does. Default: a
-            quarter of the budget, or of the device's memory. Under pressure it holds less: the pool takes parked ranges
+            quarter of the pool's limit. Under pressure it holds less: the pool takes parked ranges
             first, then what this tree used least recently and nobody maps, and only then refuses.
         max_mappings: how many mappings the pool may have for pages to be shared; past it they are copied, which needs
             fewer. Default: half of what the device's driver allows.
@@ -158,6 +160,8 @@ class PrefixTree:
         self._max_bytes = max_bytes
         self._max_mappings = _MOST_MAPPINGS[self.pool.device.type] if max_mappings is None else max_mappings
         self._roots: dict[Hashable, _Node] = {}
+        self._num_holds: Counter[Page] = Counter()  # by the nodes of this tree: another one may hold the page as well
+        self._queue: list[tuple[int, int, _Node]] = []  # every leaf, once, by when it was used; touched ones too early
         self._clock = itertools.count(1)
         self._num_asked = self._num_lent = self._num_recorded = self._num_evicted = self._num_copies = 0
         tree = weakref.ref(self)
@@ -176,8 +180,7 @@ class PrefixTree:
         """How many bytes of pages the tree holds at most."""
         if self._max_bytes is not None:
             return self._max_bytes
-        budget_bytes = self.pool.budget_bytes
-        return (self.pool.driver.total_bytes() if budget_bytes is None else budget_bytes) // _KEPT_FRACTION
+        return self.pool.limit_bytes // _KEPT_FRACTION
 
     def match(self, tokens: Sequence[int], salt: Hashable = None) -> int:
         """How many of the first ``tokens`` are cached."""
@@ -192,26 +195,21 @@ class PrefixTree:
             Nothing is recorded while the current stream is being captured into a graph.
         Raises:  ValueError for tensors of other lanes, of another salt, or without all of the rows.
         """
-        tokens = tuple(tokens)
-        if tuple(map(Lane.of, vtensors)) != self.lanes:
-            raise ValueError(f"tensors of {[Lane.of(vtensor) for vtensor in vtensors]}: this tree is of {self.lanes}")
-        if any(vtensor.salt != salt for vtensor in vtensors):
-            raise ValueError(
-                f"the tensors' salts are {[vtensor.salt for vtensor in vtensors]}, and they are to be found under "
-                f"{salt!r}: what one tenant computed is not lent to another"
-            )
         with self.pool.lock:
-            if self.pool.is_foreign or self.pool.driver.is_capturing() or not tokens:
-                return 0
-            path, num_known = self._walk(tokens, salt)
-            if num_known < len(tokens):
-                runs = [vtensor.lend(slot, len(tokens)) for vtensor in vtensors]
-                if not path:
-                    path = [self._roots.setdefault(salt, self._make_root(runs))]
-                self._add(path, tokens, num_known, runs)
-                self._num_recorded += len(tokens) - num_known
-                self._evict_until(lambda: self.held_bytes <= self.max_bytes)
-            return len(tokens) - num_known
+            num_new = self._remember(tuple(tokens), vtensors, slot, salt)
+            self._evict_until(self._fits)
+            return num_new
+
+    def keep(self, tokens: Sequence[int], vtensors: Sequence[VTensor], slot: int = 0, salt: Hashable = None) -> Pin:
+        """``record`` and ``pin`` at once: what is recorded may be more than ``max_bytes``, and stays until released.
+
+        Raises: as ``record``; ValueError where nothing can be recorded now.
+        """
+        with self.pool.lock:
+            self._remember(tuple(tokens), vtensors, slot, salt)
+            pin = self.pin(tokens, salt)
+            self._evict_until(self._fits)
+            return pin
 
     def fork(
         self,
@@ -257,6 +255,9 @@ class PrefixTree:
                     node.written.order_after()
             wanted = list(zip(keys, paddings, strict=True))
             sources = {(key, padding): self._source(walks[key][0], num_rows, padding) for key, padding in set(wanted)}
+            kept = [page for source in sources.values() for run in source.runs for page in run.pages()]
+            self.pool.share(kept)  # what is lent cannot be evicted meanwhile: others need not wait until it is mapped
+        try:
             vtensors, is_copy = lend(
                 self.lanes,
                 [sources[one] for one in wanted],
@@ -266,9 +267,12 @@ class PrefixTree:
                 salt,
                 self._max_mappings,
             )
+        finally:
+            self.pool.drop(kept)
+        with self.pool.lock:
             self._num_lent += num_lent
             self._num_copies += is_copy
-            return Loan(vtensors, num_rows)
+        return Loan(vtensors, num_rows)
 
     def pin(self, tokens: Sequence[int], salt: Hashable = None) -> Pin:
         """Keep this prefix, whatever else is evicted, until the pin is released.
@@ -348,6 +352,8 @@ class PrefixTree:
                     for strip in (*run.strips, *whole.strips):
                         assert all(page.num_held > 0 for page in strip), "a node's page is not held"
                 held.update(node.pages())
+                assert node.children or node.is_queued, "a leaf is not among those to be evicted"
+            assert len(self._queue) <= sum(1 for _ in self._nodes()), "more nodes are to be evicted than there are"
             held_bytes = sum(page.nbytes for page in held)
             assert held_bytes == self.held_bytes, f"{held_bytes} bytes are held and {self.held_bytes} counted"
 
@@ -370,6 +376,26 @@ class PrefixTree:
             for node in path:
                 node.last_used = now
         return path, num_known
+
+    def _remember(self, tokens: tuple[int, ...], vtensors: Sequence[VTensor], slot: int, salt: Hashable) -> int:
+        """Add a node for those of the tokens that are new; returns how many they are."""
+        if tuple(map(Lane.of, vtensors)) != self.lanes:
+            raise ValueError(f"tensors of {[Lane.of(vtensor) for vtensor in vtensors]}: this tree is of {self.lanes}")
+        if any(vtensor.salt != salt for vtensor in vtensors):
+            raise ValueError(
+                f"the tensors' salts are {[vtensor.salt for vtensor in vtensors]}, and they are to be found under "
+                f"{salt!r}: what one tenant computed is not lent to another"
+            )
+        if self.pool.is_foreign or self.pool.driver.is_capturing() or not tokens:
+            return 0
+        path, num_known = self._walk(tokens, salt)
+        if num_known < len(tokens):
+            runs = [vtensor.lend(slot, len(tokens)) for vtensor in vtensors]
+            if not path:
+                path = [self._roots.setdefault(salt, self._make_root(runs))]
+            self._add(path, tokens, num_known, runs)
+            self._num_recorded += len(tokens) - num_known
+        return len(tokens) - num_known
 
     def _source(self, path: list[_Node], num_rows: int, padding: int) -> Source:
         padding = min(padding, num_rows)
@@ -398,8 +424,9 @@ class PrefixTree:
         node = _Node(parent, num_known, tokens[num_known:], own)
         node.last_used = next(self._clock)
         node.written = self.pool.driver.fence()
-        self.held_bytes += self.pool.hold(node.pages())
+        self._hold(node.pages())
         parent.children[tokens[num_known]] = node
+        self._enqueue(node)
 
     def _split(self, node: _Node, at: int) -> _Node:
         """Have a node that ends at token ``at``, which lies in ``node``; returns it."""
@@ -414,8 +441,8 @@ class PrefixTree:
         upper.children[after[0]] = node
         held = node.pages()
         node.runs = [run.since(edge) for run, edge in zip(node.runs, edges, strict=True)]
-        self.pool.hold(upper.pages() + node.pages())
-        self.pool.let_go(held)
+        self._hold(upper.pages() + node.pages())
+        self._let_go(held)
         node.parent.children[before[0]] = upper
         node.parent, node.start, node.tokens = upper, at, after
         return upper
@@ -430,24 +457,57 @@ class PrefixTree:
                 of them would free nothing.
         """
         with self.pool.lock:
-            if self.pool.is_foreign or is_enough():
+            if self.pool.is_foreign:
                 return
-            order = itertools.count()
-            leaves = [(node.last_used, next(order), node) for node in self._nodes() if not node.children]
-            heapq.heapify(leaves)
-            while leaves and not is_enough():
-                _, _, node = heapq.heappop(leaves)
-                if node.num_pins or is_spared(node.uses()):
-                    continue
-                parent = node.parent
-                assert parent is not None
-                del parent.children[node.tokens[0]]
-                self.held_bytes -= self.pool.let_go(node.pages())
-                self._num_evicted += len(node.tokens)
-                if parent.parent is not None and not parent.children:
-                    heapq.heappush(leaves, (parent.last_used, next(order), parent))
-            for salt in [salt for salt, root in self._roots.items() if not root.children]:
-                del self._roots[salt]
+            staying = []
+            while self._queue and not is_enough():
+                last_used, order, node = heapq.heappop(self._queue)
+                if node.children:
+                    node.is_queued = False  # until it is a leaf again
+                elif last_used < node.last_used:
+                    heapq.heappush(self._queue, (node.last_used, order, node))
+                elif node.num_pins or is_spared(node.uses()):
+                    staying.append((last_used, order, node))
+                else:
+                    self._remove(node)
+            for entry in staying:
+                heapq.heappush(self._queue, entry)
+
+    def _fits(self) -> bool:
+        return self.held_bytes <= self.max_bytes
+
+    def _remove(self, leaf: _Node) -> None:
+        parent = leaf.parent
+        assert parent is not None
+        del parent.children[leaf.tokens[0]]
+        self._let_go(leaf.pages())
+        self._num_evicted += len(leaf.tokens)
+        if parent.children:
+            return
+        if parent.parent is not None:
+            self._enqueue(parent)
+        else:
+            del self._roots[next(salt for salt, root in self._roots.items() if root is parent)]
+
+    def _enqueue(self, leaf: _Node) -> None:
+        if not leaf.is_queued:
+            leaf.is_queued = True
+            heapq.heappush(self._queue, (leaf.last_used, next(self._clock), leaf))
+
+    def _hold(self, pages: Sequence[Page]) -> None:
+        self.pool.hold(pages)
+        for page in pages:
+            self._num_holds[page] += 1
+            if self._num_holds[page] == 1:
+                self.held_bytes += page.nbytes
+
+    def _let_go(self, pages: Sequence[Page]) -> None:
+        for page in pages:
+            self._num_holds[page] -= 1
+            if self._num_holds[page] == 0:
+                del self._num_holds[page]
+                self.held_bytes -= page.nbytes
+        self.pool.let_go(pages)
 
     def _nodes(self) -> Iterator[_Node]:
         """Every node but the roots."""

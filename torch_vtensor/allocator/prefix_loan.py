@@ -73,20 +73,18 @@ def lend(
 ) -> tuple[list[VTensor], bool]:
     """New tensors, one a lane, whose slot i has ``num_rows`` rows as ``sources[i]`` says.
 
+    The caller keeps the sources' pages meanwhile.
+
     Effects: whole pages are mapped a second time, but for slots with padding; other rows are copied. So is all of it
         where the pool's mappings would be more than ``max_mappings`` otherwise. Never waits for the device.
     Returns: the tensors, and whether that limit made it copy.
     Raises:  OutOfPagesError or DriverError, with everything as it was.
     """
-    pool = scheduler.pool
-    with pool.lock:
-        kept = [page for source in set(sources) for run in source.runs for page in run.pages()]
-        pool.share(kept)  # what is lent cannot be evicted while memory for the rest is looked for
     made: list[VTensor] = []
     try:
         shared = [_shared_run(sources, index, num_rows * lane.row_bytes) for index, lane in enumerate(lanes)]
         num_new = sum(len(run.sizes) * len(run.strips) for run in shared)
-        is_copy = pool.num_mappings + num_new > max_mappings
+        is_copy = scheduler.pool.num_mappings + num_new > max_mappings
         for index, (lane, run) in enumerate(zip(lanes, shared, strict=True)):
             target = lane.make(len(sources), capacity, scheduler, salt)
             made.append(target)
@@ -97,8 +95,6 @@ def lend(
         for vtensor in made:
             vtensor.close()
         raise
-    finally:
-        pool.drop(kept)
     return made, is_copy and num_new > 0
 
 

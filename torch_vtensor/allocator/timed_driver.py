@@ -73,8 +73,8 @@ class TimedDriver:
     def tensor(self, ptr: int, nbytes: int, owner: object) -> torch.Tensor:
         return self.inner.tensor(ptr, nbytes, owner)
 
-    def total_bytes(self) -> int:
-        return self.inner.total_bytes()
+    def free_bytes(self) -> int:
+        return self.inner.free_bytes()
 
     def fence(self) -> Fence:
         return self.inner.fence()

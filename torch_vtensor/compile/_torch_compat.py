@@ -7,6 +7,7 @@ graph at two places, the partitioner (training) and `inner_compile` (every graph
 | what we use | for |
 | --- | --- |
 | `_inductor.compile_fx`: `compile_fx`, `compile_fx_inner`, `partition_fn`, `_recursive_joint_graph_passes` | driving |
+| `_inductor.virtualized.V.set_fake_mode` | cutting joint graphs that draw random numbers |
 | `_inductor.config`: `custom_partitioner_fn`, `use_joint_graph_passes`; `CustomPartitionerFn` | the joint graph |
 | `_functorch.config`: `enable_autograd_cache`, `enable_remote_autograd_cache` | running the phases every time |
 | `_inductor`: `list_mode_options`, `list_options`; `cudagraph_trees.reset_cudagraph_trees` | options, reset |
@@ -344,10 +345,11 @@ def is_view(node: Node) -> bool:
 def partition(joint: GraphModule, num_outputs: int, settings: Mapping[str, Any]) -> tuple[GraphModule, GraphModule]:
     """Cut a joint graph as inductor does: what is saved, and what cheap work backward does again, is up to it."""
     from torch._inductor import compile_fx, config
+    from torch._inductor.virtualized import V
 
     inputs = [node.meta["val"] for node in joint.graph.find_nodes(op="placeholder")]
-    # Patterns that are replaced make tensors: fake ones.
-    with config.patch(dict(settings)), inputs[0].fake_mode:
+    # Patterns that are replaced make tensors: fake ones. So do random numbers, in the mode that inductor knows.
+    with config.patch(dict(settings)), inputs[0].fake_mode, V.set_fake_mode(inputs[0].fake_mode):
         return compile_fx.partition_fn(joint, inputs, num_fwd_outputs=num_outputs, static_lifetime_input_indices=[])
 
 

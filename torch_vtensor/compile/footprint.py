@@ -33,11 +33,18 @@ _FUSED = frozenset(
 )
 """What inductor computes where it is read, besides what is elementwise."""
 
-_READ_WHERE_MADE = frozenset(["sum", "mean", "amax", "amin", "var", "var_mean", "prod", "any", "all", "argmax", "cat"])
+_READ_WHERE_MADE = frozenset(
+    [
+        *("sum", "mean", "amax", "amin", "var", "var_mean", "prod", "any", "all", "argmax", "argmin", "cat"),
+        *("prepare_softmax_online", "index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate"),
+        *("scatter", "scatter_add", "scatter_reduce"),
+    ]
+)
 """What gets memory, and does not need it for what it reads."""
 
 _MOST_READS = 4
-"""An elementwise value that depends on more buffers than that gets memory (inductor's realize_reads_threshold)."""
+"""An elementwise value that several nodes read gets memory if it depends on more buffers than that (inductor's
+realize_reads_threshold). What one node reads is part of that."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ class Tracer:
     def __call__(self, segment: Segment) -> Footprint:
         """The footprint of a segment."""
         graph = emit(segment)
+        _place_what_is_nowhere(graph, self._device)
         inputs = tuple(
             (arrival.mask.shape, arrival.exchange.tensor.dtype, arrival.group is not None)
             for arrival in segment.arrivals
@@ -116,6 +124,14 @@ class Tracer:
             recomputes=segment.recomputes,
             generates=True,
         )
+
+
+def _place_what_is_nowhere(graph: GraphModule, device: torch.device) -> None:
+    """Have a graph captured on the device meta make its tensors where its inputs are."""
+    for node in graph.graph.nodes:
+        if node.kwargs.get("device") == torch.device("meta"):
+            node.kwargs = {**node.kwargs, "device": device}
+    graph.recompile()
 
 
 def _measure(segment: Segment, forward: GraphModule, backward: GraphModule | None) -> Footprint:
@@ -209,7 +225,8 @@ class _Graph:
             else:
                 self._base[node] = node
                 read = tuple(dict.fromkeys(buffer for arg in node.all_input_nodes for buffer in self._buffers[arg]))
-                fused = _is_fused(node) and node not in needed and len(read) <= _MOST_READS
+                is_read_once = len(node.users) < 2 or len(read) <= _MOST_READS
+                fused = _is_fused(node) and node not in needed and is_read_once
                 self._buffers[node] = read if fused else (node,)
 
     def base(self, node: Node) -> Node:
@@ -236,11 +253,11 @@ class _Graph:
     def peak(self, kept: Sequence[Any], freed: Sequence[Node] = ()) -> int:
         """The most bytes at once: of what nodes make, and of those inputs that go after their last use.
 
-        ``kept`` stay to the end.
+        ``kept`` stay to the end; other outputs go like everything else.
         """
         last: dict[Node, int] = {}
         for number, node in enumerate(self._nodes):
-            for arg in node.all_input_nodes if self._buffers.get(node) == (node,) or node.op == "output" else ():
+            for arg in node.all_input_nodes if node.op == "call_function" and self._buffers[node] == (node,) else ():
                 last.update(dict.fromkeys(self._buffers[arg], number))
         stays = {self._base[node] for node in kept if isinstance(node, Node)}
         goes: dict[int, list[Node]] = {}

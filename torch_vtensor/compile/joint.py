@@ -77,6 +77,7 @@ def find_passes(
         ahead, behind = _torch_compat.partition(joint, num_outputs, settings)
         entering = [node for node in behind.graph.find_nodes(op="placeholder") if not _is_tangent(node)]
         made_ahead = dict(zip((node.name for node in entering), _outputs(ahead.graph)[num_outputs:], strict=True))
+        _make_views_again(behind, made_ahead)
         early: set[fx.Node] = set()
     else:
         ahead = behind = joint
@@ -93,6 +94,30 @@ def find_passes(
     forward = _cut(ahead, [*outputs, *(made_ahead[name] for name in extra)], set())
     forward = Pass(forward.graph, forward.reads, (*(None for _ in outputs), *extra))
     return JointPasses(forward, backward, num_outputs, tuple(flowing), saved, kept)
+
+
+def _make_views_again(behind: fx.GraphModule, made_ahead: Mapping[str, fx.Node | None]) -> None:
+    """Have backward make views of the function's inputs out of these: to hand on a view is to hold on to the input."""
+    placeholders = behind.graph.find_nodes(op="placeholder")
+    primals = {node.name: node for node in placeholders if is_primal(node.name)}
+    for entering in placeholders:
+        made = made_ahead.get(entering.name)
+        views: list[fx.Node] = []
+        while made is not None and made.op == "call_function" and _torch_compat.is_view(made):
+            views.append(made)
+            made = made.all_input_nodes[0]
+        if made is None or made.op != "placeholder" or not views:
+            continue
+        if made.name not in primals:
+            with behind.graph.inserting_before(next(iter(behind.graph.nodes))):
+                primals[made.name] = behind.graph.placeholder(made.name)
+            primals[made.name].meta = dict(made.meta)
+        copies = {made: primals[made.name]}
+        with behind.graph.inserting_before(placeholders[-1].next):
+            for view in reversed(views):
+                copies[view] = behind.graph.node_copy(view, copies.__getitem__)
+        entering.replace_all_uses_with(copies[views[0]])
+        behind.graph.erase_node(entering)
 
 
 def is_primal(name: str) -> bool:

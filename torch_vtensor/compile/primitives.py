@@ -88,19 +88,22 @@ class Graph:
         self.num_microbatches = count
         return Microbatches(tuple(groups))
 
-    def current(self, task: Task) -> Sequence[Task]:
-        """The tasks that a task is now: itself, or the pieces that it was cut into."""
-        if task not in self._pieces:
-            return (task,)
+    def current(self, tasks: Iterable[Task]) -> list[Task]:
+        """The tasks that these are now: each itself, or the pieces that it was cut into."""
         found: list[Task] = []
-        ahead = [task]
-        while ahead:
-            now = ahead.pop()
-            pieces = self._pieces.get(now)
-            if pieces is None:
-                found.append(now)
-            else:
-                ahead.extend(reversed(pieces))
+        pieces_of = self._pieces
+        for task in tasks:
+            if task not in pieces_of:
+                found.append(task)
+                continue
+            ahead = [task]
+            while ahead:
+                now = ahead.pop()
+                pieces = pieces_of.get(now)
+                if pieces is None:
+                    found.append(now)
+                else:
+                    ahead.extend(reversed(pieces))
         return found
 
     def replace(self, task: Task, pieces: tuple[Task, ...]) -> None:
@@ -206,7 +209,7 @@ class Tasks:
     def _now(self) -> tuple[Task, ...]:
         tasks, num_cut = self._current
         if num_cut != self.graph.num_cut:
-            tasks = tuple([current for task in tasks for current in self.graph.current(task)])
+            tasks = tuple(self.graph.current(tasks))
             self._current = tasks, self.graph.num_cut
         return tasks
 

@@ -95,26 +95,11 @@ class _Common(NamedTuple):
     before: bool
 
 
-class _Key(NamedTuple):
-    """What tells a segment from the others."""
-
-    rank: int
-    microbatch: int | None
-    stage: int
-    recomputed: int | None
-    apart: int | None
-    turn: tuple[int, int] | None
-    unit: int | None
-    flows: bool
-    before: bool
-    level: int
-
-
 def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
     """Put tasks into segments, as few as communication, recomputation and what the plan asks for allow."""
     plan = flow.plan
     stages = find_stages(plan).of_task
-    level: dict[Instance, int] = {}
+    level_of: dict[Instance, int] = {}
     common: dict[Task, _Common] = {}
     known: dict[_Common, _Common] = {}  # equal ones are one object
     internal: set[int] = set()  # readers, by identity: there are many, and what they hold takes long to hash
@@ -126,7 +111,7 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
         found = above[before].get(exchange)
         if found is None:
             makers = itertools.chain(*exchange.makers.values())
-            levels = (level[maker] for maker in makers if before or not common[maker.task].before)
+            levels = (level_of[maker] for maker in makers if before or not common[maker.task].before)
             found = above[before][exchange] = max(levels, default=-1) + 1
         return found
 
@@ -154,18 +139,18 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
         flows = index is None or has_gradient
         own = _Common(index, stages[task], recomputed, apart, turn, unit, flows, before)
         own = common[task] = known.setdefault(own, own)
-        number = commons.setdefault(own, len(commons))
+        number, settled_above = commons.setdefault(own, len(commons)), above[before]
         for rank in plan.ranks[task]:
             instance = Instance(task, rank)
             direct: list[tuple[int, Input]] = []
             lowest = 0
             for read in flow.inputs.get(instance, ()):
-                source = read.source
+                exchange, _, source, *_ = read
                 if source is not None and common[source.task] is own:
-                    of_source = level[source]
+                    of_source = level_of[source]
                     direct.append((of_source, read))
-                else:
-                    of_source = level_above(read.exchange, before)
+                elif (of_source := settled_above.get(exchange, -1)) < 0:
+                    of_source = level_above(exchange, before)
                 if of_source > lowest:
                     lowest = of_source
             settled = False
@@ -175,7 +160,7 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
                     # What is made below arrives like everything else: its gradient goes back once all readers are done.
                     if of_source < lowest and level_above(read.exchange, before) > lowest:
                         lowest, settled = level_above(read.exchange, before), False
-            level[instance] = lowest
+            level_of[instance] = lowest
             internal.update([id(read.reader) for of_source, read in direct if of_source == lowest])
             members[lowest, rank, number].append(instance)
 
@@ -183,8 +168,8 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
     in_order = sorted(members, key=lambda key: (not numbered[key[2]].before, *key[:2]))
     leaving = _leaving(flow, internal)
     return tuple(
-        _segment(flow, f"s{n}", _Key(key[1], *numbered[key[2]], key[0]), members[key], internal, leaving)
-        for n, key in enumerate(in_order)
+        _segment(flow, f"s{n}", rank, level, numbered[number], members[level, rank, number], internal, leaving)
+        for n, (level, rank, number) in enumerate(in_order)
     )
 
 
@@ -217,7 +202,9 @@ def _leaving(flow: Dataflow, internal: set[int]) -> dict[LogicalTensor, set[Plac
 def _segment(
     flow: Dataflow,
     name: str,
-    key: _Key,
+    rank: int,
+    level: int,
+    common: _Common,
     instances: list[Instance],
     internal: set[int],
     leaving: Mapping[LogicalTensor, Collection[Placed]],
@@ -231,7 +218,7 @@ def _segment(
             else:
                 arrivals[Arrival(exchange, reader.mask, group, part)].append(reader)
     departures: list[TensorView] = []
-    for task, rank in instances:
+    for task, _ in instances:
         for tensor, mask in zip(task.operator.outputs, task.piece.outputs, strict=True):
             if tensor is not None and mask is not None:
                 parts = leaving.get(tensor)
@@ -240,22 +227,22 @@ def _segment(
     cuts_backward = flow.plan.pipeline is not None and flow.plan.pipeline.cuts_backward
     return Segment(
         name,
-        key.rank,
-        key.microbatch,
-        key.stage,
-        key.level,
-        key.recomputed is not None,
-        key.flows,
-        key.turn,
+        rank,
+        common.microbatch,
+        common.stage,
+        level,
+        common.recomputed is not None,
+        common.flows,
+        common.turn,
         tuple(instance.task for instance in instances),
         {arrival: tuple(readers) for arrival, readers in arrivals.items()},
         tuple(departures),
         frozenset(inside),
-        _parts(list(arrivals), in_two=cuts_backward and key.microbatch is not None),
+        _parts(list(arrivals), in_two=cuts_backward and common.microbatch is not None),
         tuple(
             index
             for index, (arrival, readers) in enumerate(arrivals.items())
-            if arrival.exchange.anew and (key.recomputed is not None or any(map(_is_read_backward, readers)))
+            if arrival.exchange.anew and (common.recomputed is not None or any(map(_is_read_backward, readers)))
         ),
     )
 

@@ -45,7 +45,10 @@ class ValueChunk(NamedTuple):
         return ValueChunk(self.number * of + number, self.of * of)
 
     def contains(self, other: ValueChunk) -> bool:
-        """Whether the other is this chunk or a chunk of it."""
+        """Whether the other is this chunk or a chunk of it.
+
+        A chunk of 6 is in none of 4, whatever fractions they are: addends of sixths are not addends of quarters.
+        """
         return other.of % self.of == 0 and other.number // (other.of // self.of) == self.number
 
     def __str__(self) -> str:

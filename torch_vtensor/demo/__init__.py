@@ -1,1 +1,1 @@
-"""The demo, one idea a file: `story` tells it from start to end; `text`, `train`, `compare`, `picture` do the work."""
+"""The demo, one idea a file: `story` tells it from start to end; the others do the work."""

@@ -1,4 +1,4 @@
-"""Virtual against physical memory over the steps of a generation, as a PNG."""
+"""Virtual against physical memory over the steps of a generation, and what branches share, as PNGs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.markers import TICKUP
 
+from torch_vtensor.demo.branches import Branches
 from torch_vtensor.demo.compare import Run
 from torch_vtensor.settings import MIB
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_branches"]
 
 _OURS, _WRITTEN, _CALLS, _DYNAMIC, _STATIC = "#5b9bd5", "#1f4e79", "#ffb000", "#c8442e", "#6b6b6b"
 
@@ -31,6 +32,26 @@ def draw(path: Path, title: str, dynamic: Run, vtensor: Run, static: Run) -> Non
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
+    figure.savefig(path)
+
+
+def draw_branches(path: Path, title: str, branches: Branches) -> None:
+    """Write the picture: a bar a session, of shared and own memory, and what they take together against copies."""
+    sessions = branches.sessions
+    shared = [held.shared_bytes / MIB for held in sessions]
+    own = [(held.committed_bytes - held.shared_bytes) / MIB for held in sessions]
+    figure = Figure(figsize=(9, 1.6 + 0.38 * (len(sessions) + 2)), dpi=110, layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    axes = figure.subplots()
+    names = [held.name for held in sessions]
+    axes.barh(names, shared, color=_OURS, alpha=0.45, label="shared with other branches")
+    axes.barh(names, own, left=shared, color=_WRITTEN, label="its own")
+    axes.barh(["together"], [branches.together_bytes / MIB], color=_OURS, label="all of them, as they are")
+    axes.barh(["as copies"], [branches.apart_bytes / MIB], color=_DYNAMIC, label="all of them, as copies")
+    axes.invert_yaxis()
+    axes.set_xlabel("physical, MiB")
+    axes.legend(loc="upper right", frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import torch_vtensor
-from torch_vtensor.demo import compare, picture, text, train
+from torch_vtensor.demo import branches, compare, picture, text, train
 from torch_vtensor.demo.scale import Scale
 from torch_vtensor.settings import MIB
 
@@ -19,10 +19,11 @@ __all__ = ["tell"]
 
 _PROMPT = "The Python language "
 _WARM_TOKENS = 8
+_BRANCH_TOKENS = 40
 
 
 def tell(scale: Scale, device: torch.device, folder: Path, seed: int) -> str | None:
-    """Run the demo, printing what happens; model, text and picture go to ``folder``.
+    """Run the demo, printing what happens; model, text and pictures go to ``folder``.
 
     Returns: None if our tokens are DynamicCache's, else where they differ.
     Raises:  OutOfPagesError where memory runs out.
@@ -41,11 +42,12 @@ def tell(scale: Scale, device: torch.device, folder: Path, seed: int) -> str | N
     print(_remarks(model, vtensor, static))
     title = f"KV memory of one sequence while {scale.num_tokens} tokens are generated on {device.type}"
     picture.draw(folder / "memory.png", title, dynamic, vtensor, static)
-    print(f"\npicture: {folder / 'memory.png'}")
-    print(f"model, text and picture are in {folder}; the demo took {time.perf_counter() - start:.0f} s")
+    print(f"\npicture: {folder / 'memory.png'}\n")
+    _branch(model, scale, folder / "branches.png", seed)
+    print(f"model, text and pictures are in {folder}; the demo took {time.perf_counter() - start:.0f} s")
     if vtensor.tokens != dynamic.tokens:
         return _difference(vtensor.tokens, dynamic.tokens)
-    print("next: torch_vtensor.enable() before generate() in a program of yours, or: python examples/chat_fork.py")
+    print("next: torch_vtensor.enable() before generate() in a program of yours, or: python examples/branches.py")
     return None
 
 
@@ -82,6 +84,15 @@ def _generate(model: PreTrainedModel, num_tokens: int, seed: int) -> list[compar
             left_bytes = sum(pool.committed_bytes for pool in torch_vtensor.stats().devices.values())
             print(f"  trim() afterwards gave {freed_bytes / MIB:.2f} MiB back; {left_bytes / MIB:.2f} MiB are left")
     return runs
+
+
+def _branch(model: PreTrainedModel, scale: Scale, path: Path, seed: int) -> None:
+    """Sessions that continue one document, each in its own way."""
+    print(f"a Session reads {scale.num_document} tokens; {scale.num_branches} forks of it go on from there", flush=True)
+    grown = branches.grow(model, scale.num_document, scale.num_branches, _BRANCH_TOKENS, seed)
+    print(branches.format_branches(grown))
+    picture.draw_branches(path, f"{scale.num_branches} branches over a document of {scale.num_document} tokens", grown)
+    print(f"\npicture: {path}")
 
 
 def _remarks(model: PreTrainedModel, vtensor: compare.Run, static: compare.Run) -> str:

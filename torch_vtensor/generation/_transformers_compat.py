@@ -52,8 +52,9 @@ def initialize(layer: DynamicLayer, key: torch.Tensor, value: torch.Tensor) -> N
 def with_cache(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """What generate() hands to the model, with the cache that 5.0 leaves to the model's first step to make."""
     is_left_to_model = inputs.get(CACHE_NAME) is None and bool(inputs.get("use_cache"))
-    takes_one = CACHE_NAME in inspect.signature(model.forward).parameters
-    if not is_left_to_model or not takes_one or model.config.is_encoder_decoder:
+    if not is_left_to_model or model.config.is_encoder_decoder:
+        return inputs
+    if CACHE_NAME not in inspect.signature(model.forward).parameters:
         return inputs
     return inputs | {CACHE_NAME: DynamicCache(config=model.config.get_text_config(decoder=True))}
 

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch_vtensor.allocator.prefix import Lane
 from torch_vtensor.allocator.vtensor import VTensor
+from torch_vtensor.errors import OutOfPagesError
 from torch_vtensor.generation import layers as cache_layers
 from torch_vtensor.generation._transformers_compat import DynamicLayer, DynamicSlidingWindowLayer
 from torch_vtensor.generation.kv_store import KVShape, KVStore
 from torch_vtensor.generation.layer_column import LayerColumn, LayerGroup
 
-__all__ = ["CachedRows", "StoreLayout", "begin_with", "is_plain", "most_lendable", "rows_of"]
+__all__ = [
+    "ROWS_BEHIND",
+    "CachedRows",
+    "Checkpoint",
+    "StoreLayout",
+    "begin_with",
+    "checkpoint_of",
+    "is_plain",
+    "is_worth_pages",
+    "most_lendable",
+    "rows_of",
+    "shorten",
+]
+
+ROWS_BEHIND = range(-1, 2)
+"""How many rows more than tokens a cache may hold after generate(): a loop's last token is not in it, as a rule; one
+that asks late whether to stop takes more."""
 
 
 class StoreLayout(NamedTuple):
@@ -81,6 +99,15 @@ def rows_of(cache: Any, num_rows: int) -> CachedRows | str:
     return CachedRows(tuple(layouts), vtensors)
 
 
+def is_worth_pages(cache: Any, num_rows: int) -> bool:
+    """Whether the first ``num_rows`` tokens of a cache lie in pages, or would fill half of one at least."""
+    states = [cache_layers.state_of(layer) for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    return all(
+        state is None or state.column.store is not None or 2 * num_rows >= state.column.group.paging_tokens
+        for state in states
+    )
+
+
 def begin_with(cache: Any, layouts: Sequence[StoreLayout], vtensors: Sequence[VTensor], num_rows: int) -> None:
     """Give an empty cache the rows [0, ``num_rows``) of VTensors that were made for its layers, in their order."""
     waiting = iter(vtensors)
@@ -91,3 +118,53 @@ def begin_with(cache: Any, layouts: Sequence[StoreLayout], vtensors: Sequence[VT
         group = LayerGroup(shape, layout.num_layers)
         for index, member in layout.members:
             cache_layers.begin_with(cache.layers[index], LayerColumn.over(store, group, member, num_rows), num_rows)
+
+
+class Checkpoint(NamedTuple):
+    """What a cache's sliding windows held at an earlier length, in layers that share the cache's pages."""
+
+    num_tokens: int
+    windows: dict[int, DynamicSlidingWindowLayer]
+
+
+def checkpoint_of(cache: Any) -> Checkpoint:
+    """What `shorten` needs to take a cache back to its present length after its sliding windows have moved on.
+
+    Effects: less than a page a slot and layer kind is copied; without sliding windows nothing.
+    Raises: OutOfPagesError.
+    """
+    memo: dict[int, Any] = {}
+    windows = [(i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, DynamicSlidingWindowLayer)]
+    return Checkpoint(cache.get_seq_length(), {i: copy.deepcopy(layer, memo) for i, layer in windows})
+
+
+def shorten(cache: Any, num_tokens: int, checkpoint: Checkpoint | None) -> int:
+    """Take the tokens from ``num_tokens`` on out of a cache; returns how many it holds afterwards, which may be fewer.
+
+    A sliding window that has dropped what would be in it then is put back to the checkpoint. 0 says that there was
+    none so early, or no memory for it, and that nothing was changed.
+    """
+    if any(_has_dropped(layer) and layer.get_seq_length() > num_tokens for layer in cache.layers):
+        if checkpoint is None or checkpoint.num_tokens > num_tokens:
+            return 0
+        memo: dict[int, Any] = {}
+        try:
+            windows = {i: copy.deepcopy(layer, memo) for i, layer in checkpoint.windows.items()}
+        except OutOfPagesError:
+            return 0
+        num_tokens = checkpoint.num_tokens
+        for index, window in windows.items():
+            cache.layers[index] = window
+    for layer in cache.layers:
+        num_over = layer.get_seq_length() - num_tokens
+        if num_over > 0:
+            layer.keys, layer.values = layer.keys[:, :, :-num_over], layer.values[:, :, :-num_over]
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = num_tokens
+    return num_tokens
+
+
+def _has_dropped(layer: Any) -> bool:
+    return isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() > (
+        layer.keys.shape[2] if layer.is_initialized else 0
+    )

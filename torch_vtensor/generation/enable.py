@@ -25,7 +25,7 @@ from torch_vtensor.generation._transformers_compat import (
 )
 from torch_vtensor.settings import load_settings
 
-__all__ = ["REPLACEMENTS", "disable", "enable", "enabled", "is_enabled"]
+__all__ = ["REPLACEMENTS", "disable", "enable", "enabled", "is_enabled", "keeps_prefixes"]
 
 _METHODS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (Cache, "update", layers.cache_update),
@@ -50,7 +50,6 @@ _blocks: set[object] = set()
 _compiles: set[object] = set()  # who of those asked for compiled decoding
 _attends: set[object] = set()  # who of those asked for fast attention
 _reuses: set[object] = set()  # who of those asked for prefixes to be reused
-_compiled_sample: Callable[..., Any] | None = None  # compiled decoding's loop, once somebody asked for it
 _budgets: dict[object, int] = {}  # the budgets that they asked for, the latest last
 _stock: list[tuple[type, str, Any]] = []  # what was replaced; None where the class had no method of its own
 
@@ -103,12 +102,13 @@ def enable(
     """
     global _switched_on
     _check_attention(attention)
-    sample = _load_sample() if compile else None
+    if compile:
+        _load_sample()
     with _lock:
         _set_budget(_SWITCH, budget_bytes)
         _install()
         _switched_on = True
-        _set_compile(_SWITCH, sample)
+        _set_compile(_SWITCH, compile)
         _set_attention(_SWITCH, attention)
         _set_reuse(_SWITCH, prefix_cache)
 
@@ -141,13 +141,14 @@ def enabled(
     """``enable()`` for a block. Blocks may nest and overlap between threads; the last one out puts things back."""
     block = object()
     _check_attention(attention)
-    sample = _load_sample() if compile else None
+    if compile:
+        _load_sample()
     try:
         with _lock:
             _set_budget(block, budget_bytes)
             _blocks.add(block)
             _install()
-            _set_compile(block, sample)
+            _set_compile(block, compile)
             _set_attention(block, attention)
             _set_reuse(block, prefix_cache)
         yield
@@ -162,6 +163,11 @@ def enabled(
                 _remove()
 
 
+def keeps_prefixes() -> bool:
+    """Whether anybody wants calls of generate() to leave their sequences to later ones."""
+    return bool(_reuses)
+
+
 def is_enabled() -> bool:
     """Whether transformers' cache layers are over virtual memory right now."""
     return bool(_stock)
@@ -174,13 +180,11 @@ def _load_sample() -> Callable[..., Any]:
     return sample
 
 
-def _set_compile(who: object, sample: Callable[..., Any] | None) -> None:
-    """Note that ``who`` wants compiled decoding, by the loop ``sample``, or, with None, does not."""
-    if sample is None:
+def _set_compile(who: object, wanted: bool) -> None:
+    """Note that ``who`` wants compiled decoding or not."""
+    if not wanted:
         _compiles.discard(who)
         return
-    global _compiled_sample
-    _compiled_sample = sample
     _compiles.add(who)
     _install_loop("_sample", _sample)
 
@@ -215,7 +219,7 @@ def _install_loop(name: str, ours: Callable[..., Any]) -> None:
 
 
 def _sample(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    run = functools.partial(_compiled_sample, stock) if _compiles and _compiled_sample is not None else stock
+    run = functools.partial(_load_sample(), stock) if _compiles else stock
     return prefixes.reuse(run, model, *args, answers_too=True, **kwargs) if _reuses else run(model, *args, **kwargs)
 
 

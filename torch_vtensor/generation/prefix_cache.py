@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_vtensor.allocator.prefix import PrefixTree
+from torch_vtensor.allocator.prefix import Pin, PrefixTree
 from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
 from torch_vtensor.generation import _torch_compat
 from torch_vtensor.generation._transformers_compat import (
@@ -35,31 +35,35 @@ from torch_vtensor.generation._transformers_compat import (
     with_cache,
 )
 from torch_vtensor.generation.cached_rows import (
+    ROWS_BEHIND,
     CachedRows,
     StoreLayout,
     begin_with,
     is_plain,
+    is_worth_pages,
     most_lendable,
     rows_of,
 )
 from torch_vtensor.generation.decode.support import (
     MODEL_INPUTS,
-    first_tokens,
     has_foreign_hooks,
+    modules_of,
+    paddings_of,
     why_more_than_tokens,
 )
 from torch_vtensor.generation.kv_store import capacity_of
 from torch_vtensor.generation.layers import why_no_driver
 from torch_vtensor.generation.tenant import current_salt
 
-__all__ = ["clear", "counters", "figures", "note_cache", "reuse", "tree_of", "why_never"]
+__all__ = ["begin", "clear", "counters", "figures", "keep", "mark_of", "note_cache", "reuse", "tree_of", "why_never"]
 
 _log = logging.getLogger(__name__)
 counters: Counter[str] = Counter()
 """How many tokens of prompts were reused and run, how many were recorded, and why calls did not, by reason."""
 
-_ROWS_BEHIND = range(-1, 2)  # a loop's last token is not in the cache; one that asks late whether to stop takes more
 _LEAST_TOKENS = 16  # fewer are computed about as fast as they are mapped
+_KINDS_OF_WEIGHTS = (torch.Tensor, torch.nn.Parameter)
+_CHANGES_DO_NOT_SHOW = "weights whose changes do not show: of a tensor subclass, or made under inference_mode"
 _LOOP_ARGUMENTS = {"streamer", "synced_gpus"}
 _made_by_generate: weakref.WeakSet[Cache] = weakref.WeakSet()
 _lock = threading.Lock()
@@ -116,11 +120,12 @@ def reuse(
     is_given = kwargs.get(CACHE_NAME) is not None and kwargs[CACHE_NAME] not in _made_by_generate
     inputs = with_cache(model, kwargs) if model._supports_default_dynamic_cache() else kwargs
     reason = "the call brings a cache of its own" if is_given else _why_not(model, input_ids, generation_config, inputs)
-    request = _request_of(model, input_ids, inputs) if reason is None else reason
-    if isinstance(request, str):
+    mark = mark_of(model) if reason is None else reason
+    request = mark if isinstance(mark, str) else _request_of(model, input_ids, inputs)
+    if isinstance(mark, str) or isinstance(request, str):
         counters[f"not reused: {request}"] += 1
         return run(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
-    mark, cache = _mark_of(model), inputs[CACHE_NAME]
+    cache = inputs[CACHE_NAME]
     num_reused = _begin(model, mark, cache, request, input_ids.shape[1], generation_config.max_length)
     num_asked = sum(map(len, request.tokens))
     counters["tokens reused"] += sum(max(num_reused - padding, 0) for padding in request.paddings)
@@ -145,9 +150,35 @@ def tree_of(model: Any) -> PrefixTree | None:
 
 
 def clear() -> None:
-    """Forget every sequence of every model; pages that nobody else uses are free again."""
+    """Forget every sequence of every model but those that are pinned; pages that nobody else uses are free again."""
     with _lock:
-        _kept.clear()
+        for model, kept in list(_kept.items()):
+            kept.tree.evict()
+            if kept.tree.stats().num_nodes == 0:
+                del _kept[model]
+
+
+def begin(model: Any, cache: Any, tokens: list[int]) -> int:
+    """Give an empty cache what is kept of the beginning of ``tokens``, but for the last; returns how many those are."""
+    if tree_of(model) is None:
+        return 0
+    mark = mark_of(model)
+    if isinstance(mark, str):
+        return 0
+    return _begin(model, mark, cache, _Request([tokens], [0]), len(tokens), None)
+
+
+def keep(model: Any, cache: Any, tokens: list[int]) -> Pin:
+    """Keep what a cache's only slot holds of ``tokens``, all of which it does, until the pin is released.
+
+    Effects: moves the cache to pages.
+    Raises: ValueError, with the reason, where later calls could not begin with them; OutOfPagesError.
+    """
+    mark = mark_of(model)
+    rows = rows_of(cache, len(tokens)) if not isinstance(mark, str) else mark
+    if isinstance(mark, str) or isinstance(rows, str):
+        raise ValueError(f"what {type(model).__name__} computes cannot be kept for others: {rows}")
+    return _tree_for(model, mark, rows).keep(tokens, rows.vtensors, 0, current_salt())
 
 
 def figures() -> dict[str, int]:
@@ -166,12 +197,20 @@ def figures() -> dict[str, int]:
 def why_never(model: Any) -> str | None:
     """Why no call of a model, or of one with this config, can begin with a prefix of another; None if some can."""
     config = getattr(model, "config", model)
+    return _why_never(config) or _why_layers_never(DynamicCache(config=config.get_text_config(decoder=True)))
+
+
+def _why_never(config: Any) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
         return "an encoder-decoder"
-    kinds = set(_rope_kinds(config.get_text_config(decoder=True)))
+    kinds = _rope_kinds(config.get_text_config(decoder=True))
     if any("dynamic" in kind or kind == "longrope" for kind in kinds):
         return "rotary frequencies that depend on the length"
-    if not all(is_plain(type(layer)) for layer in DynamicCache(config=config.get_text_config(decoder=True)).layers):
+    return None
+
+
+def _why_layers_never(cache: Any) -> str | None:
+    if not all(is_plain(type(layer)) for layer in cache.layers):
         return "layers that keep something else than keys and values"
     return None
 
@@ -181,24 +220,18 @@ def _why_not(model: Any, input_ids: torch.Tensor, config: Any, inputs: dict[str,
     cache = inputs.get(CACHE_NAME)
     if cache is None or inputs.get("use_cache") is False:
         return "no cache"
-    if (reason := why_never(model)) is not None:
+    if (reason := _why_never(model.config)) is not None:
         return reason
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return f"a cache of another kind ({type(cache).__name__})"
+    if (reason := _why_layers_never(cache)) is not None:
+        return reason
     if not cache.layers or cache.get_seq_length() > 0:
         return "a cache whose layers are not known before the first step, or that holds tokens"
     if getattr(model, "hf_device_map", None) or why_no_driver(model.device.type):
         return "the model is on several devices, or on one without a memory driver"
-    if any(module.training for module in model.modules()):
-        return "the model is in training mode (call model.eval())"
-    if has_foreign_hooks(model.modules()) or _torch_compat.has_global_hooks():
-        return "hooks run in forward"
     if "prepare_inputs_for_generation" in vars(model) or model.config.model_type == "cpmant":
         return "something is put in front of the tokens"
-    if any(
-        type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_inference() for tensor in _weights(model)
-    ):
-        return "weights whose changes do not show: of a tensor subclass, or made under inference_mode"
     if torch.is_grad_enabled():
         return "gradients are enabled (use torch.no_grad())"
     if inputs.get("synced_gpus") or getattr(config, "is_assistant", False):
@@ -214,11 +247,6 @@ def _why_not(model: Any, input_ids: torch.Tensor, config: Any, inputs: dict[str,
     return None
 
 
-def _weights(model: Any) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-
-
 def _rope_kinds(config: Any) -> Iterator[str]:
     """The kinds of rotary embedding that a config names, for all layers or for some."""
     waiting = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
@@ -232,26 +260,30 @@ def _rope_kinds(config: Any) -> Iterator[str]:
 def _request_of(model: Any, input_ids: torch.Tensor, inputs: dict[str, Any]) -> _Request | str:
     """The prompts, read from the device; a string that says why they do not tell all that there is to know."""
     batch, length = input_ids.shape
-    rows, mask = input_ids.tolist(), inputs.get("attention_mask")
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and (mask.dim() != 2 or mask.shape[1] != length):
         return "a mask that is not one of the prompt's tokens"
-    paddings = first_tokens(input_ids, inputs)
-    if paddings is None:
+    if positions is not None and not continues_given_positions():
+        return "positions of the caller's own"
+    if positions is not None and positions.shape not in ((batch, length), (1, length)):
+        return "positions of several dimensions"
+    firsts_B = torch.zeros(batch, dtype=torch.int64, device=input_ids.device)
+    is_left_B = are_counted_B = firsts_B == 0
+    if mask is not None:
+        firsts_B, is_left_B = paddings_of(mask)
+    if positions is not None:
+        counted_BT = torch.arange(length, device=input_ids.device) - firsts_B[:, None]
+        are_counted_B = ((positions == counted_BT) | (counted_BT < 0)).all(1)
+    told = torch.cat([input_ids, *(each[:, None] for each in (firsts_B, is_left_B, are_counted_B))], 1)
+    rows = told.tolist()  # the one time that the device is waited for
+    if not all(row[-2] for row in rows):
         return "an attention mask with holes"
+    if not all(row[-1] for row in rows):
+        return "positions of the caller's own"
+    paddings = [row[-3] for row in rows]
     if any(paddings) and "position_ids" not in inspect.signature(model.forward).parameters:
         return "padding in front, which the model's positions count"
-    given = inputs.get("position_ids")
-    if given is not None:
-        if not continues_given_positions():
-            return "positions of the caller's own"
-        if given.shape not in ((batch, length), (1, length)):
-            return "positions of several dimensions"
-        positions = given.expand(batch, length).tolist()
-        if any(
-            row[padding:] != list(range(length - padding)) for row, padding in zip(positions, paddings, strict=True)
-        ):
-            return "positions of the caller's own"
-    return _Request([row[padding:] for row, padding in zip(rows, paddings, strict=True)], paddings)
+    return _Request([row[padding:-3] for row, padding in zip(rows, paddings, strict=True)], paddings)
 
 
 def _give_way(model: Any) -> None:
@@ -305,11 +337,11 @@ def _record(
     answers_too: bool,
 ) -> None:
     """Keep what slot i of the cache holds of ``sequences[i]``, for those without padding in front."""
-    if answers_too and cache.get_seq_length() - sequences.shape[1] not in _ROWS_BEHIND:
+    if answers_too and cache.get_seq_length() - sequences.shape[1] not in ROWS_BEHIND:
         counters["not recorded: the cache holds another number of tokens"] += 1
         return
     num_rows = min(cache.get_seq_length(), sequences.shape[1])
-    if num_rows < _LEAST_TOKENS:
+    if num_rows < _LEAST_TOKENS or not is_worth_pages(cache, num_rows):
         counters["not recorded: fewer tokens than are worth it"] += 1
         return
     try:
@@ -318,15 +350,12 @@ def _record(
             counters[f"not recorded: {rows}"] += 1
             return
         tree, salt = _tree_for(model, mark, rows), current_salt()
-        pad = None if pad_token is None else int(pad_token)
-        for slot, tokens in enumerate(sequences[:, :num_rows].tolist()):
+        answers = _answers(sequences, request, num_rows, pad_token)
+        for slot, (tokens, answer) in enumerate(zip(request.tokens, answers, strict=True)):
             if request.paddings[slot]:
                 counters["not recorded: padding in front"] += 1
                 continue
-            stop = num_rows
-            while stop > len(request.tokens[slot]) and tokens[stop - 1] == pad:
-                stop -= 1  # the sequence ended before the others of its batch
-            counters["tokens recorded"] += tree.record(tokens[:stop], rows.vtensors, slot, salt)
+            counters["tokens recorded"] += tree.record((tokens + answer)[:num_rows], rows.vtensors, slot, salt)
     except Exception as error:  # the answer is there, whatever becomes of the record
         counters[f"not recorded: {type(error).__name__}"] += 1
         _log.info("what %s has answered is not recorded", type(model).__name__, exc_info=error)
@@ -343,25 +372,61 @@ def _tree_for(model: Any, mark: tuple[Any, ...], rows: CachedRows) -> PrefixTree
         return kept.tree
 
 
-def _mark_of(model: Any) -> tuple[Any, ...]:
+def _answers(sequences: torch.Tensor, request: _Request, num_rows: int, pad_token: Any) -> list[list[int]]:
+    """What follows each prompt in its first ``num_rows`` tokens, without what stands behind its end."""
+    num_prompt = len(request.tokens[0]) + request.paddings[0]
+    if num_rows <= num_prompt:
+        return [[] for _ in request.tokens]
+    answers = sequences[:, num_prompt:num_rows]
+    if pad_token is None:
+        told: list[list[int]] = answers.tolist()
+        return told
+    padded = torch.cat([answers, pad_token.to(answers).reshape(1, 1).expand(len(answers), 1)], 1)
+    told = padded.tolist()
+    for answer in told:
+        pad = answer[-1]
+        while answer and answer[-1] == pad:
+            answer.pop()  # the sequence ended before the others of its batch
+    return told
+
+
+def mark_of(model: Any) -> tuple[Any, ...] | str:
     """What tells the model as it is from what it was: its weights' places and versions, adapters, precision.
 
     Writing through ``parameter.data`` is the one change that it does not see: torch counts no version there.
+
+    Returns: a string that says why, where calls of this model cannot share what they compute.
     """
-    weights = tuple((id(tensor), tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in _weights(model))
-    adapters = tuple(
-        (
-            tuple(module.active_adapters),
-            tuple(getattr(module, "merged_adapters", ())),
-            bool(getattr(module, "disable_adapters", False)),
-            str(module.scaling),
-        )
-        for module in model.modules()
-        if hasattr(module, "active_adapters") and hasattr(module, "scaling")
-    )
+    if _torch_compat.has_global_hooks():
+        return "hooks run in forward"
+    weights, adapters = [], []
+    for module in modules_of(model):
+        if module.training:
+            return "the model is in training mode (call model.eval())"
+        if (module._forward_hooks or module._forward_pre_hooks) and has_foreign_hooks((module,)):
+            return "hooks run in forward"
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values() if tensors else ():
+                if tensor is None:
+                    continue
+                if type(tensor) not in _KINDS_OF_WEIGHTS:
+                    return _CHANGES_DO_NOT_SHOW
+                try:
+                    weights.append((id(tensor), tensor.data_ptr(), tensor._version, tensor.dtype))
+                except RuntimeError:  # inference tensors have no version
+                    return _CHANGES_DO_NOT_SHOW
+        if "scaling" in vars(module) and hasattr(module, "active_adapters"):
+            adapters.append(
+                (
+                    tuple(module.active_adapters),
+                    tuple(getattr(module, "merged_adapters", ())),
+                    bool(getattr(module, "disable_adapters", False)),
+                    str(module.scaling),
+                )
+            )
     device_type = model.device.type
     precision = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
-    return weights, adapters, precision, getattr(model.config, "_attn_implementation", None)
+    return tuple(weights), tuple(adapters), precision, getattr(model.config, "_attn_implementation", None)
 
 
 def _start_afresh_in_child() -> None:

@@ -14,7 +14,7 @@ from torch_vtensor.generation._transformers_compat import DynamicCache, DynamicL
 from torch_vtensor.generation.cached_rows import is_plain
 from torch_vtensor.settings import format_bytes
 
-__all__ = ["Explanation", "LayerExplanation", "Stats", "empty_cache", "explain", "stats", "trim"]
+__all__ = ["Explanation", "LayerExplanation", "Stats", "empty_cache", "explain", "stats", "trim", "why_all_stock"]
 
 
 class Stats(NamedTuple):
@@ -124,7 +124,7 @@ def explain(model: Any) -> Explanation:
     config = getattr(model, "config", model)
     if not hasattr(config, "get_text_config"):
         raise TypeError(f"explain takes a transformers model or config, not a {type(model).__name__}")
-    if reason := _why_all_stock(model):
+    if reason := why_all_stock(model):
         attends = attention.what_layer_does(model, None)
         entry = LayerExplanation(0, type(model).__name__, False, reason, attends, f"not reused: {reason}")
         return Explanation([entry])
@@ -152,7 +152,8 @@ def _what_is_reused(layer: Any) -> str:
     return "reused" if window is None else f"reused by and from sequences shorter than the window of {window}"
 
 
-def _why_all_stock(model: Any) -> str | None:
+def why_all_stock(model: Any) -> str | None:
+    """Why no layer of a model's caches will be in our memory, or None."""
     supports = getattr(model, "_supports_default_dynamic_cache", None)
     if callable(supports) and not supports():
         return "the model brings a cache class of its own, which stays as it is"

@@ -232,14 +232,14 @@ class FakeDriver:
     def is_capturing(self) -> bool:
         return False
 
-    def total_bytes(self) -> int:
-        return 4096 * MIB
-
     def collect(self) -> None:
         return None
 
     def prepare_thread(self) -> None:
         return None
+
+    def free_bytes(self) -> int:
+        return 2**40
 
     def create(self, nbytes: int) -> int:
         handle = ctypes.c_uint64()

@@ -6,7 +6,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,9 @@ pytestmark = [
 
 def environment() -> dict[str, str]:
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "compile")))
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
+    # A process with threads cannot be forked: neither OpenMP's nor that of inductor's compile workers.
+    alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return os.environ | alone | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
 
 
 @dataclass(frozen=True)
@@ -36,29 +38,34 @@ class World:
     ended: Sequence[tuple[int, str]]
 
 
-WORLDS = {
+WORLDS: Mapping[str, tuple[int, Sequence[str]]] = {  # the number of ranks, and what they do
     "two ranks": (
-        *("dp2@gpt2@eager", "tp2@tied_llama@eager", "interlaced/2@tied_llama@eager"),
-        *("sp2@mlp@eager", "1f1b/4@mlp@eager", "zb/4@mlp@eager", "zero3/2@mlp@eager", "die@dp2"),
+        2,
+        (
+            *("dp2@gpt2@eager", "tp2@tied_llama@eager", "interlaced/2@tied_llama@eager"),
+            *("sp2@mlp@eager", "1f1b/4@mlp@eager", "zb/4@mlp@eager", "zero3/2@mlp@eager", "die@dp2"),
+        ),
     ),
     "four ranks": (
-        *("dp2+tp2@mlp@eager", "dp2+1f1b/2@mlp@eager", "zero2+pp2+zb/2@mlp@eager", "tp2+gpipe/2@gpt2@eager"),
-        "die@dp2+1f1b/2",
+        4,
+        (
+            *("dp2+tp2@mlp@eager", "dp2+1f1b/2@mlp@eager", "zero2+pp2+zb/2@mlp@eager", "tp2+gpipe/2@gpt2@eager"),
+            "die@dp2+1f1b/2",
+        ),
     ),
-    "compiled": ("dp2@mlp@inductor", "1f1b/2@mlp@inductor", "die@dp2"),
+    "compiled": (2, ("dp2@mlp@inductor", "1f1b/2@mlp@inductor", "die@dp2")),
 }
-NUM_RANKS = {"two ranks": 2, "four ranks": 4, "compiled": 2}
 
 
 def run_worlds(names: Sequence[str], folder: Path) -> dict[str, World]:
-    worlds = [f"{NUM_RANKS[name]}:{','.join(WORLDS[name])}" for name in names]
+    worlds = [f"{num_ranks}:{','.join(tasks)}" for num_ranks, tasks in map(WORLDS.__getitem__, names)]
     command = [sys.executable, "-m", "distributed.train", str(folder), *worlds]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = {}
     for number, (name, codes) in enumerate(zip(names, json.loads(done.stdout.splitlines()[-1]), strict=True)):
         printed = [(folder / str(number) / f"rank{rank}.txt").read_text() for rank in range(len(codes))]
-        found[name] = World(WORLDS[name], list(zip(codes, printed, strict=True)))
+        found[name] = World(WORLDS[name][1], list(zip(codes, printed, strict=True)))
     return found
 
 

@@ -156,7 +156,8 @@ def main(folder: str, *worlds: str) -> None:
     import_module("ready_models")
     import_module("torch_vtensor.compile.backend")
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
-    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
+    threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    assert len(threads) == 1, f"a process with threads cannot be forked safely, and this has {threads}"
     codes = []
     for number, world in enumerate(worlds):
         num_ranks, tasks = world.split(":")

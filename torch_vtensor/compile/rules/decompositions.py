@@ -32,7 +32,7 @@ def cross_entropy_loss(
     if target.shape == self.shape and target.is_floating_point():
         num_classes = self.shape[0 if self.dim() == 1 else 1]
         return _tensor(aten.div.Scalar(total, self.numel() // num_classes))
-    return _tensor(aten.div.Tensor(total, _count(target, weight, ignore_index, self.dtype)))
+    return _mean(total, target, weight, ignore_index, self.dtype)
 
 
 def nll_loss_nd(
@@ -42,7 +42,7 @@ def nll_loss_nd(
     if reduction != _MEAN:
         return cast(Tensor, NotImplemented)
     total = aten.nll_loss_nd.default(self, target, weight, _SUM, ignore_index)
-    return _tensor(aten.div.Tensor(total, _count(target, weight, ignore_index, self.dtype)))
+    return _mean(total, target, weight, ignore_index, self.dtype)
 
 
 def cross_entropy_over_cut_classes(
@@ -60,7 +60,8 @@ def cross_entropy_over_cut_classes(
     ``4 log(classes)``, so the exponentials that follow neither overflow nor all vanish, as long as no logit exceeds the
     target's by 350 (float32), where the loss becomes infinite. Its gradient is zero: the loss does not depend on it.
 
-    Class weights, smoothed labels and probabilities as targets keep the classes whole.
+    Half precision is rounded once, in the end. Class weights, smoothed labels and probabilities as targets keep the
+    classes whole.
     """
     if weight is not None or label_smoothing or target.is_floating_point() or self.dim() != 2:
         return cross_entropy_loss(self, target, weight, reduction, ignore_index, label_smoothing)
@@ -75,14 +76,23 @@ def cross_entropy_over_cut_classes(
     smooth_max = aten.mul.Scalar(aten.log.default(smooth_sum), 4)
     exponentials = aten.sum.dim_IntList(aten.exp.default(aten.sub.Tensor(y, smooth_max)), [1], True)
     rows = aten.squeeze.dim(aten.add.Tensor(aten.log.default(exponentials), smooth_max), 1)
-    rows = aten._to_copy.default(rows, dtype=self.dtype) if rows.dtype != self.dtype else rows
     rows = aten.where.ScalarOther(kept, rows, 0)
     if reduction == 0:
-        return _tensor(rows)
+        return _in(rows, self.dtype)
     total = aten.sum.default(rows)
     if reduction == _SUM:
-        return _tensor(total)
-    return _tensor(aten.div.Tensor(total, _count(target, None, ignore_index, self.dtype)))
+        return _in(total, self.dtype)
+    return _mean(total, target, None, ignore_index, self.dtype)
+
+
+def _mean(total: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """The rows' losses, added up, as the mean over those that count: half precision has too few numbers to count in."""
+    count_dtype = torch.float32 if dtype.itemsize < 4 else dtype
+    return _in(aten.div.Tensor(total, _count(target, weight, ignore_index, count_dtype)), dtype)
+
+
+def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return _tensor(x if x.dtype == dtype else aten._to_copy.default(x, dtype=dtype))
 
 
 def _count(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
