@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, model_of, prompt
 from transformers import DynamicCache
 
 import torch_vtensor
-from torch_vtensor import VTensorCache
+from torch_vtensor import Session, VTensorCache
 from torch_vtensor.errors import AsleepError, OutOfPagesError
 
 CPU = torch.device("cpu")
@@ -97,6 +97,24 @@ def test_idle_caches_make_room_for_a_new_one(memory: Memory) -> None:
             again = [turn(model, next_inputs(answers[0]), cache) for cache in (first, second, third)]
     assert torch.equal(again[0], again[1])
     assert torch.equal(again[0], again[2])
+
+
+def test_sessions_make_room_for_each_other(memory: Memory) -> None:
+    model, (first, second) = model_of("llama"), prompt(2)["input_ids"].tolist()
+    with Session(model) as stays, Session(model) as moves:
+        for turn in (first, second):
+            expected = stays.generate(turn, max_new_tokens=6, do_sample=False, suppress_tokens=[2])
+        moves.generate(first, max_new_tokens=6, do_sample=False, suppress_tokens=[2])
+        fork = moves.fork()[0]
+        assert moves.offload() < moves.memory().committed_bytes, "pages that the fork uses stay"
+        assert fork.offload() == moves.memory().offloaded_bytes == moves.memory().committed_bytes
+        assert moves.prefetch() > 0
+        assert moves.memory().offloaded_bytes == 0
+        moves.offload(when_needed=True)
+        found = moves.generate(second, max_new_tokens=6, do_sample=False, suppress_tokens=[2])
+        assert found == expected
+        assert fork.generate(second, max_new_tokens=6, do_sample=False, suppress_tokens=[2]) == expected
+        fork.close()
 
 
 @pytest.mark.parametrize("family", ["mistral-short-window", "t5", "deepseek_v3"])
