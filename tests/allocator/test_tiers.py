@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripted_drivers import PAGE, ManualDriver
+from scripted_drivers import OFFLOAD_FOLDER, PAGE, ManualDriver
 from sequences import LANES, append, check, close, record
 from sequences import make as make_sequences
 from vtensors import MakeScheduler, make, pages, rows
@@ -393,6 +393,27 @@ def test_tenants_stay_apart_when_pages_change_places(make_scheduler: MakeSchedul
     bob.commit(20)
     bob.length = 20
     assert not bob.tensor().any()
+
+
+def test_a_prefix_tree_may_end_while_its_pages_are_copied(make_scheduler: MakeScheduler) -> None:
+    class Forgetting(HostDriver):
+        """Garbage is collected in the middle of a move."""
+
+        def create_offloaded(self, nbytes: int) -> int:
+            trees.clear()
+            return super().create_offloaded(nbytes)
+
+    driver = Forgetting(PAGE, OFFLOAD_FOLDER)
+    scheduler = make_scheduler(driver)
+    trees = [PrefixTree(LANES, scheduler=scheduler)]
+    record(trees[0], list(range(60)))
+    user = make_sequences(scheduler, [list(range(60, 120))])
+    trees[0].record(list(range(60, 120)), user)
+    scheduler.sleep()
+    scheduler.pool.check_integrity()
+    scheduler.wake()
+    check(user, [list(range(60, 120))], None)
+    close(user)
 
 
 def test_many_cycles_leave_nothing_behind(make_scheduler: MakeScheduler) -> None:

@@ -210,7 +210,8 @@ class PagePool:
         """
         self.check_process()
         with self.lock:
-            self._obey()
+            if sizes:  # what asks for nothing may be in the middle of something
+                self._obey()
             pages: list[Page] = []
             missing_bytes = asked_bytes = sum(sizes)
             try:

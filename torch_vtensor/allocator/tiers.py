@@ -78,10 +78,10 @@ def put_to_sleep(scheduler: GrowthScheduler, tags: Collection[str] | None, disca
             is_prefix_only = page.num_held > 0 and not at
             if len(going) == len(mapped) and (going or (is_prefix_only and has_tag(PREFIX_TAG, tags))):
                 leaving.append(page)
-        lost = [page for page in leaving if _is_discarded(page, places[page], discard)]
-        kept = [page for page in leaving if page.tier is Tier.DEVICE and page not in set(lost)]
-        with_new = pool.offloaded([page.nbytes for page in kept]) + pool.discarded(page.nbytes for page in lost)
-        _move(scheduler, kept + lost, with_new, unmapped, [], places)
+        lost = dict.fromkeys(page for page in leaving if _is_discarded(page, places[page], discard))
+        kept = [page for page in leaving if page.tier is Tier.DEVICE and page not in lost]
+        new = pool.offloaded([page.nbytes for page in kept]) + pool.discarded(page.nbytes for page in lost)
+        _move(scheduler, [*kept, *lost], new, unmapped, [], places)
 
 
 def wake(scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
@@ -241,6 +241,7 @@ def _move(
     Raises: DriverError; where nothing was exchanged yet, with everything mapped that was.
     """
     pool = scheduler.pool
+    pool.share(pages)  # what ended meanwhile may be noticed in between
     try:
         filled = [(page, it) for page, it in zip(pages, new, strict=True) if it.tier is not Tier.DISCARDED]
         if filled or unmapped:
@@ -259,6 +260,7 @@ def _move(
         _map(mapped)
     finally:
         pool.drop(new)
+        pool.drop(pages)
 
 
 def _map(places: Iterable[tuple[AddressRange, int, Page]]) -> None:
