@@ -13,6 +13,14 @@ import torch
 # Models in tests are built from configurations; a test that would download one fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Where inductor's cache is empty it first compiles a probe of each vector instruction set, half a minute together, and
+# code that uses them takes twice as long to compile as plain C++.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker for each core: threads of theirs would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start
+    torch.set_num_threads(1)
+
 # Times vary on shared machines; pytest-timeout stops what hangs.
 hypothesis.settings.register_profile("torch_vtensor", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("torch_vtensor")

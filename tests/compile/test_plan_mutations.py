@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,18 @@ def with_work(planned: Planned, name: str, work: Work) -> Planned:
     return replace(planned, program=replace(planned.program, work={**planned.program.work, name: work}))
 
 
+def with_changed(
+    planned: Planned, choose: random.Random, matches: Callable[[Work], bool], change: Callable[[Any], Any]
+) -> Planned | None:
+    """The same with the work of one job changed, of those whose work matches; None if there is none."""
+    job = pick(planned, choose, lambda job: matches(planned.program.work[job.name]))
+    return job and with_work(planned, job.name, change(planned.program.work[job.name]))
+
+
+def is_sum(work: Work) -> bool:
+    return isinstance(work, Add)
+
+
 def ordered_anew(planned: Planned, program: Program) -> Planned:
     schedule: Schedule = order_jobs(program.jobs, program.values, (), {}, program.results)
     return Planned(planned.case, program, schedule)
@@ -148,7 +161,7 @@ def free_too_early(planned: Planned, choose: random.Random) -> Planned | None:
 
 def drop_an_addend_of_a_sum(planned: Planned, choose: random.Random) -> Planned | None:
     """The sum is its first addend; whoever gives the other works for nothing."""
-    job = pick(planned, choose, lambda job: isinstance(planned.program.work[job.name], Add))
+    job = pick(planned, choose, lambda job: is_sum(planned.program.work[job.name]))
     if job is None:
         return None
     work = planned.program.work[job.name]
@@ -161,57 +174,38 @@ def drop_an_addend_of_a_sum(planned: Planned, choose: random.Random) -> Planned 
 
 
 def add_an_addend_twice(planned: Planned, choose: random.Random) -> Planned | None:
-    job = pick(planned, choose, lambda job: isinstance(planned.program.work[job.name], Add))
-    if job is None:
-        return None
-    work = planned.program.work[job.name]
-    assert isinstance(work, Add)
-    return with_work(planned, job.name, work._replace(inputs=(*work.inputs, work.inputs[-1])))
+    return with_changed(planned, choose, is_sum, lambda work: work._replace(inputs=(*work.inputs, work.inputs[-1])))
 
 
 def drop_a_tangent(planned: Planned, choose: random.Random) -> Planned | None:
     """A backward pass forgets the gradient of one of its departures."""
 
-    def has_tangent(job: Job) -> bool:
-        work = planned.program.work[job.name]
-        return isinstance(work, Backward) and any(work.tangents)
+    def without_one(work: Backward) -> Backward:
+        index = choose.choice([index for index, key in enumerate(work.tangents) if key])
+        return work._replace(tangents=(*work.tangents[:index], None, *work.tangents[index + 1 :]))
 
-    job = pick(planned, choose, has_tangent)
-    if job is None:
-        return None
-    work = planned.program.work[job.name]
-    assert isinstance(work, Backward)
-    index = choose.choice([index for index, key in enumerate(work.tangents) if key])
-    tangents = (*work.tangents[:index], None, *work.tangents[index + 1 :])
-    return with_work(planned, job.name, work._replace(tangents=tangents))
+    return with_changed(planned, choose, lambda work: isinstance(work, Backward) and any(work.tangents), without_one)
 
 
 def forget_a_part(planned: Planned, choose: random.Random) -> Planned | None:
     """What is put together lacks one part."""
 
-    def puts_together(job: Job) -> bool:
-        work = planned.program.work[job.name]
+    def puts_together(work: Work) -> bool:
         return isinstance(work, Move) and isinstance(work.step, Assemble) and len(work.step.parts) > 1
 
-    job = pick(planned, choose, puts_together)
-    if job is None:
-        return None
-    work = planned.program.work[job.name]
-    assert isinstance(work, Move)
-    assert isinstance(work.step, Assemble)
-    return with_work(planned, job.name, work._replace(step=work.step._replace(parts=work.step.parts[1:])))
+    return with_changed(
+        planned, choose, puts_together, lambda work: work._replace(step=work.step._replace(parts=work.step.parts[1:]))
+    )
 
 
 def shift_a_message_by_one(planned: Planned, choose: random.Random) -> Planned | None:
     """A message brings the indices next to those that it should."""
-    job = pick(planned, choose, lambda job: job.kind == "transfer" and shifted(planned, job) is not None)
-    return job and with_work(planned, job.name, shifted(planned, job))
+    return with_changed(planned, choose, lambda work: shifted(work) is not None, shifted)
 
 
-def shifted(planned: Planned, job: Job) -> Move | None:
-    work = planned.program.work[job.name]
-    assert isinstance(work, Move)
-    assert isinstance(work.step, Transfer)
+def shifted(work: Work) -> Move | None:
+    if not isinstance(work, Move) or not isinstance(work.step, Transfer):
+        return None
     source, destination = work.step.source.mask, work.step.destination.mask
     for dim, (outer, (start, stop)) in enumerate(zip(source.intervals, destination.intervals, strict=True)):
         for moved in (Interval(start + 1, stop + 1), Interval(start - 1, stop - 1)):
@@ -226,17 +220,12 @@ def shifted(planned: Planned, job: Job) -> Move | None:
 def gather_in_reverse(planned: Planned, choose: random.Random) -> Planned | None:
     """A collective takes one rank's part for another's."""
 
-    def has_others(job: Job) -> bool:
-        work = planned.program.work[job.name]
+    def gathers(work: Work) -> bool:
         return isinstance(work, Move) and isinstance(work.step, Collective) and work.step.kind == "all_gather"
 
-    job = pick(planned, choose, has_others)
-    if job is None:
-        return None
-    work = planned.program.work[job.name]
-    assert isinstance(work, Move)
-    assert isinstance(work.step, Collective)
-    return with_work(planned, job.name, work._replace(step=work.step._replace(inputs=work.step.inputs[::-1])))
+    return with_changed(
+        planned, choose, gathers, lambda work: work._replace(step=work.step._replace(inputs=work.step.inputs[::-1]))
+    )
 
 
 def is_caught(planned: Planned) -> str | None:

@@ -9,7 +9,8 @@ reads what products with weights read, and it needs the gradients of what these 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from torch_vtensor.compile.addends import Reader
 from torch_vtensor.compile.cost import task_seconds
@@ -17,6 +18,8 @@ from torch_vtensor.compile.schedules.job import JobKind
 from torch_vtensor.compile.segment import Segment
 from torch_vtensor.compile.task_graph import Task
 from torch_vtensor.compile.tensor_view import TensorView
+
+Number = TypeVar("Number", int, float)
 
 
 def saved_bytes(segment: Segment) -> tuple[int, ...]:
@@ -56,26 +59,28 @@ def pass_seconds(segment: Segment, kind: JobKind) -> float:
 
 
 def _forward_seconds(segment: Segment) -> float:
-    """Found out once for all segments of the same pieces, as those of equal layers are."""
-    pieces = tuple([task.piece for task in segment.tasks])
-    asked, known = ("forward seconds", pieces), pieces[0].found
-    if asked not in known:
-        known[asked] = sum(map(task_seconds, segment.tasks))
-    seconds: float = known[asked]
-    return seconds
+    return _known(segment, "forward seconds", lambda: sum(map(task_seconds, segment.tasks)))
 
 
 def _made_bytes(segment: Segment) -> int:
-    """Bytes that tasks make, also found out once: pieces of one operator may make the same, others never do."""
-    pieces, operators = tuple([task.piece for task in segment.tasks]), {task.operator for task in segment.tasks}
-    asked, known = ("made bytes", pieces), pieces[0].found
-    if asked not in known or len(operators) < len(pieces):
-        made = _num_bytes(view for task in segment.tasks for view in task.outputs if view is not None)
-        if len(operators) < len(pieces):
-            return made
-        known[asked] = made
-    num_bytes: int = known[asked]
-    return num_bytes
+    """Bytes that tasks make."""
+
+    def count() -> int:
+        return _num_bytes(view for task in segment.tasks for view in task.outputs if view is not None)
+
+    # Pieces of one operator may make the same, others never do.
+    operators = {task.operator for task in segment.tasks}
+    return count() if len(operators) < len(segment.tasks) else _known(segment, "made bytes", count)
+
+
+def _known(segment: Segment, what: str, find: Callable[[], Number]) -> Number:
+    """Something found out once for all segments of the same pieces, as those of equal layers are."""
+    pieces = tuple([task.piece for task in segment.tasks])
+    asked, known = (what, pieces), pieces[0].found
+    if asked not in known:
+        known[asked] = find()
+    found: Number = known[asked]
+    return found
 
 
 def _weight_tasks(segment: Segment) -> list[Task]:

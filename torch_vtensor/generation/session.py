@@ -72,7 +72,7 @@ class Session:
         turn begins with, it begins with those pages.
     Limits:  one sequence. Sliding windows drop tokens for good: a session goes back to the beginning of its last turn
         at little cost, and farther back by running all of its tokens again at its next turn; or fork it before. Weights
-        that change between turns are for the caller to notice: ``truncate(0)`` has all tokens run again.
+        that change between turns are for the caller to notice: a new session over ``tokens`` runs them all again.
     Raises:  TypeError for what is no model; ValueError for one whose past is more than keys and values, or not in our
         memory, with the reason.
     """
