@@ -107,7 +107,8 @@ def test_sessions_make_room_for_each_other(memory: Memory) -> None:
         moves.generate(first, max_new_tokens=6, do_sample=False, suppress_tokens=[2])
         fork = moves.fork()[0]
         assert moves.offload() < moves.memory().committed_bytes, "pages that the fork uses stay"
-        assert fork.offload() == moves.memory().offloaded_bytes == moves.memory().committed_bytes
+        assert fork.offload() > 0
+        assert moves.memory().offloaded_bytes == moves.memory().committed_bytes
         assert moves.prefetch() > 0
         assert moves.memory().offloaded_bytes == 0
         moves.offload(when_needed=True)
