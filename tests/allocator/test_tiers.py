@@ -382,6 +382,19 @@ def test_an_idle_tensor_sleeps_and_wakes_to_where_it_was(make_scheduler: MakeSch
     assert torch.equal(idle.tensor(), busy.tensor())
 
 
+def test_what_was_offloaded_needs_no_room_to_wake(make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler(budget_bytes=40 * PAGE)
+    away = pages(scheduler, 30)
+    away.offload()
+    busy = pages(scheduler, 30)
+    with pytest.raises(OutOfPagesError):
+        away.prefetch()  # and with it the tensor is not idle any more
+    scheduler.sleep()
+    scheduler.wake()
+    assert (away.offloaded_bytes, busy.offloaded_bytes) == (30 * PAGE, 0)
+    assert away.tensor().unique().tolist() == busy.tensor().unique().tolist() == [1]
+
+
 def test_tenants_stay_apart_when_pages_change_places(make_scheduler: MakeScheduler) -> None:
     scheduler = make_scheduler()
     alice = pages(scheduler, 20, salt="alice")

@@ -247,7 +247,7 @@ class VTensorMachine(RuleBasedStateMachine):
         uses = Counter(page for it in self.tensors for page in it.vtensor._range.pages)
         live_bytes = sum(page.nbytes for page in uses if page.tier is Tier.DEVICE)
         shared_bytes = sum(page.nbytes for page, num_uses in uses.items() if num_uses > 1 and page.tier is Tier.DEVICE)
-        offloaded_bytes = sum(page.nbytes for page in uses if page.tier is Tier.OFFLOADED)
+        offloaded_bytes = sum(page.nbytes for page in uses if page.is_outside)
         assert stats.offloaded_bytes >= offloaded_bytes
         assert self.views or stats.offloaded_bytes == offloaded_bytes
         # Views of closed tensors, and of addresses left behind, hold more.

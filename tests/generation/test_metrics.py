@@ -46,6 +46,7 @@ def make(num_pages: int, **options: str) -> VTensor:
 def test_metrics_are_the_figures_of_stats(memory: Memory) -> None:
     vtensor, other = make(20), make(10)
     other.offload()
+    memory.settle()
     layers.counters['stock: a "reason"\\'] = 3
     found, stats = samples(), torch_vtensor.stats().devices[CPU]
     for name in ("reserved_bytes", "committed_bytes", "live_bytes", "offloaded_bytes"):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch_vtensor.allocator.address_range import AddressRange
 from torch_vtensor.allocator.growth import GrowthScheduler
-from torch_vtensor.allocator.page_pool import Page, Tier
+from torch_vtensor.allocator.page_pool import Page
 from torch_vtensor.allocator.pools import all_schedulers
 
 __all__ = ["memory_map"]
@@ -96,7 +96,7 @@ def _strips(range_: AddressRange) -> Iterator[list[_Stretch]]:
 
 
 def _kind_of(page: Page) -> str:
-    if page.tier is Tier.OFFLOADED:
+    if page.is_outside:
         return "offloaded"
     if page.num_refs - page.num_held > 1:
         return "shared"

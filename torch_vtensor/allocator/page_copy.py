@@ -38,10 +38,12 @@ def copy_pages(scheduler: GrowthScheduler, transfers: Sequence[Transfer]) -> Non
     Raises: DriverError; what was mapped then is unmapped when the scheduler comes by again.
     """
     driver = scheduler.pool.driver
-    running: list[tuple[ExitStack, Fence]] = []
+    running: list[ExitStack] = []  # a chunk each
+    fences: list[Fence] = []
     try:
         for chunk in _chunks(transfers):
             stack = ExitStack()
+            running.append(stack)
             pages = [side for it in chunk for side in (it.source, it.target) if isinstance(side, Page)]
             ptrs = stack.enter_context(_mapped(scheduler, pages))
             for it in chunk:
@@ -50,20 +52,18 @@ def copy_pages(scheduler: GrowthScheduler, transfers: Sequence[Transfer]) -> Non
                     driver.tensor(target, it.nbytes, None).zero_()
                 else:
                     driver.copy(target, ptrs[it.source] if isinstance(it.source, Page) else it.source, it.nbytes)
-            running.append((stack, driver.fence()))
+            fences.append(driver.fence())
             if len(running) > 1:
-                _finish(running)
+                fences.pop(0).wait()
+                running.pop(0).close()
         while running:
-            _finish(running)
-    finally:
-        for stack, fence in running:
-            fence.wait()
+            fences.pop(0).wait()
+            running.pop(0).close()
+    except BaseException:
+        driver.fence().wait()
+        for stack in running:
             stack.__exit__(*sys.exc_info())
-
-
-def _finish(running: list[tuple[ExitStack, Fence]]) -> None:
-    running[0][1].wait()
-    running.pop(0)[0].close()
+        raise
 
 
 def _chunks(transfers: Iterable[Transfer]) -> Iterator[list[Transfer]]:

@@ -36,10 +36,11 @@ def check_budget(budget_bytes: int | None) -> None:
 
 
 class Tier(enum.Enum):
-    """Where the bytes of a page are: in the device's memory, outside of it, or nowhere."""
+    """Where the bytes of a page are: in the device's memory; outside of it, until used or until woken; or nowhere."""
 
     DEVICE = enum.auto()
     OFFLOADED = enum.auto()
+    ASLEEP = enum.auto()
     DISCARDED = enum.auto()
 
 
@@ -67,6 +68,11 @@ class Page:
         self.num_held = 0
         self.salt = salt
         self.is_dirty = is_dirty
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether its bytes lie outside the device."""
+        return self.tier in (Tier.OFFLOADED, Tier.ASLEEP)
 
 
 class PoolStats(NamedTuple):
@@ -279,14 +285,14 @@ class PagePool:
                     page.is_dirty = False
                     self._belongs_to(page.handle, page.salt)
 
-    def offloaded(self, sizes: Sequence[int]) -> list[Page]:
+    def outside(self, sizes: Sequence[int], tier: Tier) -> list[Page]:
         """New pages outside the device, all or none, for what device pages hold.
 
         Raises: OffloadLimitError, or the driver's error, with the pool as it was.
         """
         with self.lock:
             handles = self.offloads.take(sizes)
-            pages = [Page(handle, nbytes, tier=Tier.OFFLOADED) for handle, nbytes in zip(handles, sizes, strict=True)]
+            pages = [Page(handle, nbytes, tier=tier) for handle, nbytes in zip(handles, sizes, strict=True)]
             self._pages.update(dict.fromkeys(pages))
             return pages
 
@@ -351,7 +357,7 @@ class PagePool:
         """Raise AssertionError unless every page is counted exactly once and has its references."""
         with self.lock:
             live_bytes = sum(page.nbytes for page in self._pages if page.tier is Tier.DEVICE)
-            offloaded_bytes = sum(page.nbytes for page in self._pages if page.tier is Tier.OFFLOADED)
+            offloaded_bytes = sum(page.nbytes for page in self._pages if page.is_outside)
             assert offloaded_bytes == self.offloads.used_bytes, (
                 f"{offloaded_bytes} bytes are offloaded and {self.offloads.used_bytes} counted"
             )
@@ -432,7 +438,10 @@ class PagePool:
                     refusal = error
             # The device's limit, not the budget's: the page itself is charged already, and was not had.
             committed_bytes = self.ledger.committed_bytes - nbytes
-            raise OutOfPagesError(self.device, asked_bytes, committed_bytes, None) from refusal
+            try:
+                raise OutOfPagesError(self.device, asked_bytes, committed_bytes, None) from refusal
+            finally:
+                del refusal  # an error that its own traceback leads to would keep alive what else that does
         except BaseException:
             self.ledger.uncharge(nbytes)
             raise
@@ -456,7 +465,7 @@ class PagePool:
 
     def _put(self, page: Page) -> None:
         """Pool the memory of a page that nobody has any more."""
-        if page.tier is Tier.OFFLOADED:
+        if page.is_outside:
             self.offloads.put(page.handle, page.nbytes)
         elif page.tier is Tier.DEVICE:
             if page.is_dirty:

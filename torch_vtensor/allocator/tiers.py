@@ -80,15 +80,15 @@ def put_to_sleep(scheduler: GrowthScheduler, tags: Collection[str] | None, disca
                 leaving.append(page)
         lost = dict.fromkeys(page for page in leaving if _is_discarded(page, places[page], discard))
         kept = [page for page in leaving if page.tier is Tier.DEVICE and page not in lost]
-        new = pool.offloaded([page.nbytes for page in kept]) + pool.discarded(page.nbytes for page in lost)
+        new = pool.outside([page.nbytes for page in kept], Tier.ASLEEP)
+        new += pool.discarded(page.nbytes for page in lost)
         _move(scheduler, [*kept, *lost], new, unmapped, [], places)
 
 
 def wake(scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
     """Map the ranges with these tags (None: all) at their addresses again, with all that they held.
 
-    Effects: waits for the device. Rows that were discarded are zeros. What is idle comes back to where it was, which
-        may be outside the device.
+    Effects: waits for the device. Rows that were discarded are zeros. What was offloaded before is so again.
     Raises:  OutOfPagesError or DriverError, with every range as it was, or awake.
     """
     pool = scheduler.pool
@@ -96,13 +96,12 @@ def wake(scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
         coming = [
             page
             for page, at in _places_of(pool).items()
-            if page.tier is not Tier.DEVICE
+            if page.tier in (Tier.ASLEEP, Tier.DISCARDED)
             and (
                 any(_wakes(range_, ptr, tags) for range_, ptr in at)
                 if at
                 else page.num_held > 0 and has_tag(PREFIX_TAG, tags)
             )
-            and not (page.tier is Tier.OFFLOADED and at and all(range_.is_idle for range_, _ in at))
         ]
         _bring_back(scheduler, coming, lambda range_, ptr: _wakes(range_, ptr, tags))
 
@@ -127,7 +126,8 @@ def offload(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> int
             and all(range_.is_idle and not range_.is_asleep for range_, _ in at)
         ]
         unmapped = [(range_, ptr, page) for page in pages for range_, ptr in places[page]]
-        _move(scheduler, pages, pool.offloaded([page.nbytes for page in pages]), unmapped, unmapped, places)
+        new = pool.outside([page.nbytes for page in pages], Tier.OFFLOADED)
+        _move(scheduler, pages, new, unmapped, unmapped, places)
         return sum(page.nbytes for page in pages)
 
 
@@ -140,7 +140,7 @@ def prefetch(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> in
     pool = scheduler.pool
     with pool.lock:
         check_can_move(pool)
-        wanted = dict.fromkeys(page for range_ in ranges for _, page in range_.places() if page.tier is Tier.OFFLOADED)
+        wanted = dict.fromkeys(page for range_ in ranges for _, page in range_.places() if page.is_outside)
         _bring_back(scheduler, list(wanted), lambda range_, ptr: False)
         return sum(page.nbytes for page in wanted)
 
@@ -264,18 +264,24 @@ def _move(
 
 
 def _map(places: Iterable[tuple[AddressRange, int, Page]]) -> None:
-    """Map pages at vacant places, those that are refused twice; raises the last refusal, with the others mapped."""
-    refused, refusal = list(places), None
-    for _ in range(2):
-        waiting, refused = refused, []
-        for range_, ptr, page in waiting:
-            try:
-                range_.occupy(ptr, page)
-            except DriverError as error:
-                refused.append((range_, ptr, page))
-                refusal = error
-    if refused and refusal is not None:
-        raise refusal
+    """Map pages at vacant places, twice those that are refused; raises the first refusal, with the others mapped."""
+    refused = []
+    for place in places:
+        try:
+            place[0].occupy(*place[1:])
+        except DriverError:
+            refused.append(place)
+    refusals: list[DriverError] = []
+    for range_, ptr, page in refused:
+        try:
+            range_.occupy(ptr, page)
+        except DriverError as error:
+            refusals.append(error)
+    try:
+        if refusals:
+            raise refusals[0]
+    finally:
+        refusals.clear()  # as in PagePool
 
 
 def _fill(scheduler: GrowthScheduler, filled: Sequence[tuple[Page, Page]], places: _Places) -> None:

@@ -25,7 +25,7 @@ from torch_vtensor.allocator._torch_compat import PoolId
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.native_allocator import Failure, NativeAllocator, Outcome, Segment, TorchPoolStats
 from torch_vtensor.allocator.page_copy import Transfer, copy_pages
-from torch_vtensor.allocator.page_pool import Page, PagePool, check_budget
+from torch_vtensor.allocator.page_pool import Page, PagePool, Tier, check_budget
 from torch_vtensor.allocator.pools import default_pool
 from torch_vtensor.allocator.tiers import has_tag
 from torch_vtensor.errors import DriverError, OutOfPagesError, VTensorError
@@ -111,7 +111,7 @@ class TorchPools:
             self._forget_freed(segments)
             going = [it for it in segments if not it.is_asleep and has_tag(self._tags[it.tag], tags)]
             plans = [[] if has_tag(self._tags[it.tag], discard) else pool.page_plan(it.nbytes) for it in going]
-            pages = pool.offloaded([size for plan in plans for size in plan])
+            pages = pool.outside([size for plan in plans for size in plan], Tier.ASLEEP)
             waiting = iter(pages)
             kept = [[next(waiting) for _ in plan] for plan in plans]
             try:

@@ -138,7 +138,7 @@ class VTensor:
     @property
     def offloaded_bytes(self) -> int:
         """Those of the committed bytes that lie outside the device."""
-        return sum(page.nbytes for page in set(self._range.pages) if page.tier is Tier.OFFLOADED)
+        return sum(page.nbytes for page in set(self._range.pages) if page.is_outside)
 
     @property
     def is_asleep(self) -> bool:
@@ -448,7 +448,7 @@ class VTensor:
         return hold
 
     def _bring_back(self) -> None:
-        is_away = any(page.tier is Tier.OFFLOADED for page in self._range.pages)
+        is_away = any(page.is_outside for page in self._range.pages)
         if is_away and not self.scheduler.pool.driver.is_capturing():
             with suppress(OutOfPagesError):  # rows outside the device can be used as well
                 self.prefetch()
