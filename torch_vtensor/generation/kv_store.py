@@ -131,6 +131,7 @@ class KVStore:
         self.num_layers = len(intervals)
         self.intervals = intervals
         self.vtensors = vtensors
+        self.pool = vtensors[0].scheduler.pool
         self.viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
         self._num_writes = [0] * self.num_layers
         self._derived: weakref.WeakValueDictionary[Hashable, KVStore] = weakref.WeakValueDictionary()
@@ -160,6 +161,14 @@ class KVStore:
         """
         for vtensor in self.vtensors:
             vtensor.commit(tokens)
+
+    def use(self) -> None:
+        """What every use begins with: rows that were offloaded come back, if there is room.
+
+        Raises: AsleepError between ``sleep`` and ``wake``.
+        """
+        for vtensor in self.vtensors:
+            vtensor.use()
 
     def commit_ahead(self) -> None:
         """Have one more page a strip mapped in the background."""

@@ -35,7 +35,7 @@ class Stats(NamedTuple):
     def __str__(self) -> str:
         lines = []
         for device, pool in self.devices.items():
-            names = ("committed", "live", "shared", "prefix", "parked", "pooled", "torch", "reserved")
+            names = ("committed", "live", "shared", "prefix", "parked", "pooled", "torch", "offloaded", "reserved")
             sizes = ", ".join(f"{name} {format_bytes(getattr(pool, name + '_bytes'))}" for name in names)
             lines.append(f"{device}: {sizes}; {pool.num_driver_calls} driver calls, {pool.num_device_waits} waits")
             lines += [
