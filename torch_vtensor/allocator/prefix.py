@@ -31,11 +31,11 @@ from torch_vtensor.allocator.page_run import PageRun, common_bound
 from torch_vtensor.allocator.prefix_loan import Lane, Source, lend
 from torch_vtensor.allocator.vtensor import VTensor
 
-__all__ = ["Lane", "Loan", "Pin", "PrefixExplanation", "PrefixStats", "PrefixTree"]
+__all__ = ["MOST_MAPPINGS", "Lane", "Loan", "Pin", "PrefixExplanation", "PrefixStats", "PrefixTree"]
 
 _KEPT_FRACTION = 4  # of the pool's limit, that prefixes may hold in all
 # Half of what a process may have: of 65,530 maps (Linux), of the about 520,000 that drivers were seen to take (CUDA).
-_MOST_MAPPINGS = {"cpu": 32_000, "cuda": 260_000}
+MOST_MAPPINGS = {"cpu": 32_000, "cuda": 260_000}
 
 
 class Loan(NamedTuple):
@@ -158,7 +158,7 @@ class PrefixTree:
         self.pool: PagePool = scheduler.pool
         self.held_bytes = 0
         self._max_bytes = max_bytes
-        self._max_mappings = _MOST_MAPPINGS[self.pool.device.type] if max_mappings is None else max_mappings
+        self._max_mappings = MOST_MAPPINGS[self.pool.device.type] if max_mappings is None else max_mappings
         self._roots: dict[Hashable, _Node] = {}
         self._num_holds: Counter[Page] = Counter()  # by the nodes of this tree: another one may hold the page as well
         self._queue: list[tuple[int, int, _Node]] = []  # every leaf, once, by when it was used; touched ones too early

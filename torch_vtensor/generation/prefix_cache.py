@@ -316,11 +316,7 @@ def lend(
         mark: of the model as it is, by ``mark_of``.
         capacity: tokens of addresses of the new rows.
     """
-    request = _Request([tokens], [0])
-    lent = _lend(model, mark, request, len(tokens) - 1, capacity)
-    counters["tokens reused"] += 0 if lent is None else lent[1].num_rows
-    counters["tokens of prompts"] += len(tokens)
-    return lent
+    return _lend(model, mark, _Request([tokens], [0]), len(tokens) - 1, capacity)
 
 
 def record(model: Any, mark: tuple[Any, ...], tokens: list[int], rows: CachedRows) -> None:
