@@ -182,7 +182,7 @@ def test_a_prefix_is_run_once_for_all_sessions(num_run: Callable[[Any], list[int
         assert counts[-1] == 30, "a prefix that is pinned stays"
         assert held < memory.live_bytes
     prefix.release()
-    assert prefix_cache.tree_of(model) is None
+    assert not prefix_cache.trees_of(model)
     for each in sessions:
         each.close()
 
