@@ -10,7 +10,7 @@ cut off, and the next turn runs what is missing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,25 +25,15 @@ from torch_vtensor.generation._transformers_compat import (
     DynamicSlidingWindowLayer,
     GenerationConfig,
     GenerationMixin,
-    effective_settings,
 )
 from torch_vtensor.generation.cache import CacheMemory, VTensorCache
 from torch_vtensor.generation.cached_rows import ROWS_BEHIND, Checkpoint, checkpoint_of, most_lendable, shorten
-from torch_vtensor.generation.decode.support import MODEL_INPUTS, why_more_than_tokens
 from torch_vtensor.generation.enable import keeps_prefixes
 from torch_vtensor.generation.report import why_all_stock
 from torch_vtensor.generation.tenant import current_salt, prefix_salt
+from torch_vtensor.generation.turns import Turn, are_messages, checked_settings, known_tokens, num_common, tokens_of
 
 __all__ = ["Prefix", "Session"]
-
-Turn = str | Sequence[int] | torch.Tensor | Mapping[str, Any]
-"""Text, for which the session needs a tokenizer; or token ids: a list, a tensor [T] or [1, T], or what a tokenizer
-returns."""
-
-_ITS_OWN = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position",
-            "past_key_values", "cache", "use_cache", "cache_implementation"}  # fmt: skip
-_OUTPUTS = {"output_attentions", "output_hidden_states"}
-_ONE_BY_ONE = ("sample", "greedy_search")
 
 
 class Prefix:
@@ -183,8 +173,8 @@ class Session:
                 "there is nothing to answer: give content, or take the answer to be given anew out of `messages`"
             )
         tokens = self._messages_ids(messages, add_generation_prompt=True)
-        num_common, num_said = _num_common(self._tokens, tokens), len(self._tokens)
-        if num_common < num_said > self._num_chatted:
+        num_same, num_said = num_common(self._tokens, tokens), len(self._tokens)
+        if num_same < num_said > self._num_chatted:
             raise ValueError(
                 f"generate() has said {num_said - self._num_chatted} tokens that are not in `messages`, so that chat "
                 f"would lose them: truncate({self._num_chatted}) takes them back; or put them into `messages`"
@@ -192,7 +182,7 @@ class Session:
         self._run(tokens, generate_kwargs)
         answer: str = self.tokenizer.decode(self._tokens[len(tokens) :].tolist(), skip_special_tokens=True)
         self._num_chatted = len(self._tokens)
-        self._answer_ends = {index: end for index, end in self._answer_ends.items() if end <= num_common}
+        self._answer_ends = {index: end for index, end in self._answer_ends.items() if end <= num_same}
         self._answer_ends[len(messages)] = self._num_chatted
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
@@ -250,7 +240,7 @@ class Session:
         """
         self._open()
         most = most_lendable(VTensorCache(config=self.model.config), 2**62)
-        tokens = self._messages_ids(turn) if _are_messages(turn) else self._ids_of(turn, is_first=True)
+        tokens = self._messages_ids(turn) if are_messages(turn) else self._ids_of(turn, is_first=True)
         if not 0 < len(tokens) <= most:
             rule = "give at least one" if len(tokens) == 0 else f"a sliding window keeps no more than {most}"
             raise ValueError(f"a prefix of {len(tokens)} tokens: {rule}")
@@ -298,7 +288,7 @@ class Session:
         cache = session._open()
         try:
             with torch.no_grad(), session_file.read(Path(path), model, len(cache.layers)) as saved:
-                session._tokens = session._checked(saved.tokens)
+                session._tokens = known_tokens(saved.tokens, model)
                 session.messages, session._num_chatted, session._answer_ends = saved.chat
                 for index in saved.layers:
                     rows = saved.rows(index)
@@ -331,15 +321,17 @@ class Session:
 
     def _run(self, tokens: torch.Tensor, generate_kwargs: dict[str, Any]) -> Any:
         """Have the model answer ``tokens`` [T], of which the cache keeps what is the same, and take up both."""
-        return self._answer(self.model, tokens, self._checked_settings(tokens, generate_kwargs))
+        if len(tokens) == 0:
+            raise ValueError("there is nothing to go on from: give the first turn at least one token")
+        return self._answer(self.model, tokens, checked_settings(self.model, generate_kwargs))
 
     def _answer(self, model: Any, tokens: torch.Tensor, generate_kwargs: dict[str, Any]) -> Any:
-        num_common = _num_common(self._tokens, tokens)
+        num_same = num_common(self._tokens, tokens)
         with prefix_salt(self._salt):
-            self._shorten(min(num_common, len(tokens) - 1))  # one has to be run, for its logits
+            self._shorten(min(num_same, len(tokens) - 1))  # one has to be run, for its logits
             if self.num_cached == 0:
                 prefix_cache.begin(self.model, self._open(), tokens.tolist())
-            num_kept = min(num_common, self.num_cached)
+            num_kept = min(num_same, self.num_cached)
             try:
                 self._checkpoint = checkpoint_of(self._open())
                 ids = tokens.to(model.device)[None]
@@ -356,32 +348,6 @@ class Session:
         is_one = all(layer.keys.shape[0] == 1 for layer in self._open().layers if layer.is_initialized)
         self._shorten(len(self._tokens) if num_over in ROWS_BEHIND and is_one else 0)
         return output
-
-    def _checked_settings(self, tokens: torch.Tensor, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """``generate_kwargs``, with which the model uses the cache; ValueError for what a session cannot do."""
-        if len(tokens) == 0:
-            raise ValueError("there is nothing to go on from: give the first turn at least one token")
-        if taken := sorted(_ITS_OWN & generate_kwargs.keys()):
-            raise ValueError(f"generate got {', '.join(taken)}, which a session brings itself: leave it out")
-        if getattr(generate_kwargs.get("generation_config"), "use_cache", None) is False:
-            raise ValueError("the generation_config says use_cache=False; a session is a cache: leave it out")
-        config, decodes_by, model_kwargs = effective_settings(self.model, generate_kwargs)
-        for name in ("num_beams", "num_return_sequences"):
-            count = getattr(config, name, None) or 1
-            if count > 1:
-                raise ValueError(f"{name} is {count}; a session is one sequence: fork({count}) makes several of it")
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-            if generate_kwargs.get(name, getattr(config, name, None)) is not None:
-                raise ValueError(
-                    f"assisted generation, by {name}, runs again what a cache holds, in transformers: leave it out"
-                )
-        if decodes_by not in _ONE_BY_ONE:
-            raise ValueError(f"the settings ask for {decodes_by}; a session decodes token by token, greedy or sampling")
-        if config.cache_implementation is not None:
-            raise ValueError(f"cache_implementation is {config.cache_implementation!r}; a session brings its own cache")
-        if (reason := why_more_than_tokens(model_kwargs, MODEL_INPUTS | _OUTPUTS)) is not None:
-            raise ValueError(f"{reason}, and a session knows again what was said by its tokens: use model.generate()")
-        return generate_kwargs if config.use_cache else {**generate_kwargs, "use_cache": True}
 
     def _num_messages_within(self, num_tokens: int) -> int:
         """How many of ``messages`` are told by the first so many tokens."""
@@ -418,18 +384,7 @@ class Session:
         return forked
 
     def _ids_of(self, turn: Any, *, is_first: bool) -> torch.Tensor:
-        if isinstance(turn, str):
-            if self.tokenizer is None:
-                raise ValueError("the turn is text, for which a session needs a tokenizer: Session(model, tokenizer)")
-            turn = self.tokenizer(turn, add_special_tokens=is_first)["input_ids"]
-        if isinstance(turn, Mapping):
-            turn = _ids_in(turn)
-        ids = turn if isinstance(turn, torch.Tensor) else _tensor_of(turn)
-        if ids.dim() == 2 and len(ids) == 1:
-            ids = ids[0]
-        if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ValueError(f"a turn is tokens [T] or [1, T], of one sequence; it is {tuple(ids.shape)} {ids.dtype}")
-        return self._checked(ids.to("cpu", torch.int64))
+        return tokens_of(turn, self.model, self.tokenizer, is_first=is_first)
 
     def _messages_ids(self, messages: Any, *, add_generation_prompt: bool = False) -> torch.Tensor:
         if self.tokenizer is None:
@@ -437,44 +392,4 @@ class Session:
         ids = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, return_dict=False
         )
-        return self._checked(torch.tensor(ids, dtype=torch.int64, device="cpu"))
-
-    def _checked(self, ids: torch.Tensor) -> torch.Tensor:
-        """Refuse tokens that the model does not know: a GPU's kernel would not survive them."""
-        num_known = self.model.get_input_embeddings().num_embeddings
-        wrong = ids[(ids < 0) | (ids >= num_known)]
-        if len(wrong):
-            raise ValueError(f"token {int(wrong[0])} is none of the model's, which go from 0 to {num_known - 1}")
-        return ids
-
-
-def _are_messages(turn: Any) -> bool:
-    return isinstance(turn, list | tuple) and len(turn) > 0 and isinstance(turn[0], dict)
-
-
-def _ids_in(encoding: Mapping[str, Any]) -> Any:
-    """The tokens of what a tokenizer returns, if it says no more than they do."""
-    mask = encoding.get("attention_mask")
-    if "input_ids" not in encoding or (mask is not None and not bool(torch.as_tensor(mask).all())):
-        raise ValueError("a turn that is a dict has input_ids, and an attention_mask of ones if any: without padding")
-    if (reason := why_more_than_tokens(dict(encoding), {"input_ids", "attention_mask"})) is not None:
-        raise ValueError(f"a turn is tokens, and of this one {reason}: leave it out")
-    return encoding["input_ids"]
-
-
-def _tensor_of(turn: Any) -> torch.Tensor:
-    try:
-        tokens = list(turn)
-        ids = torch.tensor(tokens, device="cpu") if tokens else torch.empty(0, dtype=torch.int64, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"a turn is text, or a list or tensor of token ids, not {turn!r:.60}: {error}") from error
-    if any(isinstance(token, bool) for token in tokens):
-        raise ValueError("a turn is a list of token ids: it has True or False among them")
-    return ids
-
-
-def _num_common(one: torch.Tensor, other: torch.Tensor) -> int:
-    """How many tokens both begin with."""
-    length = min(len(one), len(other))
-    differ = (one[:length] != other[:length]).nonzero()
-    return int(differ[0]) if len(differ) else length
+        return known_tokens(torch.tensor(ids, dtype=torch.int64, device="cpu"), self.model)
