@@ -49,7 +49,7 @@ clean: ## remove .venv, builds and caches
 # Made anew when what it is built from changes; Python files are used from the source tree and need nothing.
 $(READY): $(BUILT_FROM)
 	@rm -f $(VENV)/.ready*
-	$(MAKE_VENV) --extras demo,test
+	$(MAKE_VENV) --extras demo,test --wanted serving
 	@touch $@
 
 $(READY)-to-lint: $(READY)

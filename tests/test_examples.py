@@ -15,6 +15,7 @@ SHOWS = {
     "compile_backend": "1 graph compiled",
     "explicit_cache": "the same 100 tokens, at the same address: True",
     "generate": "tokens are DynamicCache's: True",
+    "serve_requests": "answers are those of generate() alone: True",
     "memory_pool": "returned to the device" if torch.cuda.is_available() else "This example needs a CUDA GPU",
     "train_with_a_plan": "plan dp1",
     "vtensor": "same address after growth: True",

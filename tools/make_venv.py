@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the environment lies")
     parser.add_argument("--extras", default="test", help="extras to install, with commas between (default: test)")
+    parser.add_argument("--wanted", metavar="EXTRAS", help="extras to install if they can be had; tests skip without")
     parser.add_argument("--torch", metavar="REQUIREMENT", help="install this torch, whatever the Python at hand has")
     arguments = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036
@@ -44,6 +45,8 @@ def main() -> None:
         extras += ",cuda"
     isolation = ["--no-build-isolation"] if succeeds(python, "import scikit_build_core") else []
     install(python, *isolation, "--editable", f"{ROOT}[{extras}]")
+    if arguments.wanted:
+        install_if_possible(python, *isolation, "--editable", f"{ROOT}[{extras},{arguments.wanted}]")
 
 
 def has_supported_torch() -> bool:
@@ -92,6 +95,14 @@ def succeeds(python: Path, code: str) -> bool:
 def install(python: Path, *requirements: str) -> None:
     """Install with pip what is not there yet."""
     run(python, "-m", "pip", "install", "--disable-pip-version-check", *requirements)
+
+
+def install_if_possible(python: Path, *requirements: str) -> None:
+    """The same, but where it cannot be had, as without a network, say so and go on."""
+    command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--retries", "1", *requirements]
+    say(shlex.join(map(str, command)))
+    if subprocess.run(command, check=False).returncode:
+        say("not all of it could be had; tests of the rest are skipped, with the reason")
 
 
 def run(*command: str | Path) -> None:

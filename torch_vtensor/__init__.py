@@ -16,7 +16,13 @@ _HOME = {
     "VTensor": "allocator.vtensor",
     "VTensorCache": "generation.cache",
     "memory": "generation.cache",
+    "offload": "generation.cache",
+    "prefetch": "generation.cache",
+    "memory_map": "allocator.memory_map",
     "memory_pool": "allocator.torch_pool",
+    "metrics": "generation.metrics",
+    "sleep": "allocator.sleeping",
+    "wake": "allocator.sleeping",
     "enable": "generation.enable",
     "enabled": "generation.enable",
     "disable": "generation.enable",
@@ -26,12 +32,16 @@ _HOME = {
     "trim": "generation.report",
     "empty_cache": "generation.report",
     "prefix_salt": "generation.tenant",
+    "AsleepError": "errors",
     "CapacityError": "errors",
+    "OffloadLimitError": "errors",
     "OutOfPagesError": "errors",
     "VTensorError": "errors",
 }
 __all__ = [
+    "AsleepError",
     "CapacityError",
+    "OffloadLimitError",
     "OutOfPagesError",
     "Session",
     "VTensor",
@@ -45,18 +55,33 @@ __all__ = [
     "explain",
     "is_enabled",
     "memory",
+    "memory_map",
     "memory_pool",
+    "metrics",
+    "offload",
+    "prefetch",
     "prefix_salt",
+    "sleep",
     "stats",
     "trim",
+    "wake",
 ]
 
 if TYPE_CHECKING:
+    from torch_vtensor.allocator.memory_map import memory_map
+    from torch_vtensor.allocator.sleeping import sleep, wake
     from torch_vtensor.allocator.torch_pool import memory_pool
     from torch_vtensor.allocator.vtensor import VTensor
-    from torch_vtensor.errors import CapacityError, OutOfPagesError, VTensorError
-    from torch_vtensor.generation.cache import VTensorCache, memory
+    from torch_vtensor.errors import (
+        AsleepError,
+        CapacityError,
+        OffloadLimitError,
+        OutOfPagesError,
+        VTensorError,
+    )
+    from torch_vtensor.generation.cache import VTensorCache, memory, offload, prefetch
     from torch_vtensor.generation.enable import disable, enable, enabled, is_enabled
+    from torch_vtensor.generation.metrics import metrics
     from torch_vtensor.generation.report import empty_cache, explain, stats, trim
     from torch_vtensor.generation.session import Session
     from torch_vtensor.generation.tenant import prefix_salt

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 __all__ = [
+    "AsleepError",
     "CapacityError",
     "ClosedError",
     "DriverError",
     "ForkedProcessError",
+    "OffloadLimitError",
     "OutOfPagesError",
     "VTensorError",
 ]
@@ -57,6 +59,25 @@ class CapacityError(VTensorError, ValueError):
         super().__init__(
             f"{asked_rows} rows do not fit the reserved capacity of {capacity}. Reserving costs addresses, not memory: "
             f"create the tensor with capacity >= {asked_rows}."
+        )
+
+
+class AsleepError(VTensorError):
+    """A VTensor was used between ``sleep()`` and ``wake()``."""
+
+
+class OffloadLimitError(VTensorError):
+    """More was to be offloaded than may be; everything stays where it was."""
+
+    def __init__(self, device: torch.device, asked_bytes: int, offloaded_bytes: int, limit_bytes: int) -> None:
+        self.device = device
+        self.asked_bytes = asked_bytes
+        self.offloaded_bytes = offloaded_bytes
+        self.limit_bytes = limit_bytes
+        super().__init__(
+            f"{_mib(asked_bytes)} more of {device} cannot be offloaded with {_mib(offloaded_bytes)} offloaded, and the "
+            f"limit is {_mib(limit_bytes)}. Raise it (TORCH_VTENSOR_OFFLOAD_BYTES), or discard what can be computed "
+            "again (sleep(discard=...))."
         )
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 KIB = 1024
@@ -23,7 +24,7 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 class Settings:
     """What a process starts with; arguments given in code come before these.
 
-    Units:   budget_bytes, page_bytes bytes; log_level as in `logging`.
+    Units:   budget_bytes, page_bytes, offload_bytes bytes; log_level as in `logging`.
     """
 
     enable: bool = False
@@ -34,6 +35,18 @@ class Settings:
 
     page_bytes: int = 64 * KIB
     """TORCH_VTENSOR_PAGE_BYTES: page of the host driver. A CUDA device names its own."""
+
+    offload_bytes: int | None = None
+    """TORCH_VTENSOR_OFFLOAD_BYTES: most bytes outside a device that its pages may be offloaded to; None: no limit."""
+
+    offload_folder: str = "/var/tmp"
+    """TORCH_VTENSOR_OFFLOAD_FOLDER: where the unnamed file for offloaded pages of the CPU is; best on a disk."""
+
+    status: bool = True
+    """TORCH_VTENSOR_STATUS: whether other processes can see, and limit, what this one holds (`top`, `limit`)."""
+
+    nvtx: bool = False
+    """TORCH_VTENSOR_NVTX: whether profiles that read NVTX show the calls of a GPU's memory driver as ranges."""
 
     log_level: int = logging.WARNING
     """TORCH_VTENSOR_LOG: level of the `torch_vtensor` logger."""
@@ -73,6 +86,14 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         except ValueError as error:
             raise ValueError(f"{_PREFIX}{name}={text}: {error}") from None
     return settings
+
+
+def status_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """Where this user's processes have their status files (`torch_vtensor.status`): in memory, and theirs alone."""
+    runtime = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR", "")
+    if runtime and Path(runtime).is_dir():
+        return Path(runtime) / "torch_vtensor"
+    return Path(f"/dev/shm/torch_vtensor-{os.getuid()}")
 
 
 def parse_bytes(text: str) -> int:
@@ -119,5 +140,9 @@ _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "ENABLE": ("enable", _parse_switch),
     "BUDGET_BYTES": ("budget_bytes", parse_bytes),
     "PAGE_BYTES": ("page_bytes", parse_bytes),
+    "OFFLOAD_BYTES": ("offload_bytes", parse_bytes),
+    "OFFLOAD_FOLDER": ("offload_folder", str),
+    "STATUS": ("status", _parse_switch),
+    "NVTX": ("nvtx", _parse_switch),
     "LOG": ("log_level", _parse_log_level),
 }

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
-from scripted_drivers import PAGE
+from scripted_drivers import OFFLOAD_FOLDER, PAGE
 from vtensors import MakeScheduler, assert_all_given_back
 
 from torch_vtensor.allocator.driver import Driver
@@ -31,7 +31,7 @@ def make_scheduler() -> Iterator[MakeScheduler]:
     def make(
         driver: Driver | None = None, budget_bytes: int | None = None, idle_bytes: int | None = None
     ) -> GrowthScheduler:
-        scheduler = GrowthScheduler(PagePool(driver or HostDriver(PAGE), budget_bytes), idle_bytes)
+        scheduler = GrowthScheduler(PagePool(driver or HostDriver(PAGE, OFFLOAD_FOLDER), budget_bytes), idle_bytes)
         made.append(scheduler)
         return scheduler
 

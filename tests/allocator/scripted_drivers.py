@@ -6,6 +6,7 @@ from torch_vtensor.allocator.host_driver import HostDriver
 from torch_vtensor.errors import DriverError
 
 PAGE = 4096
+OFFLOAD_FOLDER = "/dev/shm"  # a disk takes milliseconds for every page that is given back
 
 
 class ManualFence:
@@ -32,7 +33,7 @@ class ManualDriver(HostDriver):
     """Host memory under a device whose work ends, and whose stream is captured, when the test says so."""
 
     def __init__(self, page_bytes: int = PAGE) -> None:
-        super().__init__(page_bytes)
+        super().__init__(page_bytes, OFFLOAD_FOLDER)
         self.fences: list[ManualFence] = []
         self.capturing = False
         self.graph_owners: list[object] = []
@@ -65,7 +66,7 @@ class FailingDriver(HostDriver):
     """Refuses the calls on memory number ``fail_at`` to ``fail_at + num_failures - 1``, counted from 0."""
 
     def __init__(self, fail_at: int | None = None, num_failures: int = 1, code: str = "EIO") -> None:
-        super().__init__(PAGE)
+        super().__init__(PAGE, OFFLOAD_FOLDER)
         self.calls: list[str] = []
         self.refused: list[str] = []
         self.fail_at, self._num_failures, self._code = fail_at, num_failures, code
@@ -88,6 +89,14 @@ class FailingDriver(HostDriver):
     def create(self, nbytes: int) -> int:
         self._count("create", nbytes)
         return super().create(nbytes)
+
+    def create_offloaded(self, nbytes: int) -> int:
+        self._count("create_offloaded", nbytes)
+        return super().create_offloaded(nbytes)
+
+    def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
+        self._count("copy", nbytes)
+        super().copy(target_ptr, source_ptr, nbytes)
 
     def destroy(self, handle: int, nbytes: int) -> None:
         self._count("destroy", nbytes)

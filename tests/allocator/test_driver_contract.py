@@ -147,6 +147,51 @@ def test_memory_is_taken_by_create_and_returned_by_destroy(driver: Driver) -> No
     assert taken_bytes(driver, before) == 0
 
 
+def test_offloaded_memory_is_outside_the_device_and_maps_like_any_other(driver: Driver) -> None:
+    size = driver.page_sizes[-1]
+    before = free_bytes(driver)
+    with reserved(driver, 2 * size) as ptr:
+        handle, other = driver.create_offloaded(size), driver.create_offloaded(driver.page_sizes[0])
+        assert taken_bytes(driver, before) == 0
+        with mapped(driver, ptr, size, handle) as view:
+            view.copy_(torch.arange(size, device=driver.device).to(torch.uint8))
+            with mapped(driver, ptr + size, size, handle) as same:
+                assert torch.equal(view, same)
+            assert taken_bytes(driver, before) == 0
+        with page(driver, size) as inside, mapped(driver, ptr + size, size, inside) as neighbour:
+            neighbour.fill_(3)
+            with mapped(driver, ptr, size, handle):  # one tensor over memory of both kinds
+                whole = driver.tensor(ptr, 2 * size, Owner())
+                assert torch.equal(whole[:size], torch.arange(size, device=driver.device).to(torch.uint8))
+                assert whole[size:].unique().tolist() == [3]
+                whole[size - 100 : size + 100] += 1
+                assert whole[size - 1].item() == 0
+                assert whole[size].item() == 4
+        for it, nbytes in ((handle, size), (other, driver.page_sizes[0])):
+            driver.destroy(it, nbytes)
+    if isinstance(driver, HostDriver):
+        assert driver.offloaded_bytes() == 0
+
+
+def test_copies_go_between_the_device_and_offloaded_memory(driver: Driver) -> None:
+    size = driver.page_sizes[0]
+    with reserved(driver, 3 * size) as ptr, page(driver, size) as first, page(driver, size) as last:
+        handle = driver.create_offloaded(size)
+        with (
+            mapped(driver, ptr, size, first) as source,
+            mapped(driver, ptr + size, size, handle) as kept,
+            mapped(driver, ptr + 2 * size, size, last) as target,
+        ):
+            source.copy_((torch.arange(size, device=driver.device) * 7).to(torch.uint8))
+            expected = source.clone()
+            driver.copy(ptr + size, ptr, size)
+            source.zero_()  # behind the copy
+            driver.copy(ptr + 2 * size, ptr + size, size)
+            assert torch.equal(target, expected)
+            assert torch.equal(kept, expected)
+        driver.destroy(handle, size)
+
+
 @pytest.mark.parametrize("driver", HOST, indirect=True)
 def test_a_hole_reads_as_zeros(driver: Driver) -> None:
     size = driver.page_sizes[0]

@@ -13,7 +13,7 @@ from scripted_drivers import PAGE, FailingDriver
 from sequences import LANES, SALTS, check, close, expected_rows
 
 from torch_vtensor.allocator.growth import GrowthScheduler
-from torch_vtensor.allocator.page_pool import PagePool
+from torch_vtensor.allocator.page_pool import PagePool, Tier
 from torch_vtensor.allocator.prefix import Pin, PrefixTree
 from torch_vtensor.allocator.vtensor import VTensor
 from torch_vtensor.errors import DriverError, OutOfPagesError
@@ -178,6 +178,23 @@ class PrefixMachine(RuleBasedStateMachine):
         elif self.tensors:
             close(self.tensors.pop(0).vtensors)
 
+    @precondition(lambda self: self.tensors)
+    @rule(data=st.data(), what=st.sampled_from(["offload", "offload when needed", "prefetch"]))
+    def move(self, data: st.DataObject, what: str) -> None:
+        for vtensor in self.pick(data).vtensors:
+            with self.may_be_refused():
+                if what == "prefetch":
+                    vtensor.prefetch()
+                else:
+                    vtensor.offload(when_needed=what == "offload when needed")
+
+    @rule()
+    def sleep_and_wake(self) -> None:
+        for step in (self.scheduler.sleep, self.scheduler.wake):
+            with self.may_be_refused():
+                step()
+        self.scheduler.wake()  # if that was refused: there is room for what was there
+
     def pick(self, data: st.DataObject) -> Modelled:
         return self.tensors[data.draw(st.sampled_from(range(len(self.tensors))))]
 
@@ -215,7 +232,8 @@ class PrefixMachine(RuleBasedStateMachine):
         assert min(parts) >= 0
         assert sum(parts) == stats.committed_bytes == self.driver.physical_bytes()
         live = {page for it in self.tensors for vtensor in it.vtensors for page in vtensor._range.pages}
-        assert stats.live_bytes == sum(page.nbytes for page in live)
+        assert stats.live_bytes == sum(page.nbytes for page in live if page.tier is Tier.DEVICE)
+        assert stats.offloaded_bytes >= sum(page.nbytes for page in live if page.is_outside)
         if fail_at is not None:
             self.driver.fail_at = fail_at + len(self.driver.calls) - num_calls
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from fake_cuda import LARGE_PAGE, PAGE, FakeCuda, FakeDriver, TorchCalls, build
-from fake_torch import FakeTorch
+from fake_torch import FakeTensor, FakeTorch
 
 from torch_vtensor.allocator import _torch_compat, torch_pool
+from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.native_allocator import NativeAllocator
 from torch_vtensor.allocator.page_pool import PagePool
 from torch_vtensor.allocator.torch_pool import memory_pool, release_idle, torch_pool_stats
@@ -268,6 +269,120 @@ def test_released_pools_are_made_anew(fake_torch: FakeTorch) -> None:
             fake_torch.empty(PAGE)
         assert release_idle() == PAGE
         assert fake_torch.num_pools_made == num_made
+
+
+@pytest.fixture
+def scheduler(pool: PagePool) -> GrowthScheduler:
+    return GrowthScheduler(pool)
+
+
+SIZES = (PAGE, 20 * 2**20, LARGE_PAGE + 3 * PAGE)
+
+
+def make_weights(fake_torch: FakeTorch, fake: FakeCuda, tag: str = "weights") -> list[tuple[FakeTensor, int, int]]:
+    """Tensors in segments of their own, with what their first page holds."""
+    made = []
+    with memory_pool(tag=tag):
+        for nbytes in SIZES:
+            tensor = fake_torch.empty(nbytes)
+            assert tensor is not None
+            content = 1000 * len(made) + len(tag)
+            fake.write(tensor.address, nbytes, content)
+            made.append((tensor, nbytes, content))
+    return made
+
+
+def holds(fake: FakeCuda, made: list[tuple[FakeTensor, int, int]]) -> bool:
+    return all(
+        fake.read(tensor.address, nbytes) == list(range(content, content + len(fake.read(tensor.address, nbytes))))
+        for tensor, nbytes, content in made
+    )
+
+
+def test_tensors_sleep_and_wake_by_tag(
+    fake_torch: FakeTorch, fake: FakeCuda, pool: PagePool, scheduler: GrowthScheduler
+) -> None:
+    weights, others = make_weights(fake_torch, fake), make_weights(fake_torch, fake, "adapter")
+    nbytes = sum(SIZES)
+    assert scheduler.sleep(["weights"]) == nbytes == pool.offloads.used_bytes
+    assert (pool.ledger.torch_bytes, torch_pool_stats().asleep_bytes) == (nbytes, nbytes)
+    assert holds(fake, others)
+    assert scheduler.sleep(["weights"]) == 0
+    assert scheduler.sleep() == nbytes
+    assert pool.ledger.committed_bytes == 0
+    assert scheduler.wake() == 2 * nbytes
+    assert (pool.offloads.used_bytes, torch_pool_stats().asleep_bytes) == (0, 0)
+    assert holds(fake, weights)
+    assert holds(fake, others)
+    scheduler.sleep(discard=["adapter"])
+    scheduler.wake()
+    assert holds(fake, weights)
+    assert not any(content for tensor, nbytes, _ in others for content in fake.read(tensor.address, nbytes))
+    scheduler.trim()
+
+
+def test_tensors_that_die_asleep_leave_nothing(
+    fake_torch: FakeTorch, fake: FakeCuda, pool: PagePool, scheduler: GrowthScheduler
+) -> None:
+    weights = make_weights(fake_torch, fake)
+    scheduler.sleep()
+    del weights[1:]
+    release_idle()
+    assert scheduler.wake() == SIZES[0]
+    assert holds(fake, weights)
+    assert pool.offloads.used_bytes == 0
+    scheduler.trim()
+
+
+def test_waking_makes_room_and_without_any_changes_nothing(
+    fake_torch: FakeTorch, fake: FakeCuda, pool: PagePool, scheduler: GrowthScheduler
+) -> None:
+    weights = make_weights(fake_torch, fake)
+    scheduler.sleep()
+    pool.budget_bytes = sum(SIZES)
+    taken = pool.acquire([LARGE_PAGE, PAGE])
+    with pytest.raises(OutOfPagesError) as caught:
+        scheduler.wake()
+    assert caught.value.budget_bytes == sum(SIZES)
+    assert torch_pool_stats().asleep_bytes == sum(SIZES)
+    pool.drop(taken)
+    with memory_pool():
+        fake_torch.empty(LARGE_PAGE)  # dead at once, but cached
+    scheduler.wake()
+    assert holds(fake, weights)
+    scheduler.trim()
+
+
+def test_every_call_of_sleeping_and_waking_may_fail(
+    fake_torch: FakeTorch, fake: FakeCuda, pool: PagePool, scheduler: GrowthScheduler
+) -> None:
+    """The segments are as they were, or awake, and trying again works."""
+    weights = make_weights(fake_torch, fake)
+    for sleeps in (True, False) * 2:
+        nth, failed = 0, True
+        while failed:
+            nth += 1
+            fake.fail(nth)
+            step = scheduler.sleep if sleeps else scheduler.wake
+            try:
+                step()
+            except (DriverError, OutOfPagesError):
+                failed = fake.fail_nothing()
+                assert failed
+                asleep_bytes = torch_pool_stats().asleep_bytes
+                assert asleep_bytes == 0 or not sleeps
+                scheduler.settle()
+                scheduler.reap()
+                if sleeps:
+                    assert holds(fake, weights)
+            else:
+                failed = fake.fail_nothing()
+                if failed:  # it failed where that does no harm
+                    (scheduler.wake if sleeps else scheduler.sleep)()
+        assert (torch_pool_stats().asleep_bytes > 0) is sleeps
+    assert holds(fake, weights)
+    scheduler.settle()
+    scheduler.trim()
 
 
 def test_capture_and_other_backends_are_refused(fake_torch: FakeTorch, monkeypatch: pytest.MonkeyPatch) -> None:

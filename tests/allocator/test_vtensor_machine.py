@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from scripted_drivers import PAGE
+from scripted_drivers import OFFLOAD_FOLDER, PAGE
 from strategies import TensorSpec, budgets, row_counts, tensor_specs
 
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.host_driver import HostDriver
-from torch_vtensor.allocator.page_pool import PagePool
+from torch_vtensor.allocator.page_pool import PagePool, Tier
 from torch_vtensor.allocator.vtensor import VTensor
 from torch_vtensor.errors import CapacityError, OutOfPagesError
 
@@ -42,7 +42,7 @@ class VTensorMachine(RuleBasedStateMachine):
 
     @initialize(budget_bytes=budgets(PAGE), idle_pages=st.sampled_from([0, 10, 10_000]))
     def make_scheduler(self, budget_bytes: int | None, idle_pages: int) -> None:
-        self.driver = HostDriver(PAGE)
+        self.driver = HostDriver(PAGE, OFFLOAD_FOLDER)
         self.scheduler = GrowthScheduler(PagePool(self.driver, budget_bytes), idle_pages * PAGE)
         self.tensors: list[Modelled] = []
         self.views: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -185,6 +185,42 @@ class VTensorMachine(RuleBasedStateMachine):
             self.memory_really_was_short(error)
         assert vtensor.data_ptr == address
 
+    @precondition(lambda self: self.tensors)
+    @rule(data=st.data(), when_needed=st.booleans())
+    def offload(self, data: st.DataObject, when_needed: bool) -> None:
+        vtensor = self.pick(data).vtensor
+        address = vtensor.data_ptr
+        vtensor.offload(when_needed=when_needed)
+        assert vtensor.is_idle
+        assert vtensor.data_ptr == address
+
+    @precondition(lambda self: self.tensors)
+    @rule(data=st.data())
+    def prefetch(self, data: st.DataObject) -> None:
+        vtensor = self.pick(data).vtensor
+        try:
+            vtensor.prefetch()
+        except OutOfPagesError as error:
+            self.memory_really_was_short(error)
+        else:
+            assert vtensor.offloaded_bytes == 0
+
+    @precondition(lambda self: self.tensors)
+    @rule()
+    def sleep_and_wake(self) -> None:
+        self.scheduler.sleep()
+        assert self.scheduler.stats().committed_bytes == 0
+        assert self.driver.physical_bytes() == 0
+        assert all(it.vtensor.is_asleep == (it.vtensor.num_pages > 0) for it in self.tensors)
+        budget_bytes = self.scheduler.pool.budget_bytes
+        try:
+            self.scheduler.wake()
+        except OutOfPagesError as error:  # the budget was lowered since
+            self.memory_really_was_short(error)
+            self.scheduler.pool.budget_bytes = None
+            self.scheduler.wake()
+            self.scheduler.pool.budget_bytes = budget_bytes
+
     @invariant()
     def every_tensor_holds_its_rows(self) -> None:
         for it in self.tensors:
@@ -209,8 +245,11 @@ class VTensorMachine(RuleBasedStateMachine):
         assert min(parts) >= 0
         assert sum(parts) == stats.committed_bytes == self.driver.physical_bytes()
         uses = Counter(page for it in self.tensors for page in it.vtensor._range.pages)
-        live_bytes = sum(page.nbytes for page in uses)
-        shared_bytes = sum(page.nbytes for page, num_uses in uses.items() if num_uses > 1)
+        live_bytes = sum(page.nbytes for page in uses if page.tier is Tier.DEVICE)
+        shared_bytes = sum(page.nbytes for page, num_uses in uses.items() if num_uses > 1 and page.tier is Tier.DEVICE)
+        offloaded_bytes = sum(page.nbytes for page in uses if page.is_outside)
+        assert stats.offloaded_bytes >= offloaded_bytes
+        assert self.views or stats.offloaded_bytes == offloaded_bytes
         # Views of closed tensors, and of addresses left behind, hold more.
         assert stats.live_bytes >= live_bytes
         assert stats.shared_bytes >= shared_bytes

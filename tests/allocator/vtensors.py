@@ -25,7 +25,7 @@ def assert_all_given_back(scheduler: GrowthScheduler) -> None:
     assert (stats.committed_bytes, stats.reserved_bytes, stats.live_bytes, stats.pooled_bytes) == (0, 0, 0, 0), stats
     driver = scheduler.pool.driver.inner
     if isinstance(driver, HostDriver):
-        assert driver.physical_bytes() == 0
+        assert (driver.physical_bytes(), driver.offloaded_bytes()) == (0, 0)
 
 
 def pages(scheduler: GrowthScheduler, num_rows: int, capacity: int = 100, **options: int) -> VTensor:

@@ -25,31 +25,33 @@ from transformers.generation import EosTokenCriteria
 import torch_vtensor
 from torch_vtensor.errors import OutOfPagesError
 from torch_vtensor.generation import shared_reads
-from torch_vtensor.generation.decode import loop, program
+from torch_vtensor.generation.decode import graphs, loop, program
+from torch_vtensor.generation.decode import step as step_module
 
 
 @pytest.fixture(autouse=True)
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step as it is, except in slow tests; and programs of this test alone."""
     if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(program, "_compile", lambda forward: forward)
-        monkeypatch.setattr(program, "_compile_parts", lambda twin: None)
+        monkeypatch.setattr(graphs, "compile_step", lambda forward: forward)
+        monkeypatch.setattr(graphs, "compile_parts", lambda twin: None)
     monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
     monkeypatch.setattr(loop, "_refused", weakref.WeakSet())
     monkeypatch.setattr(loop, "_prompts_refused", weakref.WeakSet())
+    monkeypatch.setattr(loop, "_sharing_refused", weakref.WeakSet())
 
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was captured, in order."""
     captured: list[Any] = []
-    capture = program._capture
+    capture = graphs.capture
 
     def noted(run: Any, *args: Any) -> Any:
         captured.append(run)
         return capture(run, *args)
 
-    monkeypatch.setattr(program, "_capture", noted)
+    monkeypatch.setattr(graphs, "capture", noted)
     return captured
 
 
@@ -384,9 +386,39 @@ def test_what_forks_share_is_told_to_the_operator(memory: Memory, monkeypatch: p
     (made,) = programs_of(model)
     (shared,) = {id(group.shared): group.shared for group in made.step.groups}.values()
     assert shared is not None
-    assert shared.groups.tolist() == [[0, 1, 2, -1], [3, 4, 5, -1]]
+    assert shared.groups.tolist() == [[0, 1, 2, *[-1] * 3], [3, 4, 5, *[-1] * 3], [-1] * 6]
     assert 0 < shared.num_shared[0] <= 130
     assert len(set(shared.num_shared.tolist())) == 1
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_a_step_that_cannot_read_once_what_is_shared(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads it for each; steps of other calls are not concerned."""
+    monkeypatch.setattr(shared_reads, "_SHARES_READS", {"cpu"})
+    monkeypatch.setattr(shared_reads, "_LEAST_SAVED_BYTES", 1)
+    attend, num_tries = step_module.cached_attention, 0
+
+    def refuse(*args: Any, groups: Any = None, num_shared: Any = None, **options: Any) -> Any:
+        nonlocal num_tries
+        if groups is not None:
+            num_tries += 1
+            raise ValueError("no such kernel")
+        return attend(*args, **options)
+
+    monkeypatch.setattr(step_module, "cached_attention", refuse)
+    model, ids = model_of("llama"), prompt(1, 130)["input_ids"].repeat(2, 1)
+    inputs = {"input_ids": torch.cat([ids, torch.tensor([[3], [4]])], dim=1), "attention_mask": torch.ones(2, 131)}
+    answers = []
+    for compiles in (False, True, True):
+        with torch_vtensor.enabled(compile=compiles), torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            model(input_ids=ids[:1], past_key_values=cache)
+            cache.batch_repeat_interleave(2)
+            answers.append(generate(model, inputs, past_key_values=cache))
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+    assert not reasons(memory)
+    assert num_tries == 1
 
 
 def test_tokens_that_were_cut_off_are_no_part_of_what_follows(memory: Memory) -> None:
@@ -514,7 +546,7 @@ def test_a_step_that_cannot_be_compiled(
     }  # fmt: skip
     theirs, their_streamer = generate(model, prompt(3), **options), Streamer()
     generate(model, prompt(1), streamer=their_streamer)
-    monkeypatch.setattr(program, "_compile", broken)
+    monkeypatch.setattr(graphs, "compile_step", broken)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(compiled(model, prompt(3), **options), theirs)
         assert torch.equal(compiled(model, prompt(3), **options), theirs)
@@ -552,7 +584,7 @@ def test_a_prompt_in_chunks_and_a_step_that_cannot_be_compiled(monkeypatch: pyte
     model = model_of("llama")
     theirs = generate(model, prompt(2), prefill_chunk_size=50)
     assert torch.equal(compiled(model, prompt(2), prefill_chunk_size=50), theirs)
-    monkeypatch.setattr(program, "_compile", None)
+    monkeypatch.setattr(graphs, "compile_step", None)
     monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
     assert torch.equal(compiled(model, prompt(2), prefill_chunk_size=50), theirs)
 

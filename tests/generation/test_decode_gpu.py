@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import torch_vtensor
 from torch_vtensor.allocator.cuda_driver import CudaDriver
 from torch_vtensor.generation import shared_reads
-from torch_vtensor.generation.decode import program
+from torch_vtensor.generation.decode import graphs, program
 
 # Pages are 2 MiB on CUDA whatever the fixture's setting says; the decoding is the same in both of its layouts.
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("memory", ["token-major"], indirect=True)]
@@ -134,8 +134,8 @@ def test_memory_grows_under_one_graph_and_another_cache_uses_it(
     memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captures: list[Any] = []
-    capture = program._capture
-    monkeypatch.setattr(program, "_capture", lambda run, *args: (captures.append(run), capture(run, *args))[1])
+    capture = graphs.capture
+    monkeypatch.setattr(graphs, "capture", lambda run, *args: (captures.append(run), capture(run, *args))[1])
     model = wide()
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     theirs = [generate(model, 2, tokens, new_tokens=500) for tokens in (100, 160)]
@@ -183,7 +183,7 @@ def test_forks_read_what_they_share_once(memory: Memory, monkeypatch: pytest.Mon
             del cache
     assert torch.equal(*answers)
     assert not reasons(memory)
-    assert [tables for _, _, tables in program.traced_model(model)._programs] == [(None,), ((1, 8),)]
+    assert [shares for _, _, shares in program.traced_model(model)._programs] == [(False,), (True,)]
 
 
 def test_threads_on_streams_of_their_own(memory: Memory) -> None:

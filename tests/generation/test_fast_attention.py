@@ -272,7 +272,7 @@ def test_slots_in_the_same_pages_are_told_to_the_operator(monkeypatch: pytest.Mo
                 del cache
         check_same(*answers)
     groups, num_shared = told[0]
-    assert groups.tolist() == [[0, 1, 2, -1], [3, 4, 5, -1]]
+    assert groups.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert len(set(num_shared.tolist())) == 1
     assert 40 < num_shared[0] <= 130
     assert told[3][0] is groups, "one table serves all layers and steps"

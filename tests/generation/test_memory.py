@@ -117,7 +117,7 @@ def test_memory_knows_stock_caches_and_the_parts_of_an_encoder_decoder(memory: M
     stock = DynamicCache()
     grow(stock, 500)
     found = torch_vtensor.memory(stock)
-    assert found == (500 * TOKEN_BYTES, 0, 0, 0, 500 * TOKEN_BYTES)
+    assert found == (500 * TOKEN_BYTES, 0, 0, 0, 500 * TOKEN_BYTES, 0)
     with torch_vtensor.enabled():
         out = generate(model_of("t5"), FAMILIES["t5"].inputs(2), 20)
         cache, found = out.past_key_values, torch_vtensor.memory(out.past_key_values)

@@ -6,17 +6,20 @@
     0         committed_bytes     strip_bytes          (offsets, the same in every strip)
 
 A range has one or more equal strips that grow in step, each from its own start: the rows of one slot, or of one head.
+
+While a range sleeps, pages that back it are not mapped: their places are vacant. What is mapped at a page's place is
+the memory that the page has now, because a page changes its memory only while it is mapped nowhere.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 
 from torch_vtensor.allocator.driver import round_up
-from torch_vtensor.allocator.page_pool import Page, PagePool
+from torch_vtensor.allocator.page_pool import Page, PagePool, Tier
 from torch_vtensor.allocator.page_run import PageRun
 from torch_vtensor.errors import DriverError
 
@@ -33,13 +36,20 @@ class AddressRange:
         num_strips: how many parts grow in step.
         strip_bytes: addresses a strip; rounded up to whole pages.
         salt: the tenant whose memory it is.
+        tag: by which it can be put to sleep apart from others.
 
     Raises: DriverError if the addresses cannot be had.
     """
 
-    def __init__(self, pool: PagePool, num_strips: int, strip_bytes: int, salt: Hashable = None) -> None:
+    def __init__(
+        self, pool: PagePool, num_strips: int, strip_bytes: int, salt: Hashable = None, tag: str = "kv_cache"
+    ) -> None:
         self.pool = pool
         self.salt = salt
+        self.tag = tag
+        self.is_idle = False
+        """Whether its memory may leave the device when that is short of memory: nobody uses it for now."""
+        self.idle_since = 0
         self.num_strips = num_strips
         self.strip_bytes = round_up(strip_bytes, pool.page_bytes)
         self.reserved_bytes = self.num_strips * self.strip_bytes
@@ -52,7 +62,11 @@ class AddressRange:
         self._bounds = [0]  # page i of every strip backs offsets [_bounds[i], _bounds[i + 1])
         self._pages: list[list[Page]] = [[] for _ in range(num_strips)]
         self._strays: list[tuple[int, Page]] = []  # mapped, but not (yet) part of the range
+        self._vacant: dict[int, bool] = {}  # places whose page is not usable there; True: it is mapped, without access
         self.base_ptr = pool.driver.reserve(self.reserved_bytes)
+        pool.tags.add(tag)
+        pool.reserved_bytes += self.reserved_bytes
+        pool.ranges[next(pool.range_numbers)] = self
 
     @property
     def head_bytes(self) -> int:
@@ -74,6 +88,48 @@ class AddressRange:
         """Every page that this range maps, strip by strip."""
         return [page for strip in self._pages for page in strip]
 
+    @property
+    def is_asleep(self) -> bool:
+        """True while a page that backs it is not mapped."""
+        return bool(self._vacant)
+
+    @property
+    def is_on_device(self) -> bool:
+        """True while the device has all of its pages, mapped."""
+        return not self._vacant and all(page.tier is Tier.DEVICE for page in self.pages)
+
+    def places(self) -> Iterator[tuple[int, Page]]:
+        """The address of every page of this range, vacant ones included."""
+        for strip, pages in enumerate(self._pages):
+            for offset, page in zip(self._bounds, pages, strict=False):
+                yield self._address(strip, offset), page
+
+    def is_vacant(self, ptr: int) -> bool:
+        """Whether the page that belongs at ``ptr`` is not mapped there."""
+        return ptr in self._vacant
+
+    def vacate(self, ptr: int, page: Page) -> None:
+        """Unmap the page at ``ptr``, whose place it stays.
+
+        Raises: DriverError, with the page still mapped.
+        """
+        if self._vacant.get(ptr, True):
+            self.pool.driver.unmap(ptr, page.nbytes)
+            self.pool.num_mappings -= 1
+            self._vacant[ptr] = False
+
+    def occupy(self, ptr: int, page: Page) -> None:
+        """Map the page at ``ptr`` again.
+
+        Raises: DriverError, with the place still vacant.
+        """
+        self.vacate(ptr, page)  # what an earlier failure left without access
+        self.pool.driver.map(ptr, page.nbytes, page.handle)
+        self.pool.num_mappings += 1
+        self._vacant[ptr] = True
+        self.pool.driver.set_access(ptr, page.nbytes)
+        del self._vacant[ptr]
+
     def commit(self, nbytes: int, *, ahead: bool = False) -> None:
         """Back every strip up to offset ``nbytes`` (rounded up to a page) with pages of its own.
 
@@ -85,7 +141,7 @@ class AddressRange:
         with self.pool.lock:  # from here on, as the scheduler's thread may be committing too
             assert self.reserved_bytes > 0, "a detached head does not grow"
             missing = min(nbytes, self.strip_bytes) - self.committed_bytes
-            if missing <= 0:
+            if missing <= 0 or (ahead and self.is_asleep):
                 return
             self._unmap_strays()
             plan = self.pool.page_plan(missing)
@@ -140,14 +196,17 @@ class AddressRange:
                 return None
             head = AddressRange.__new__(AddressRange)
             head.pool, head.num_strips, head.strip_bytes = self.pool, self.num_strips, self.strip_bytes
-            head.salt = self.salt
+            head.salt, head.tag = self.salt, self.tag
+            head.is_idle, head.idle_since = self.is_idle, self.idle_since
             head.base_ptr, head.reserved_bytes = self.base_ptr, 0
             head.num_heads, head._rest = 0, self
             head._bounds = self._bounds[: num_pages + 1]
             head._pages, head._strays = [strip[:num_pages] for strip in self._pages], []
             self._bounds = self._bounds[num_pages:]
             self._pages = [strip[num_pages:] for strip in self._pages]
+            head._vacant = {ptr: self._vacant.pop(ptr) for ptr, _ in head.places() if ptr in self._vacant}
             self.num_heads += 1
+            self.pool.ranges[next(self.pool.range_numbers)] = head
             return head
 
     def exclusive_from(self) -> int:
@@ -181,12 +240,18 @@ class AddressRange:
         with self.pool.lock:
             self._unmap_strays()
             start, nbytes = self.head_bytes, self.committed_bytes - self.head_bytes
+            at_once = self.is_on_device
+            if not at_once:  # what is mapped of them, one by one: no call for memory of two kinds
+                for ptr, page in self.places():
+                    self.vacate(ptr, page)
             for strip, pages in enumerate(self._pages):
                 if pages:
-                    self.pool.driver.unmap(self._address(strip, start), nbytes)
+                    if at_once:
+                        self.pool.driver.unmap(self._address(strip, start), nbytes)
+                        self.pool.num_mappings -= len(pages)
                     self._pages[strip] = []
-                    self.pool.num_mappings -= len(pages)
                     self.pool.drop(pages)
+            self._vacant.clear()
             self._bounds = [0]
 
     def release(self) -> int:
@@ -195,6 +260,7 @@ class AddressRange:
         released_bytes = self.reserved_bytes
         if released_bytes:
             self.pool.driver.release(self.base_ptr, released_bytes)
+            self.pool.reserved_bytes -= released_bytes
         self.reserved_bytes = 0
         if self._rest is not None:
             self._rest.num_heads -= 1
@@ -237,11 +303,15 @@ class AddressRange:
                     driver.map(self._address(strip, offset), page.nbytes, page.handle)
                     self._strays.append((self._address(strip, offset), unmapped.pop()))
                     self.pool.num_mappings += 1
-                driver.set_access(self._address(strip, start), bounds[-1] - start)
+                if all(page.tier is Tier.DEVICE for page in strip_pages):
+                    driver.set_access(self._address(strip, start), bounds[-1] - start)
+                else:  # no call for memory of two kinds
+                    for offset, page in zip(bounds, strip_pages, strict=False):
+                        driver.set_access(self._address(strip, offset), page.nbytes)
             for ptr, page in self._strays:
                 if page.is_dirty:
                     driver.tensor(ptr, page.nbytes, self).zero_()
-            self.pool.scrubbed(page for _, page in self._strays)
+            self.pool.scrubbed([page for _, page in self._strays])
         except BaseException:
             self.pool.drop(unmapped)
             with suppress(DriverError):
@@ -263,5 +333,6 @@ class AddressRange:
     def check_integrity(self) -> None:
         """Raise AssertionError unless offsets are contiguous and every strip has the same page sizes."""
         sizes = [end - start for start, end in pairwise(self._bounds)]
+        assert self._vacant.keys() <= {ptr for ptr, _ in self.places()}, "a vacant place is of no page"
         for strip in self._pages:
             assert [page.nbytes for page in strip] == sizes, "a strip's pages do not match the range's offsets"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from torch_vtensor.allocator.host_memory import spare_host_bytes
 from torch_vtensor.errors import DriverError, ForkedProcessError
 
 __all__ = ["CudaDriver", "format_version"]
@@ -130,6 +131,17 @@ class CudaDriver:
         self._properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._properties.location.id = index
+        self._offloaded_properties = cuda.CUmemAllocationProp()
+        self._offloaded_properties.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        nearest = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID
+        node = int(self.call("cuDeviceGetAttribute", 0, nearest, self.call("cuDeviceGet", 0, index)))
+        location = self._offloaded_properties.location
+        location.type = (
+            cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_HOST_NUMA
+            if node >= 0
+            else cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_HOST
+        )
+        location.id = max(node, 0)
         self._access = cuda.CUmemAccessDesc()
         self._access.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._access.location.id = index
@@ -148,6 +160,12 @@ class CudaDriver:
     def create(self, nbytes: int) -> int:
         return int(self.call("cuMemCreate", nbytes, nbytes, self._properties, 0))
 
+    def create_offloaded(self, nbytes: int) -> int:
+        if (spare_bytes := spare_host_bytes()) < nbytes:
+            hint = f"the host has {spare_bytes} bytes to spare, and would kill a process that pins more"
+            raise DriverError("cuMemCreate", "CUDA_ERROR_OUT_OF_MEMORY", self.device, nbytes, hint)
+        return int(self.call("cuMemCreate", nbytes, nbytes, self._offloaded_properties, 0))
+
     def destroy(self, handle: int, nbytes: int) -> None:
         self.call("cuMemRelease", nbytes, handle)
 
@@ -159,6 +177,15 @@ class CudaDriver:
 
     def unmap(self, ptr: int, nbytes: int) -> None:
         self.call("cuMemUnmap", nbytes, ptr, nbytes)
+
+    def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
+        # torch would name the direction, device to device; the driver finds out which side is the host's.
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        self.call("cuCtxPushCurrent", nbytes, self.context)
+        try:
+            self.call("cuMemcpyAsync", nbytes, target_ptr, source_ptr, nbytes, stream)
+        finally:
+            self.call("cuCtxPopCurrent", nbytes)
 
     def tensor(self, ptr: int, nbytes: int, owner: object) -> torch.Tensor:
         # An empty array names no address, since nothing may be mapped there and torch asks the driver what is.

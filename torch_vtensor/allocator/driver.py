@@ -50,6 +50,12 @@ class Driver(Protocol):
     def create(self, nbytes: int) -> int:
         """Create physical memory of one of ``page_sizes`` and return its handle."""
 
+    def create_offloaded(self, nbytes: int) -> int:
+        """Create memory outside the device's own, of one of ``page_sizes``: a handle that maps like any other, slower.
+
+        For a GPU that is pinned memory of the host, for the CPU a file on a disk.
+        """
+
     def destroy(self, handle: int, nbytes: int) -> None:
         """Return a handle's memory to the system; it must not be mapped anywhere."""
 
@@ -61,6 +67,9 @@ class Driver(Protocol):
 
     def unmap(self, ptr: int, nbytes: int) -> None:
         """Unbind whole handles from their addresses, which stay reserved."""
+
+    def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
+        """Copy between mapped addresses, behind the current stream's work and before its next."""
 
     def tensor(self, ptr: int, nbytes: int, owner: object) -> torch.Tensor:
         """A uint8 tensor [nbytes] over ``ptr`` whose storage keeps ``owner`` alive until its last view is gone.

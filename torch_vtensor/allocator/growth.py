@@ -15,19 +15,22 @@ taken nor the driver called. Everything else happens at the next operation or on
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import math
 import queue
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
+from torch_vtensor.allocator import tiers
 from torch_vtensor.allocator.address_range import AddressRange
 from torch_vtensor.allocator.driver import Fence
-from torch_vtensor.allocator.page_pool import Page, PagePool, PoolStats
-from torch_vtensor.errors import VTensorError
+from torch_vtensor.allocator.page_pool import Page, PagePool, PoolStats, Tier
+from torch_vtensor.errors import DriverError, VTensorError
 
 __all__ = ["GrowthScheduler", "RangeHold"]
 
@@ -80,10 +83,11 @@ class GrowthScheduler:
         self._forsaken: deque[Sequence[Page]] = deque()
         self._parked: list[_Idle] = []
         self._retired: list[_Idle] = []
-        self._reserved_bytes = 0
+        self._idle_clock = itertools.count()
         self._thread: _Worker | None = None
         self._thread_lock = threading.RLock()
         pool.reclaimers.append(self._reclaim)
+        pool.offloaders.append(self._offload_idle)
 
     @property
     def idle_bytes(self) -> int:
@@ -92,7 +96,14 @@ class GrowthScheduler:
             return self._idle_bytes
         return self.pool.limit_bytes // _IDLE_FRACTION
 
-    def reserve(self, num_strips: int, strip_bytes: int, first_bytes: int | None, salt: Hashable = None) -> RangeHold:
+    def reserve(
+        self,
+        num_strips: int,
+        strip_bytes: int,
+        first_bytes: int | None,
+        salt: Hashable = None,
+        tag: str = "kv_cache",
+    ) -> RangeHold:
         """A range with room for ``strip_bytes`` a strip: a parked one of the same tenant, still mapped, or a new one.
 
         A parked range is adopted only if it holds at most twice the ``first_bytes`` a strip that the caller is about
@@ -111,9 +122,10 @@ class GrowthScheduler:
                     if fits and parked.committed_bytes <= limit and parked.salt == salt:
                         self._parked[index].fence.order_after()
                         del self._parked[index]
+                        parked.tag = tag
+                        self.pool.tags.add(tag)
                         return RangeHold(parked, self._dead)
-            new = AddressRange(self.pool, num_strips, strip_bytes, salt)
-            self._reserved_bytes += new.reserved_bytes
+            new = AddressRange(self.pool, num_strips, strip_bytes, salt, tag)
             return RangeHold(new, self._dead)
 
     def drop_head(self, hold: RangeHold, nbytes: int) -> RangeHold:
@@ -179,6 +191,83 @@ class GrowthScheduler:
         self.run_soon(done.set)
         done.wait()
 
+    def sleep(self, tags: Collection[str] | None = None, discard: Collection[str] | None = ()) -> int:
+        """Take the tensors with these tags (None: all) off the device; returns the bytes that the device got back.
+
+        Args:
+            discard: tags of those that lose their rows (None: all) instead of keeping them outside the device. Prefixes
+                that nobody uses go with "kv_cache"; rows that belong to others are kept.
+
+        Effects: what is parked or pooled goes as well. Waits for the device. See ``tiers.put_to_sleep``.
+        Raises:  OffloadLimitError or DriverError, with every tensor as it was, or awake; VTensorError in a capture.
+        """
+        if self.pool.is_foreign:
+            return 0
+        with self.pool.lock:
+            tiers.check_can_move(self.pool)
+            self.pool.is_tiered = True
+            committed_bytes = self.pool.ledger.committed_bytes
+            self._empty_parked()
+            if tiers.has_tag(tiers.PREFIX_TAG, tags) and tiers.has_tag(tiers.PREFIX_TAG, discard):
+                for evict in list(self.pool.evictors):
+                    evict(math.inf)
+            try:
+                for sleeper in self.pool.sleepers:
+                    sleeper.sleep(self, tags, discard)
+                tiers.put_to_sleep(self, tags, discard)
+            except BaseException:
+                for sleeper in self.pool.sleepers:
+                    with suppress(VTensorError):
+                        sleeper.wake(self, tags)
+                raise
+            try:
+                self._empty_parked()
+                self.pool.trim()
+            except DriverError as error:  # all sleep, and what was returned says that less than all of it came back
+                _log.warning("memory that sleep() took stays until the next trim(): %s", str(error))
+            return committed_bytes - self.pool.ledger.committed_bytes
+
+    def wake(self, tags: Collection[str] | None = None) -> int:
+        """Bring back what ``sleep`` took off the device; returns the bytes that its pages take there.
+
+        Raises: OutOfPagesError or DriverError, with every tensor as it was, or awake; VTensorError in a capture.
+        """
+        if self.pool.is_foreign:
+            return 0
+        with self.pool.lock:
+            tiers.check_can_move(self.pool)
+            used_bytes = self.pool.ledger.committed_bytes - self.pool.ledger.free_bytes
+            for sleeper in self.pool.sleepers:
+                sleeper.wake(self, tags)
+            tiers.wake(self, tags)
+            return max(self.pool.ledger.committed_bytes - self.pool.ledger.free_bytes - used_bytes, 0)
+
+    def offload(self, hold: RangeHold) -> int:
+        """Move the range's pages that are in no other use to outside the device; returns the bytes. See ``tiers``.
+
+        Raises: OffloadLimitError or DriverError, with every row where it was, or outside the device.
+        """
+        with self.pool.lock:
+            self.mark_idle(hold)
+            self._drain()
+            self._empty_retired(wait=not self.pool.driver.is_capturing())
+            return tiers.offload(self, [hold.range])
+
+    def mark_idle(self, hold: RangeHold) -> None:
+        """Have the range's pages offloaded when the device is short of memory; until ``prefetch``."""
+        with self.pool.lock:
+            self.pool.is_tiered = True
+            hold.range.is_idle, hold.range.idle_since = True, next(self._idle_clock)
+
+    def prefetch(self, hold: RangeHold) -> int:
+        """Bring the range's pages back to the device, where they stay; returns the bytes that came.
+
+        Raises: OutOfPagesError or DriverError, with every row where it was, or on the device.
+        """
+        with self.pool.lock:
+            hold.range.is_idle = False
+            return tiers.prefetch(self, [hold.range])
+
     def trim(self) -> int:
         """Return all parked and pooled memory, and unused prefixes, to the system; waits for the device if it must.
 
@@ -189,13 +278,10 @@ class GrowthScheduler:
         if self.pool.is_foreign:
             return 0
         with self.pool.lock:
-            self._drain()
-            if not self.pool.driver.is_capturing():
-                self._retired += self._parked
-                self._parked.clear()
-                self._empty_retired(wait=True)
+            self._empty_parked()
             for evict in list(self.pool.evictors):
                 evict(math.inf)
+            self.pool.offloads.trim()
             return self.pool.trim()
 
     def stats(self) -> PoolStats:
@@ -203,14 +289,14 @@ class GrowthScheduler:
         pool = self.pool
         with pool.lock:
             self._drain()
-            pages, counts = pool.live_pages(), pool.ledger.counts()
+            pages, counts = [page for page in pool.live_pages() if page.tier is Tier.DEVICE], pool.ledger.counts()
             idle_refs = Counter(page for idle in self._parked + self._retired for page in idle.range.pages)
-            parked_bytes = sum(page.nbytes for page, num_refs in idle_refs.items() if num_refs == page.num_refs)
+            parked_bytes = sum(page.nbytes for page in pages if page.num_refs == idle_refs[page])
             prefixes = [page for page in pages if page.num_held and page.num_refs - idle_refs[page] == page.num_held]
             prefix_bytes = sum(page.nbytes for page in prefixes)
             num_uses = {page: page.num_refs - idle_refs[page] - max(page.num_held - 1, 0) for page in pages}
             return PoolStats(
-                reserved_bytes=self._reserved_bytes,
+                reserved_bytes=pool.reserved_bytes,
                 committed_bytes=counts.committed_bytes,
                 live_bytes=sum(page.nbytes for page in pages) - parked_bytes - prefix_bytes,
                 shared_bytes=sum(page.nbytes for page in pages if num_uses[page] > 1),
@@ -218,6 +304,8 @@ class GrowthScheduler:
                 parked_bytes=parked_bytes,
                 pooled_bytes=counts.free_bytes,
                 torch_bytes=counts.torch_bytes,
+                offloaded_bytes=pool.offloads.used_bytes,
+                offload_pooled_bytes=pool.offloads.pooled_bytes,
                 budget_bytes=counts.budget_bytes,
                 scrubbed_bytes=pool.scrubbed_bytes,
                 num_mappings=pool.num_mappings,
@@ -242,10 +330,24 @@ class GrowthScheduler:
         while num_dead and self._dead:  # a close() in a finalizer can come in between
             num_dead -= 1
             dead = self._dead.popleft()
-            adoptable = dead.is_whole and dead.committed_bytes > 0 and dead.exclusive_from() == 0
+            adoptable = dead.is_whole and dead.committed_bytes > 0 and dead.exclusive_from() == 0 and dead.is_on_device
+            dead.is_idle = False
             (self._parked if adoptable else self._retired).append(_Idle(dead, fence))
         if self._retired or self._num_parked_bytes() + self.pool.ledger.free_bytes > self.idle_bytes:
             self.run_soon(self._collect)
+
+    def _empty_parked(self) -> None:
+        """Unmap all that is dead; waits for the device, unless a graph is being captured: then nothing happens."""
+        self._drain()
+        if not self.pool.driver.is_capturing():
+            self._retired += self._parked
+            self._parked.clear()
+            self._empty_retired(wait=True)
+
+    def _offload_idle(self, nbytes: float) -> None:
+        # The scheduler's own thread leaves it to others: memory ahead of need is not worth it.
+        if threading.current_thread().name != _THREAD_NAME:
+            tiers.offload_idle(self, nbytes)
 
     def _collect(self) -> None:
         """Empty what is retired and, above the watermark, what is parked, as far as the device is done with it."""
@@ -294,7 +396,7 @@ class GrowthScheduler:
                     self.num_device_waits += 1
                     idle.fence.wait()
                 idle.range.empty()
-                self._reserved_bytes -= idle.range.release()
+                idle.range.release()
                 self._retired.pop(0)
         finally:
             self._retired[:0] = remaining

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
+import enum
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,14 +13,15 @@ import torch
 from torch_vtensor.allocator.ledger import Ledger
 from torch_vtensor.errors import DriverError
 
-__all__ = ["Failure", "NativeAllocator", "TorchPoolStats", "read_failure"]
+__all__ = ["Failure", "NativeAllocator", "Outcome", "Segment", "TorchPoolStats", "read_failure"]
 
 
 class TorchPoolStats(NamedTuple):
     """What the native allocator of one device holds and has done, exactly.
 
     A segment is what torch's caching allocator asks for at once: 2 MiB, 20 MiB, or a large tensor's own size. Pending
-    segments were released by torch, but the device may still use them.
+    segments were released by torch, but the device may still use them. ``asleep_bytes`` of the live ones have no memory
+    for now.
     """
 
     live_segments: int
@@ -29,6 +32,25 @@ class TorchPoolStats(NamedTuple):
     num_frees: int
     num_failures: int
     num_device_waits: int
+    asleep_bytes: int
+
+
+class Segment(NamedTuple):
+    """Memory that torch's caching allocator asked for at once, and has not freed."""
+
+    address: int
+    nbytes: int
+    tag: int
+    is_asleep: bool
+
+
+class Outcome(enum.IntEnum):
+    """What became of an attempt to put a segment to sleep, or to wake it."""
+
+    FAILED = -1
+    GONE = 0
+    DONE = 1
+    LACKS_MEMORY = 2
 
 
 class Failure(NamedTuple):
@@ -67,6 +89,15 @@ class _Failure(ctypes.Structure):
     )
 
 
+class _Segment(ctypes.Structure):
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("bytes", ctypes.c_int64),
+        ("tag", ctypes.c_int32),
+        ("is_asleep", ctypes.c_int32),
+    )
+
+
 class NativeAllocator:
     """The C functions behind torch's allocations. They let go of the GIL: a call may wait for a lock or the device."""
 
@@ -76,6 +107,9 @@ class NativeAllocator:
         self._library = ctypes.CDLL(library_path)
         self._library.vtp_torch_detach.restype = ctypes.c_int64
         self._library.vtp_torch_drain.restype = ctypes.c_int64
+        self._library.vtp_torch_watch.restype = ctypes.c_int64
+        for function in (self._library.vtp_torch_sleep, self._library.vtp_torch_wake):
+            function.argtypes = [ctypes.c_int, ctypes.c_uint64]
 
     def attach(self, device: torch.device, ledger: Ledger, page_sizes: Sequence[int], peers: Sequence[int]) -> None:
         """Make segments of ``device`` from pages of ``ledger``, from now on.
@@ -102,6 +136,33 @@ class NativeAllocator:
     def drain(self, device_index: int, wait: bool) -> int:
         """Give back what torch has released and the device is done with; returns how many segments stay pending."""
         return int(self._library.vtp_torch_drain(device_index, wait))
+
+    def set_tag(self, device_index: int, tag: int) -> int:
+        """Segments that this thread makes on the device have this tag from now on; returns the tag before."""
+        return int(self._library.vtp_torch_set_tag(device_index, tag))
+
+    @contextlib.contextmanager
+    def watched(self, device_index: int) -> Iterator[list[Segment]]:
+        """All live segments. Those that torch frees during the block stay mapped until its end."""
+        try:
+            capacity = 64
+            while True:
+                found = (_Segment * capacity)()
+                num_segments = int(self._library.vtp_torch_watch(device_index, found, capacity))
+                if num_segments <= capacity:
+                    break
+                capacity = 2 * num_segments
+            yield [Segment(it.address, it.bytes, it.tag, bool(it.is_asleep)) for it in found[:num_segments]]
+        finally:
+            self._library.vtp_torch_unwatch(device_index)
+
+    def sleep(self, device_index: int, address: int) -> Outcome:
+        """Unmap a segment, whose bytes are lost, and pool its pages; the device must be done with it."""
+        return Outcome(self._library.vtp_torch_sleep(device_index, address))
+
+    def wake(self, device_index: int, address: int) -> Outcome:
+        """Map pages at a sleeping segment's addresses; what they hold is for the caller to write."""
+        return Outcome(self._library.vtp_torch_wake(device_index, address))
 
     def stats(self, device_index: int) -> TorchPoolStats:
         """All counts at one moment."""

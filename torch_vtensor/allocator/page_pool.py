@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import enum
+import itertools
 import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, KeysView, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch_vtensor.allocator.driver import Driver
 from torch_vtensor.allocator.ledger import Ledger, Take
+from torch_vtensor.allocator.offload_pool import OffloadPool
 from torch_vtensor.allocator.timed_driver import CallStats, TimedDriver
 from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
+from torch_vtensor.status import Figures
 
-__all__ = ["Page", "PagePool", "PoolStats", "check_budget"]
+if TYPE_CHECKING:
+    from torch_vtensor.allocator.address_range import AddressRange
+    from torch_vtensor.allocator.tiers import Sleeper
+    from torch_vtensor.status import StatusRecord
+
+__all__ = ["Page", "PagePool", "PoolStats", "Tier", "check_budget"]
 
 
 def check_budget(budget_bytes: int | None) -> None:
@@ -26,6 +35,15 @@ def check_budget(budget_bytes: int | None) -> None:
         raise ValueError(f"budget_bytes is {budget_bytes}: give at least one byte, or None for no limit")
 
 
+class Tier(enum.Enum):
+    """Where the bytes of a page are: in the device's memory; outside of it, until used or until woken; or nowhere."""
+
+    DEVICE = enum.auto()
+    OFFLOADED = enum.auto()
+    ASLEEP = enum.auto()
+    DISCARDED = enum.auto()
+
+
 class Page:
     """One unit of physical memory with ``num_refs`` references: of ranges that map it, and ``num_held`` of holders.
 
@@ -33,24 +51,38 @@ class Page:
     before anybody can read it.
     """
 
-    __slots__ = ("handle", "is_dirty", "nbytes", "num_held", "num_refs", "salt")
+    __slots__ = ("handle", "is_dirty", "nbytes", "num_held", "num_refs", "salt", "tier")
 
-    def __init__(self, handle: int, nbytes: int, salt: Hashable = None, is_dirty: bool = False) -> None:
+    def __init__(
+        self,
+        handle: int,
+        nbytes: int,
+        salt: Hashable = None,
+        is_dirty: bool = False,
+        tier: Tier = Tier.DEVICE,
+    ) -> None:
         self.handle = handle
         self.nbytes = nbytes
+        self.tier = tier
         self.num_refs = 1
         self.num_held = 0
         self.salt = salt
         self.is_dirty = is_dirty
 
+    @property
+    def is_outside(self) -> bool:
+        """Whether its bytes lie outside the device."""
+        return self.tier in (Tier.OFFLOADED, Tier.ASLEEP)
+
 
 class PoolStats(NamedTuple):
     """Where a device's bytes are, exactly.
 
-    ``committed_bytes = live_bytes + prefix_bytes + parked_bytes + pooled_bytes + torch_bytes``. A page that several
-    tensors or views map counts once in ``live_bytes`` and once in ``shared_bytes``; what is still mapped but in no use
-    is parked; what only a prefix tree keeps is a prefix. ``scrubbed_bytes`` were overwritten with zeros so far, because
-    they passed from one tenant to another.
+    ``committed_bytes = live_bytes + prefix_bytes + parked_bytes + pooled_bytes + torch_bytes`` is the device's memory.
+    Beside it, ``offloaded_bytes`` of pages lie outside the device, and ``offload_pooled_bytes`` are kept there for
+    others. A page that several tensors or views map counts once in ``live_bytes`` and once in ``shared_bytes``; what is
+    still mapped but in no use is parked; what only a prefix tree keeps is a prefix. ``scrubbed_bytes`` were overwritten
+    with zeros so far, because they passed from one tenant to another.
     """
 
     reserved_bytes: int
@@ -61,6 +93,8 @@ class PoolStats(NamedTuple):
     parked_bytes: int
     pooled_bytes: int
     torch_bytes: int
+    offloaded_bytes: int
+    offload_pooled_bytes: int
     budget_bytes: int | None
     scrubbed_bytes: int
     num_mappings: int
@@ -78,18 +112,27 @@ class PagePool:
 
     A page whose last reference is dropped stays in the pool, because taking a pooled page costs no driver call.
     Under pressure the pool first asks its ``reclaimers`` (parked ranges give their pages back), then its ``evictors``
-    (prefixes that nobody uses go), then destroys pooled pages of other sizes, and only then raises.
+    (prefixes that nobody uses go), then destroys pooled pages of other sizes, then asks its ``offloaders`` (what is
+    idle leaves the device), and only then raises.
 
     Args:
         driver: the device's memory.
         budget_bytes: the most physical memory to hold, pooled pages included; None for what the device has.
+        offload_bytes: the most memory outside the device to offload to; None for what the system gives.
         scrub: whether memory that passes from one tenant to another is overwritten with zeros first.
 
     Source: vTensor (arXiv 2407.15309) section 4.2, the pTree of physical chunks. Here a page also counts the ranges
         that share it, and the torch allocator takes from the same ledger.
     """
 
-    def __init__(self, driver: Driver, budget_bytes: int | None = None, *, scrub: bool = True) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        budget_bytes: int | None = None,
+        *,
+        offload_bytes: int | None = None,
+        scrub: bool = True,
+    ) -> None:
         self.driver = TimedDriver(driver)
         self.device = driver.device
         self.page_bytes = driver.page_sizes[0]
@@ -98,6 +141,20 @@ class PagePool:
         self._free_bytes_at_first = driver.free_bytes()
         self.reclaimers: list[Callable[[float], None]] = []
         self.evictors: list[Callable[[float], None]] = []
+        self.offloaders: list[Callable[[float], None]] = []
+        self.sleepers: list[Sleeper] = []
+        self.offloads = OffloadPool(self.driver, offload_bytes)
+        self.ranges: weakref.WeakValueDictionary[int, AddressRange] = weakref.WeakValueDictionary()
+        """Every range that may map pages, by the order in which they were made."""
+        self.range_numbers = itertools.count()
+        self.is_tiered = False
+        """Whether any of its memory ever slept, was idle or offloaded: only then does a use have to look."""
+        self.tags: set[str] = set()
+        """Every tag that memory ever had, by which it can be put to sleep."""
+        self.status: StatusRecord | None = None
+        """Where other processes see this pool's figures, and ask for another budget."""
+        self.reserved_bytes = 0
+        self.shared_bytes = 0
         self.held_bytes = 0
         self.scrubbed_bytes = 0
         self.num_mappings = 0
@@ -106,7 +163,7 @@ class PagePool:
         self.is_lent_to_torch = False
         """Whether torch's allocator takes pages and puts them back, which does not say whose they were."""
         self._tenants: dict[int, Hashable] = {}  # by handle, pooled ones included: who wrote there last, unless None
-        self._pages: set[Page] = set()
+        self._pages: dict[Page, None] = {}
         self._pid = os.getpid()
         _pools.add(self)
 
@@ -159,6 +216,8 @@ class PagePool:
         """
         self.check_process()
         with self.lock:
+            if sizes:  # what asks for nothing may be in the middle of something
+                self._obey()
             pages: list[Page] = []
             missing_bytes = asked_bytes = sum(sizes)
             try:
@@ -168,13 +227,14 @@ class PagePool:
             except BaseException:
                 self.drop(pages)
                 raise
+            self.publish()
             return pages
 
     def share(self, pages: Iterable[Page]) -> None:
         """Add one reference to each page."""
         with self.lock:
             for page in pages:
-                page.num_refs += 1
+                self._add_reference(page)
 
     def drop(self, pages: Iterable[Page]) -> None:
         """Remove one reference from each page; one that has none left is pooled. No driver call, cannot fail.
@@ -185,16 +245,17 @@ class PagePool:
             for page in pages:
                 page.num_refs -= 1
                 if page.num_refs == 0:
-                    self._pages.remove(page)
-                    if page.is_dirty:
-                        self._tenants.setdefault(page.handle, _UNKNOWN)
-                    self.ledger.put(page.handle, page.nbytes)
+                    del self._pages[page]
+                    self._put(page)
+                elif page.num_refs == 1:
+                    self.shared_bytes -= page.nbytes
+            self.publish()
 
     def hold(self, pages: Iterable[Page]) -> None:
         """Keep pages, mapped or not, by one more reference to each."""
         with self.lock:
             for page in pages:
-                page.num_refs += 1
+                self._add_reference(page)
                 page.num_held += 1
                 if page.num_held == 1:
                     self.held_bytes += page.nbytes
@@ -208,14 +269,47 @@ class PagePool:
                     self.held_bytes -= page.nbytes
             self.drop(pages)
 
-    def scrubbed(self, pages: Iterable[Page]) -> None:
+    def scrubbed(self, pages: Sequence[Page]) -> None:
         """Note that the dirty ones of these pages hold zeros now."""
         with self.lock:
             for page in pages:
                 if page.is_dirty:
-                    page.is_dirty = False
                     self.scrubbed_bytes += page.nbytes
+            self.overwritten(pages)
+
+    def overwritten(self, pages: Iterable[Page]) -> None:
+        """Note that nothing that was in these pages before can be seen any more."""
+        with self.lock:
+            for page in pages:
+                if page.is_dirty:
+                    page.is_dirty = False
                     self._belongs_to(page.handle, page.salt)
+
+    def outside(self, sizes: Sequence[int], tier: Tier) -> list[Page]:
+        """New pages outside the device, all or none, for what device pages hold.
+
+        Raises: OffloadLimitError, or the driver's error, with the pool as it was.
+        """
+        with self.lock:
+            handles = self.offloads.take(sizes)
+            pages = [Page(handle, nbytes, tier=tier) for handle, nbytes in zip(handles, sizes, strict=True)]
+            self._pages.update(dict.fromkeys(pages))
+            return pages
+
+    def discarded(self, sizes: Iterable[int]) -> list[Page]:
+        """New pages without memory, to take the place of what device pages hold."""
+        with self.lock:
+            pages = [Page(-1, nbytes, tier=Tier.DISCARDED) for nbytes in sizes]
+            self._pages.update(dict.fromkeys(pages))
+            return pages
+
+    def exchange(self, page: Page, other: Page) -> None:
+        """Let two pages of one size, neither of them mapped, change their memory and what is known of it."""
+        assert page.nbytes == other.nbytes
+        with self.lock:
+            page.handle, other.handle = other.handle, page.handle
+            page.tier, other.tier = other.tier, page.tier
+            page.is_dirty, other.is_dirty = other.is_dirty, page.is_dirty
 
     def trim(self, keep_bytes: int = 0) -> int:
         """Destroy pooled pages, the largest first, until at most ``keep_bytes`` of them stay; returns bytes freed.
@@ -236,20 +330,42 @@ class PagePool:
                 self._tenants.pop(handle, None)
                 self.ledger.uncharge(nbytes)
                 freed_bytes += nbytes
+            self.publish()
         return freed_bytes
 
-    def live_pages(self) -> frozenset[Page]:
-        """The pages that at least one range maps."""
+    def publish(self) -> None:
+        """Show other processes what this one has here. No system call."""
+        if self.status is not None and not self.is_foreign:
+            counts = self.ledger.counts()
+            self.status.publish(
+                Figures(
+                    reserved_bytes=self.reserved_bytes,
+                    committed_bytes=counts.committed_bytes,
+                    pooled_bytes=counts.free_bytes,
+                    shared_bytes=self.shared_bytes,
+                    offloaded_bytes=self.offloads.used_bytes,
+                    budget_bytes=-1 if counts.budget_bytes is None else counts.budget_bytes,
+                )
+            )
+
+    def live_pages(self) -> KeysView[Page]:
+        """The pages that somebody has now, the oldest first."""
         with self.lock:
-            return frozenset(self._pages)
+            return self._pages.copy().keys()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page is counted exactly once and has its references."""
         with self.lock:
-            live_bytes = sum(page.nbytes for page in self._pages)
-            handles = [page.handle for page in self._pages]
+            live_bytes = sum(page.nbytes for page in self._pages if page.tier is Tier.DEVICE)
+            offloaded_bytes = sum(page.nbytes for page in self._pages if page.is_outside)
+            assert offloaded_bytes == self.offloads.used_bytes, (
+                f"{offloaded_bytes} bytes are offloaded and {self.offloads.used_bytes} counted"
+            )
+            handles = [(page.tier, page.handle) for page in self._pages if page.tier is not Tier.DISCARDED]
             assert all(page.num_refs > 0 for page in self._pages), "a live page has no reference"
             assert all(0 <= page.num_held <= page.num_refs for page in self._pages), "a hold is not a reference"
+            shared_bytes = sum(page.nbytes for page in self._pages if page.num_refs > 1)
+            assert shared_bytes == self.shared_bytes, f"{shared_bytes} bytes are shared, {self.shared_bytes} counted"
             held_bytes = sum(page.nbytes for page in self._pages if page.num_held)
             assert held_bytes == self.held_bytes, f"{held_bytes} bytes are held and {self.held_bytes} counted"
             assert len(set(handles)) == len(handles), "two live pages have one handle"
@@ -269,11 +385,18 @@ class PagePool:
             self.trim(max(self.ledger.free_bytes - shortfall_bytes, 0))
             taken = self.ledger.take(nbytes)
         if taken is Take.OVER_BUDGET:
+            self._offload(self._shortfall_bytes(missing_bytes))
+            taken = self.ledger.take(nbytes)
+        if taken is Take.OVER_BUDGET:
+            shortfall_bytes = self._shortfall_bytes(missing_bytes)
+            self.trim(max(self.ledger.free_bytes - shortfall_bytes, 0))
+            taken = self.ledger.take(nbytes)
+        if taken is Take.OVER_BUDGET:
             raise OutOfPagesError(self.device, asked_bytes, self.ledger.committed_bytes, self.budget_bytes)
         handle = self._create(nbytes, missing_bytes, asked_bytes) if taken is Take.CHARGED else taken
         assert isinstance(handle, int)
         page = Page(handle, nbytes, salt, self._is_dirty(handle, taken is Take.CHARGED, salt))
-        self._pages.add(page)
+        self._pages[page] = None
         return page
 
     def _is_dirty(self, handle: int, is_new: bool, salt: Hashable) -> bool:
@@ -304,19 +427,64 @@ class PagePool:
             except DriverError as error:
                 if not error.is_out_of_memory:
                     raise
-            self.reclaim(missing_bytes)
-            self.trim(max(self.ledger.free_bytes - missing_bytes, 0))
+            for relieve in (self.reclaim, self._offload):
+                relieve(missing_bytes)
+                self.trim(max(self.ledger.free_bytes - missing_bytes, 0))
+                try:
+                    return self.driver.create(nbytes)
+                except DriverError as error:
+                    if not error.is_out_of_memory:
+                        raise
+                    refusal = error
+            # The device's limit, not the budget's: the page itself is charged already, and was not had.
+            committed_bytes = self.ledger.committed_bytes - nbytes
             try:
-                return self.driver.create(nbytes)
-            except DriverError as error:
-                if not error.is_out_of_memory:
-                    raise
-                # The device's limit, not the budget's: the page itself is charged already, and was not had.
-                committed_bytes = self.ledger.committed_bytes - nbytes
-                raise OutOfPagesError(self.device, asked_bytes, committed_bytes, None) from error
+                raise OutOfPagesError(self.device, asked_bytes, committed_bytes, None) from refusal
+            finally:
+                del refusal  # an error that its own traceback leads to would keep alive what else that does
         except BaseException:
             self.ledger.uncharge(nbytes)
             raise
+
+    def _obey(self) -> None:
+        """Take the budget that another process asked for, and return idle memory beyond it to the system."""
+        asked = None if self.status is None else self.status.asked_budget()
+        if asked is not None:
+            self.budget_bytes = asked[0]
+            for relieve in (self.reclaim, self._offload):
+                shortfall_bytes = self._shortfall_bytes(0)
+                if shortfall_bytes > 0:
+                    relieve(shortfall_bytes)
+                    self.trim(max(self.ledger.free_bytes - shortfall_bytes, 0))
+            self.publish()
+
+    def _add_reference(self, page: Page) -> None:
+        page.num_refs += 1
+        if page.num_refs == 2:
+            self.shared_bytes += page.nbytes
+
+    def _put(self, page: Page) -> None:
+        """Pool the memory of a page that nobody has any more."""
+        if page.is_outside:
+            self.offloads.put(page.handle, page.nbytes)
+        elif page.tier is Tier.DEVICE:
+            if page.is_dirty:
+                self._tenants.setdefault(page.handle, _UNKNOWN)
+            self.ledger.put(page.handle, page.nbytes)
+
+    def _offload(self, nbytes: float) -> None:
+        """Have at least ``nbytes`` pooled, if enough of what lives is idle and may leave the device."""
+        for offload in self.offloaders:
+            offload(nbytes)
+
+    def make_room(self, nbytes: int) -> None:
+        """Have so much of what is idle leave the device, or the pool, that ``nbytes`` more fit, if that can be done."""
+        with self.lock:
+            for relieve in (self.reclaim, self._offload):
+                wanted_bytes = nbytes if self.budget_bytes is None else self._shortfall_bytes(nbytes)
+                if self.ledger.free_bytes >= wanted_bytes:
+                    break
+                relieve(wanted_bytes)
 
     def reclaim(self, nbytes: float = math.inf) -> None:
         """Have at least ``nbytes`` pooled, if that can be done without touching a live range."""

@@ -37,6 +37,8 @@ class TimedDriver:
         self.page_sizes = inner.page_sizes
         self.growth_fraction = inner.growth_fraction
         self.zeroes_pages = inner.zeroes_pages
+        self.marks_ranges = False
+        """Whether every call is a range of its own in a profile that reads NVTX."""
         self.num_calls_by_thread: Counter[int] = Counter()
         self._num_calls: Counter[str] = Counter()
         self._seconds: dict[str, deque[float]] = {}
@@ -50,6 +52,9 @@ class TimedDriver:
     def create(self, nbytes: int) -> int:
         return self._timed("create", lambda: self.inner.create(nbytes))
 
+    def create_offloaded(self, nbytes: int) -> int:
+        return self._timed("create_offloaded", lambda: self.inner.create_offloaded(nbytes))
+
     def destroy(self, handle: int, nbytes: int) -> None:
         self._timed("destroy", lambda: self.inner.destroy(handle, nbytes))
 
@@ -61,6 +66,9 @@ class TimedDriver:
 
     def unmap(self, ptr: int, nbytes: int) -> None:
         self._timed("unmap", lambda: self.inner.unmap(ptr, nbytes))
+
+    def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
+        self._timed("copy", lambda: self.inner.copy(target_ptr, source_ptr, nbytes))
 
     def tensor(self, ptr: int, nbytes: int, owner: object) -> torch.Tensor:
         return self.inner.tensor(ptr, nbytes, owner)
@@ -95,6 +103,9 @@ class TimedDriver:
     def _timed(self, name: str, call: Callable[[], _T]) -> _T:
         start = time.perf_counter()
         try:
+            if self.marks_ranges:
+                with torch.cuda.nvtx.range(f"torch_vtensor {name}"):
+                    return call()
             return call()
         finally:
             self._seconds.setdefault(name, deque(maxlen=_SAMPLES_KEPT)).append(time.perf_counter() - start)

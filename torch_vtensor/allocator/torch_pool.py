@@ -7,21 +7,27 @@ native allocator, which takes pages from the same ledger as PagePool:
 
 torch keeps the segments of dead tensors cached for the next block that borrows the pool. They go back to the ledger
 when PagePool runs out of pages, or with `release_idle`: the pool is retired, and torch releases what is unused in it.
+
+`sleep` copies segments to offloaded pages and unmaps them; torch notices nothing, as long as nobody uses the tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 
 from torch_vtensor.allocator import _torch_compat, native
 from torch_vtensor.allocator._torch_compat import PoolId
-from torch_vtensor.allocator.native_allocator import Failure, NativeAllocator, TorchPoolStats
-from torch_vtensor.allocator.page_pool import PagePool, check_budget
+from torch_vtensor.allocator.growth import GrowthScheduler
+from torch_vtensor.allocator.native_allocator import Failure, NativeAllocator, Outcome, Segment, TorchPoolStats
+from torch_vtensor.allocator.page_copy import Transfer, copy_pages
+from torch_vtensor.allocator.page_pool import Page, PagePool, Tier, check_budget
 from torch_vtensor.allocator.pools import default_pool
+from torch_vtensor.allocator.tiers import has_tag
 from torch_vtensor.errors import DriverError, OutOfPagesError, VTensorError
 
 __all__ = ["TorchPoolStats", "memory_pool", "release_idle", "torch_pool_stats"]
@@ -44,15 +50,19 @@ class TorchPools:
         self._allocator = allocator
         # Reentrant: a block that was never closed ends in a finalizer, which may run on a thread that holds the lock.
         self._lock = threading.RLock()
-        self._idle: list[PoolId] = []
+        self._idle: dict[str, list[PoolId]] = {}
+        self._tags: list[str] = []  # by number
+        self._kept: dict[int, list[Page]] = {}  # by address: what sleeping segments held; no page: it was discarded
         pool.is_lent_to_torch = True
         pool.reclaimers.append(self._reclaim)
+        pool.sleepers.append(self)
 
     @contextlib.contextmanager
-    def routed(self) -> Iterator[None]:
+    def routed(self, tag: str) -> Iterator[None]:
         """Send the calling thread's allocations on the device to the pages, until the block ends."""
         failures_before = self._native.failure().num_failures
-        pool_id = self._borrow()
+        pool_id = self._borrow(tag)
+        tag_before = self._native.set_tag(self.device_index, self._number_of(tag))
         try:
             _torch_compat.start_routing(pool_id, self.device_index)
             try:
@@ -67,8 +77,9 @@ class TorchPools:
                 raise
             raise self._cause(failure) from error
         finally:
+            self._native.set_tag(self.device_index, tag_before)
             with self._lock:
-                self._idle.append(pool_id)
+                self._idle.setdefault(tag, []).append(pool_id)
 
     def release_idle(self, wait: bool) -> int:
         """Give the segments of dead tensors back to the page pool; returns the bytes."""
@@ -77,8 +88,9 @@ class TorchPools:
             # Which segments are unused, torch does not tell (asking for a pool's snapshot crashes torch 2.11): all idle
             # pools are retired, and whatever is unused in a retired pool, now or later, goes when the cache is emptied.
             with self._lock:
-                while self._idle:
-                    _torch_compat.retire_memory_pool(self._idle.pop(), self.device_index)
+                for idle in self._idle.values():
+                    while idle:
+                        _torch_compat.retire_memory_pool(idle.pop(), self.device_index)
             torch.cuda.empty_cache()
         self._native.drain(self.device_index, wait)
         return max(before - self.pool.ledger.torch_bytes, 0)
@@ -87,10 +99,106 @@ class TorchPools:
         """What the native allocator holds of this device."""
         return self._native.stats(self.device_index)
 
-    def _borrow(self) -> PoolId:
+    def sleep(self, scheduler: GrowthScheduler, tags: Collection[str] | None, discard: Collection[str] | None) -> None:
+        """Unmap the segments with these tags (None: all), and pool their pages. What they hold is kept, or discarded.
+
+        Effects: waits for the device; torch's tensors on them must not be used until ``wake``.
+        Raises:  OffloadLimitError or DriverError, with every segment as it was, or awake.
+        """
+        pool, driver = self.pool, self.pool.driver
+        self.release_idle(wait=True)
+        with pool.lock, self._native.watched(self.device_index) as segments:
+            self._forget_freed(segments)
+            going = [it for it in segments if not it.is_asleep and has_tag(self._tags[it.tag], tags)]
+            plans = [[] if has_tag(self._tags[it.tag], discard) else pool.page_plan(it.nbytes) for it in going]
+            pages = pool.outside([size for plan in plans for size in plan], Tier.ASLEEP)
+            waiting = iter(pages)
+            kept = [[next(waiting) for _ in plan] for plan in plans]
+            try:
+                driver.fence().wait()
+                self._copy(scheduler, zip(going, kept, strict=True), to_segments=False)
+            except BaseException:
+                pool.drop(pages)
+                raise
+            for index, it in enumerate(going):
+                outcome = self._native.sleep(self.device_index, it.address)
+                if outcome is Outcome.FAILED:
+                    failure = self._native.failure()
+                    pool.drop([page for later in kept[index:] for page in later])
+                    with suppress(VTensorError):
+                        self._wake(scheduler, going[:index])
+                    raise self._cause(failure)
+                if outcome is Outcome.GONE:
+                    pool.drop(kept[index])
+                else:
+                    self._kept[it.address] = kept[index]
+
+    def wake(self, scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
+        """Map pages at the addresses of the segments with these tags (None: all) again, with all that they held.
+
+        Effects: waits for the device. What was discarded is zeros.
+        Raises:  OutOfPagesError or DriverError, with every segment as it was, or awake.
+        """
+        with self.pool.lock:
+            try:
+                self._wake_watched(scheduler, tags)
+            except OutOfPagesError as error:
+                self.pool.make_room(error.asked_bytes)  # not before, and not while segments have to stay mapped
+                self._wake_watched(scheduler, tags)
+
+    def _wake_watched(self, scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
+        with self._native.watched(self.device_index) as segments:
+            self._forget_freed(segments)
+            self._wake(scheduler, [it for it in segments if has_tag(self._tags[it.tag], tags)])
+
+    def _wake(self, scheduler: GrowthScheduler, segments: Sequence[Segment]) -> None:
+        coming = [it for it in segments if it.address in self._kept]
+        woken: list[Segment] = []
+        try:
+            for it in coming:
+                outcome = self._native.wake(self.device_index, it.address)
+                if outcome in (Outcome.FAILED, Outcome.LACKS_MEMORY):
+                    raise self._cause(self._native.failure(), sum(it.nbytes for it in coming))
+                if outcome is Outcome.DONE:
+                    woken.append(it)
+            self._copy(scheduler, [(it, self._kept[it.address]) for it in woken], to_segments=True)
+        except BaseException:
+            for it in woken:  # what they hold is only where it was
+                self._native.sleep(self.device_index, it.address)
+            raise
+        for it in coming:
+            self.pool.drop(self._kept.pop(it.address))
+
+    def _copy(
+        self, scheduler: GrowthScheduler, contents: Iterable[tuple[Segment, Sequence[Page]]], *, to_segments: bool
+    ) -> None:
+        """Copy segments to the pages that stand for them, or back, zeros where there are none; waits for the device."""
+        transfers = []
+        for it, pages in contents:
+            ptr = it.address
+            for page in pages:
+                transfers.append(Transfer(page, ptr, page.nbytes) if to_segments else Transfer(ptr, page, page.nbytes))
+                ptr += page.nbytes
+            if to_segments and not pages:
+                transfers.append(Transfer(None, ptr, it.nbytes))
+        copy_pages(scheduler, transfers)
+
+    def _forget_freed(self, segments: Sequence[Segment]) -> None:
+        """Let go of what segments held that torch has freed while they slept."""
+        for address in self._kept.keys() - {it.address for it in segments}:
+            self.pool.drop(self._kept.pop(address))
+
+    def _number_of(self, tag: str) -> int:
         with self._lock:
-            if self._idle:
-                return self._idle.pop()
+            if tag not in self._tags:
+                self._tags.append(tag)
+                self.pool.tags.add(tag)
+            return self._tags.index(tag)
+
+    def _borrow(self, tag: str) -> PoolId:
+        with self._lock:
+            if self._idle.get(tag):
+                return self._idle[tag].pop()
         return _torch_compat.create_memory_pool(self._allocator, self.device_index)
 
     def _reclaim(self, nbytes: float) -> None:
@@ -99,12 +207,13 @@ class TorchPools:
             if self.pool.ledger.free_bytes < nbytes and self.pool.ledger.torch_bytes > 0:
                 self.release_idle(wait)
 
-    def _cause(self, failure: Failure) -> Exception:
+    def _cause(self, failure: Failure, asked_bytes: int | None = None) -> Exception:
         if failure.code not in _OUT_OF_MEMORY:
             return DriverError(failure.call, failure.code, self.pool.device, failure.nbytes)
         budget_bytes = self.pool.budget_bytes if failure.code == "over budget" else None
         committed_bytes = self.pool.ledger.committed_bytes
-        return OutOfPagesError(self.pool.device, failure.asked_bytes, committed_bytes, budget_bytes)
+        asked_bytes = failure.asked_bytes if asked_bytes is None else asked_bytes
+        return OutOfPagesError(self.pool.device, asked_bytes, committed_bytes, budget_bytes)
 
 
 # torch keeps a plain pointer to the allocator in every segment: it lives as long as the process.
@@ -115,7 +224,9 @@ _pools: dict[int, TorchPools] = {}
 
 
 @contextlib.contextmanager
-def memory_pool(device: torch.device | str | int | None = None, budget_bytes: int | None = None) -> Iterator[PagePool]:
+def memory_pool(
+    device: torch.device | str | int | None = None, budget_bytes: int | None = None, *, tag: str = "weights"
+) -> Iterator[PagePool]:
     """Inside the `with` block, this thread's CUDA tensors come from the device's PagePool, and count in its budget.
 
     They are ordinary tensors and may outlive the block. The memory of dead ones stays cached for the next block; it
@@ -125,6 +236,7 @@ def memory_pool(device: torch.device | str | int | None = None, budget_bytes: in
     Args:
         device: a CUDA device; the current one by default. Tensors of other devices are not affected.
         budget_bytes: sets the budget of the device's PagePool, KV memory included, also after the block.
+        tag: by which ``sleep`` and ``wake`` can name the tensors that are made inside.
 
     Effects: the block itself makes no driver call. A tensor that needs a new segment does, natively, without the GIL
         and without waiting for the device, unless memory that it still uses is the last there is.
@@ -140,7 +252,7 @@ def memory_pool(device: torch.device | str | int | None = None, budget_bytes: in
         )
     if budget_bytes is not None:
         pools.pool.budget_bytes = budget_bytes
-    with pools.routed():
+    with pools.routed(tag):
         yield pools.pool
 
 

@@ -14,9 +14,10 @@ import torch
 from torch_vtensor.allocator._torch_compat import num_storage_users
 from torch_vtensor.allocator.address_range import AddressRange
 from torch_vtensor.allocator.growth import GrowthScheduler, RangeHold
+from torch_vtensor.allocator.page_pool import Tier
 from torch_vtensor.allocator.page_run import PageRun
 from torch_vtensor.allocator.pools import default_scheduler
-from torch_vtensor.errors import CapacityError, ClosedError, OutOfPagesError
+from torch_vtensor.errors import AsleepError, CapacityError, ClosedError, OutOfPagesError
 
 __all__ = ["VTensor"]
 
@@ -39,6 +40,7 @@ class VTensor:
         first_rows: rows that the caller is about to write; a hint for which parked range to adopt.
         scheduler: where memory comes from; default: the device's own.
         adopt: whether the tensor may start in an ended tensor's range.
+        tag: by which ``sleep`` and ``wake`` can name it.
         salt: the tenant whose rows they will be. Memory that was another tenant's is overwritten with zeros first.
 
     Effects: reserves addresses and takes no memory; may adopt the still mapped range of an ended tensor.
@@ -58,6 +60,7 @@ class VTensor:
         scheduler: GrowthScheduler | None = None,
         adopt: bool = True,
         salt: Hashable = None,
+        tag: str = "kv_cache",
     ) -> None:
         self.row_shape, self.outer_shape = tuple(row_shape), tuple(outer_shape)
         if capacity < 1 or min((*self.row_shape, *self.outer_shape), default=1) < 1:
@@ -76,8 +79,13 @@ class VTensor:
         self._base: torch.Tensor | None = None
         self._base_rows = 0
         self.salt = salt
+        self.tag = tag
         self._hold: RangeHold | None = self.scheduler.reserve(
-            math.prod(self.outer_shape), capacity * self.row_bytes, first_rows * self.row_bytes if adopt else None, salt
+            math.prod(self.outer_shape),
+            capacity * self.row_bytes,
+            first_rows * self.row_bytes if adopt else None,
+            salt,
+            tag,
         )
         self.capacity = capacity
 
@@ -121,8 +129,26 @@ class VTensor:
 
     @property
     def committed_bytes(self) -> int:
-        """Physical bytes behind this tensor, shared pages included; one that its slots share counts once."""
-        return sum(page.nbytes for page in set(self._range.pages))
+        """Physical bytes behind this tensor, shared pages included; one that its slots share counts once.
+
+        Those that were offloaded count as well; what was discarded has none.
+        """
+        return sum(page.nbytes for page in set(self._range.pages) if page.tier is not Tier.DISCARDED)
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Those of the committed bytes that lie outside the device."""
+        return sum(page.nbytes for page in set(self._range.pages) if page.is_outside)
+
+    @property
+    def is_asleep(self) -> bool:
+        """True from ``sleep`` to ``wake``: nothing is mapped, and neither the tensor nor a view may be used."""
+        return self._range.is_asleep
+
+    @property
+    def is_idle(self) -> bool:
+        """True from ``offload`` until the tensor is used again: its memory may be outside the device."""
+        return self._range.is_idle
 
     @property
     def shared_bytes(self) -> int:
@@ -155,7 +181,7 @@ class VTensor:
         Strips' uncommitted tails lie in between where there are several: index it by strides, never read it whole.
         """
         self.retain_in_capture()
-        hold = self._open()
+        hold = self._awake()
         head, end = hold.range.head_bytes, hold.range.committed_bytes
         nbytes = (hold.range.num_strips - 1) * hold.range.strip_bytes + end - head if end > head else 0
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
@@ -163,7 +189,7 @@ class VTensor:
 
     def retain_in_capture(self) -> None:
         """Keep the memory alive as long as the graph that the current stream is being captured into, if it is."""
-        hold = self._open()
+        hold = self._awake()
         hold.range.pool.driver.retain_in_capture(hold)
 
     def num_storages(self) -> int:
@@ -220,7 +246,7 @@ class VTensor:
         if num_rows > self.capacity:
             raise CapacityError(num_rows, self.capacity)
         if num_rows > self.committed:
-            range_ = self._range
+            range_ = self._awake().range
             nbytes = num_rows * self.row_bytes
             own_bytes = range_.committed_bytes - max(range_.head_bytes, self._shared_bytes)
             page_bytes = range_.pool.page_bytes
@@ -243,6 +269,7 @@ class VTensor:
         self.scheduler.pool.check_process()
         if stop > self.capacity:
             raise CapacityError(stop, self.capacity)
+        self.use()
         overwrites = start * self.row_bytes < self._shared_bytes and start < self.writable_from
         if not overwrites and start < self._seen_rows:
             overwrites = self._has_live_views()
@@ -303,8 +330,9 @@ class VTensor:
         """
         if self.first_row > 0 or not 0 < length <= self.length:
             raise ValueError(f"lend {length} rows: this tensor holds rows [{self.first_row}, {self.length})")
-        strips_per_slot = self._range.num_strips // math.prod(self.outer_shape[:1])
-        run = self._range.run(range(slot * strips_per_slot, (slot + 1) * strips_per_slot))
+        range_ = self._awake().range
+        strips_per_slot = range_.num_strips // math.prod(self.outer_shape[:1])
+        run = range_.run(range(slot * strips_per_slot, (slot + 1) * strips_per_slot))
         self._shared_bytes = max(self._shared_bytes, length * self.row_bytes)
         return run.covering(length * self.row_bytes)
 
@@ -323,6 +351,7 @@ class VTensor:
         self._range.commit_run(run.bounds, strips)
         self._shared_bytes = self._range.committed_bytes
         self._range.commit(length * self.row_bytes)
+        self._bring_back()
         self.length = length
 
     def copy_slot(self, slot: int, source: VTensor, start_bytes: int, padding: int) -> None:
@@ -336,6 +365,45 @@ class VTensor:
         self._rows(0, padding)[slot].zero_()
         if source.length:
             self._rows(padding, padding + source.length)[slot].copy_(source._rows(0, source.length)[0])
+
+    # Leaving the device
+
+    def offload(self, *, when_needed: bool = False) -> int:
+        """Let the device have this tensor's memory for others while nobody uses it; returns the bytes that left it.
+
+        The rows move to outside the device, at the same addresses: they can still be read, only slower, and graphs stay
+        valid. The next append, fork or ``prefetch`` brings them back, and ends it.
+
+        Args:
+            when_needed: move nothing now, but when another tensor would find no page otherwise; of several tensors, the
+                one that is idle the longest moves first. Do not read such a tensor from another thread.
+
+        Effects: waits for the device. Pages that another tensor uses stay; so does what cannot be mapped at once.
+        Raises:  OffloadLimitError, or DriverError, with all rows as they were; AsleepError.
+        """
+        hold = self._awake()
+        if when_needed:
+            self.scheduler.mark_idle(hold)
+            return 0
+        return self.scheduler.offload(hold)
+
+    def prefetch(self) -> int:
+        """Bring the rows back to the device, at the same addresses, and end ``offload``; returns the bytes that came.
+
+        Effects: waits for the device.
+        Raises:  OutOfPagesError, with all rows where they were; AsleepError.
+        """
+        return self.scheduler.prefetch(self._awake())
+
+    def use(self) -> None:
+        """What every use but reading begins with: end ``offload``, bringing back the rows if there is room for them.
+
+        Raises: AsleepError between ``sleep`` and ``wake``.
+        """
+        range_ = self._awake().range
+        if range_.is_idle:
+            range_.is_idle = False
+            self._bring_back()
 
     def close(self) -> None:
         """Give the memory back as soon as no view uses it. Closing twice is fine."""
@@ -371,6 +439,20 @@ class VTensor:
             raise ClosedError("this VTensor is closed: make a new one (its still living views stay readable)")
         return self._hold
 
+    def _awake(self) -> RangeHold:
+        hold = self._open()
+        if hold.range.is_asleep:
+            raise AsleepError(
+                f"this VTensor sleeps (tag {self.tag!r}): torch_vtensor.wake() brings its rows back to {self.device}"
+            )
+        return hold
+
+    def _bring_back(self) -> None:
+        is_away = any(page.is_outside for page in self._range.pages)
+        if is_away and not self.scheduler.pool.driver.is_capturing():
+            with suppress(OutOfPagesError):  # rows outside the device can be used as well
+                self.prefetch()
+
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of every strip, which have memory, as a view of the cached storage."""
         if self._base is None or stop > self._base_rows:
@@ -396,6 +478,7 @@ class VTensor:
         self, select: Sequence[int] | None, capacity: int | None, share_rows: int, commit_rows: int = 0
     ) -> VTensor:
         """A new tensor that maps the whole pages below ``share_rows`` and copies the rows behind them."""
+        self.use()
         source, slots = self._range, self._slots(select)
         capacity = self.capacity if capacity is None else capacity
         if capacity < self.length:
@@ -410,6 +493,7 @@ class VTensor:
             scheduler=self.scheduler,
             adopt=False,
             salt=self.salt,
+            tag=self.tag,
         )
         try:
             with self.scheduler.pool.lock:

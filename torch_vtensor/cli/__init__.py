@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch_vtensor import __version__
-from torch_vtensor.cli import attention, demo, info, plan
+from torch_vtensor.cli import attention, demo, info, limit, plan, serve, top
 
 
 class Command(Protocol):
@@ -21,7 +21,7 @@ class Command(Protocol):
         """Do the work and return the exit status."""
 
 
-COMMANDS: tuple[Command, ...] = (info, demo, plan, attention)
+COMMANDS: tuple[Command, ...] = (info, demo, plan, attention, serve, top, limit)
 
 
 def main(argv: Sequence[str] | None = None, program: str = "torch-vtensor") -> int:

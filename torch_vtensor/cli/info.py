@@ -55,6 +55,8 @@ def _describe_settings(settings: Settings) -> dict[str, str | None]:
         "enable on import": "yes" if settings.enable else "no",
         "budget": "what the device has" if settings.budget_bytes is None else format_bytes(settings.budget_bytes),
         "host page": format_bytes(settings.page_bytes),
+        "offload": "what there is" if settings.offload_bytes is None else format_bytes(settings.offload_bytes),
+        "offload folder": settings.offload_folder,
         "log level": logging.getLevelName(settings.log_level),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +19,22 @@ from torch_vtensor.generation._transformers_compat import (
 )
 from torch_vtensor.generation.enable import REPLACEMENTS
 
-__all__ = ["CacheMemory", "VTensorCache", "VTensorLayer", "VTensorSlidingWindowLayer", "memory"]
+__all__ = [
+    "CacheMemory",
+    "VTensorCache",
+    "VTensorLayer",
+    "VTensorSlidingWindowLayer",
+    "memory",
+    "offload",
+    "prefetch",
+]
 
 
 class CacheMemory(NamedTuple):
     """Where one cache's bytes are. ``written_bytes`` of tokens lie in ``committed_bytes`` of physical memory.
 
-    ``shared_bytes`` of the committed ones are also another cache's; ``ordinary_bytes`` are in torch's own memory,
+    ``shared_bytes`` of the committed ones are also another cache's, and ``offloaded_bytes`` of them lie outside the
+    device; ``ordinary_bytes`` are in torch's own memory,
     because the cache, or a layer of it, is smaller than a page or is stock.
     """
 
@@ -34,6 +43,7 @@ class CacheMemory(NamedTuple):
     shared_bytes: int
     reserved_bytes: int
     ordinary_bytes: int
+    offloaded_bytes: int
 
 
 def _explicit(stock: type[DynamicLayer]) -> type[DynamicLayer]:
@@ -89,6 +99,14 @@ class VTensorCache(DynamicCache):
         """Where this cache's bytes are."""
         return memory(self)
 
+    def offload(self, *, when_needed: bool = False) -> int:
+        """Let the device have this cache's memory for others until its next token; see ``offload``."""
+        return offload(self, when_needed=when_needed)
+
+    def prefetch(self) -> int:
+        """Bring this cache's tokens back to the device before they are needed; see ``prefetch``."""
+        return prefetch(self)
+
 
 for (_owner, _name), _method in REPLACEMENTS.items():
     if _owner is Cache:
@@ -98,22 +116,61 @@ for (_owner, _name), _method in REPLACEMENTS.items():
 def memory(cache: Cache) -> CacheMemory:
     """Where a cache's bytes are: any transformers cache, ours or, under ``enable()``, transformers' own."""
     written = ordinary = 0
-    vtensors: dict[int, VTensor] = {}
-    for part in (getattr(cache, "self_attention_cache", cache), getattr(cache, "cross_attention_cache", None)):
-        for layer in getattr(part, "layers", ()):
-            tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
-            written += sum(tensor.nbytes for tensor in tensors)
-            state = layers.state_of(layer) if isinstance(layer, DynamicLayer) else None
-            if state is None:
-                ordinary += sum(tensor.nbytes for tensor in tensors)
-            elif state.column.store is None:
-                ordinary += state.column.ordinary_bytes
-            else:
-                vtensors |= {id(vtensor): vtensor for vtensor in state.column.store.vtensors}
+    for layer in _layers_of(cache):
+        tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+        written += sum(tensor.nbytes for tensor in tensors)
+        state = layers.state_of(layer) if isinstance(layer, DynamicLayer) else None
+        if state is None:
+            ordinary += sum(tensor.nbytes for tensor in tensors)
+        elif state.column.store is None:
+            ordinary += state.column.ordinary_bytes
+    vtensors = _vtensors_of(cache)
     return CacheMemory(
         written_bytes=written,
-        committed_bytes=sum(vtensor.committed_bytes for vtensor in vtensors.values()),
-        shared_bytes=sum(vtensor.shared_bytes for vtensor in vtensors.values()),
-        reserved_bytes=sum(vtensor.reserved_bytes for vtensor in vtensors.values()),
+        committed_bytes=sum(vtensor.committed_bytes for vtensor in vtensors),
+        shared_bytes=sum(vtensor.shared_bytes for vtensor in vtensors),
+        reserved_bytes=sum(vtensor.reserved_bytes for vtensor in vtensors),
         ordinary_bytes=ordinary,
+        offloaded_bytes=sum(vtensor.offloaded_bytes for vtensor in vtensors),
     )
+
+
+def offload(cache: Cache, *, when_needed: bool = False) -> int:
+    """Let the device have the memory of an idle cache for others; returns the bytes that left it.
+
+    Its tokens move to outside the device, at the same addresses, and stay readable. They come back with the next token,
+    or before by ``prefetch``. A cache in ordinary memory stays where it is.
+
+    Args:
+        cache: any transformers cache, ours or, under ``enable()``, transformers' own.
+        when_needed: move nothing now, but when another cache would find no memory otherwise; of several caches, the one
+            that is idle the longest moves first.
+
+    Effects: waits for the device. Pages that a cache shares with one that is not idle stay.
+    Raises:  OffloadLimitError or DriverError, with all tokens as they were, or outside the device.
+    """
+    return sum(vtensor.offload(when_needed=when_needed) for vtensor in _vtensors_of(cache))
+
+
+def prefetch(cache: Cache) -> int:
+    """Bring the tokens of a cache back to the device, where they stay; returns the bytes that came.
+
+    Effects: waits for the device.
+    Raises:  OutOfPagesError or DriverError, with all tokens where they were, or on the device.
+    """
+    return sum(vtensor.prefetch() for vtensor in _vtensors_of(cache))
+
+
+def _layers_of(cache: Cache) -> Iterator[Any]:
+    for part in (getattr(cache, "self_attention_cache", cache), getattr(cache, "cross_attention_cache", None)):
+        yield from getattr(part, "layers", ())
+
+
+def _vtensors_of(cache: Cache) -> list[VTensor]:
+    """Those that layers lie in, each once."""
+    vtensors: dict[int, VTensor] = {}
+    for layer in _layers_of(cache):
+        state = layers.state_of(layer) if isinstance(layer, DynamicLayer) else None
+        if state is not None and state.column.store is not None:
+            vtensors |= {id(vtensor): vtensor for vtensor in state.column.store.vtensors}
+    return list(vtensors.values())

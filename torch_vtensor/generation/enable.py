@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,7 @@ from torch_vtensor.generation._transformers_compat import (
 )
 from torch_vtensor.settings import load_settings
 
-__all__ = ["REPLACEMENTS", "disable", "enable", "enabled", "is_enabled", "keeps_prefixes"]
+__all__ = ["REPLACEMENTS", "disable", "enable", "enabled", "is_enabled", "keeps_prefixes", "stop_batching"]
 
 _METHODS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (Cache, "update", layers.cache_update),
@@ -51,6 +52,7 @@ _compiles: set[object] = set()  # who of those asked for compiled decoding
 _attends: set[object] = set()  # who of those asked for fast attention
 _reuses: set[object] = set()  # who of those asked for prefixes to be reused
 _budgets: dict[object, int] = {}  # the budgets that they asked for, the latest last
+_managers: weakref.WeakSet[Any] = weakref.WeakSet()  # of continuous batching, those over our memory
 _stock: list[tuple[type, str, Any]] = []  # what was replaced; None where the class had no method of its own
 
 
@@ -67,6 +69,9 @@ def _replacement(owner: type, name: str, ours: Callable[..., Any]) -> Callable[.
     return method
 
 
+_BATCHING = "init_continuous_batching"
+_BATCHES = next(owner for owner in GenerationMixin.__mro__ if _BATCHING in vars(owner))
+
 REPLACEMENTS = {(owner, name): _replacement(owner, name, ours) for owner, name, ours in _METHODS}
 """The method that stands for each one of transformers', made while transformers' own are in place."""
 
@@ -80,8 +85,9 @@ def enable(
 ) -> None:
     """Give every HuggingFace ``generate()`` loop in this process growable KV memory, without changing its results.
 
-    From now on the layers of every ``DynamicCache``, existing ones included, append in place. Calling it again only
-    changes the settings. ``explain(model)`` says what each layer of a model will do; ``stats()`` what they did.
+    From now on the layers of every ``DynamicCache``, existing ones included, append in place, and ``generate_batch()``
+    runs over such memory. Calling it again only changes the settings. ``explain(model)`` says what each layer of a
+    model will do; ``stats()`` what they did.
 
     Args:
         compile: decode by captured graphs of the compiled model wherever that is possible: greedy search and sampling
@@ -116,7 +122,8 @@ def enable(
 def disable() -> None:
     """Put transformers' own methods back, also inside ``enabled()`` blocks; running caches go on as stock ones.
 
-    Effects: the tokens of running caches are copied to ordinary memory.
+    Effects: the tokens of running caches are copied to ordinary memory. Running managers of continuous batching go on
+        to their end.
     """
     global _switched_on
     with _lock:
@@ -168,6 +175,13 @@ def keeps_prefixes() -> bool:
     return bool(_reuses)
 
 
+def stop_batching() -> None:
+    """End every manager of continuous batching that is over our memory; requests that still wait fail."""
+    for manager in list(_managers):
+        if manager.is_running():
+            manager.stop(block=True, hard_stop=True)
+
+
 def is_enabled() -> bool:
     """Whether transformers' cache layers are over virtual memory right now."""
     return bool(_stock)
@@ -201,21 +215,23 @@ def _set_reuse(who: object, wanted: bool) -> None:
         _reuses.clear()
     _reuses.discard(who)
     if not _reuses:
+        for manager in list(_managers):
+            manager.keep_no_prefixes()
         prefixes.clear()
 
 
-def _install_loop(name: str, ours: Callable[..., Any]) -> None:
+def _install_loop(name: str, ours: Callable[..., Any], owner: type = GenerationMixin) -> None:
     """Have ``ours`` stand for a method of generate()'s, given the stock one, until everything is put back."""
-    if any((owner, known) == (GenerationMixin, name) for owner, known, _ in _stock):
+    if any((other, known) == (owner, name) for other, known, _ in _stock):
         return
-    stock = getattr(GenerationMixin, name)
+    stock = getattr(owner, name)
 
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return ours(stock, self, *args, **kwargs)
 
-    _stock.append((GenerationMixin, name, stock))
-    setattr(GenerationMixin, name, method)
+    _stock.append((owner, name, stock))
+    setattr(owner, name, method)
 
 
 def _sample(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -231,6 +247,17 @@ def _beam_search(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: An
 
 def _prepare_cache(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     return prefixes.note_cache(stock, model, *args, **kwargs) if _reuses else stock(model, *args, **kwargs)
+
+
+def _init_batching(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    # Loaded only for who batches, as it registers operators.
+    from torch_vtensor.generation.serving.manager import BatchingManager, init_batching
+
+    options = {"is_captured": bool(_compiles), "reuses_prefixes": bool(_reuses)}
+    manager = init_batching(stock, model, *args, **options, **kwargs)
+    if isinstance(manager, BatchingManager):
+        _managers.add(manager)
+    return manager
 
 
 def _check_attention(attention: str | None) -> None:
@@ -268,11 +295,14 @@ def _install() -> None:
         for (owner, name), method in REPLACEMENTS.items():
             _stock.append((owner, name, owner.__dict__.get(name)))
             setattr(owner, name, method)
+        _install_loop(_BATCHING, _init_batching, _BATCHES)
 
 
 def _remove() -> None:
     if not _stock:
         return
+    for manager in list(_managers):
+        manager.forget()
     with layers.leaving(lambda layer: not getattr(layer, "is_explicit", False)):
         while _stock:
             owner, name, stock = _stock.pop()

@@ -92,13 +92,14 @@ class KVStore:
         shape: of every layer in it.
         num_layers: layers that share the store's pages; 1 where the device keeps layers apart.
         tokens: how many tokens are about to be written.
+        capacity: tokens of addresses to reserve; default: what suits so many tokens.
 
     Units:   tokens; every position is a token's absolute one.
     Effects: reserves addresses; takes memory with ``commit``.
     """
 
-    def __init__(self, shape: KVShape, num_layers: int, tokens: int) -> None:
-        capacity, salt = capacity_of(tokens, shape.device), current_salt()
+    def __init__(self, shape: KVShape, num_layers: int, tokens: int, capacity: int | None = None) -> None:
+        capacity, salt = capacity or capacity_of(tokens, shape.device), current_salt()
         if is_token_major(shape.device):
             row_elements = shape.heads * (shape.key_dim + shape.value_dim) * num_layers
             rows: list[tuple[tuple[int, ...], int]] = [((shape.batch,), row_elements)]
@@ -130,6 +131,7 @@ class KVStore:
         self.num_layers = len(intervals)
         self.intervals = intervals
         self.vtensors = vtensors
+        self.pool = vtensors[0].scheduler.pool
         self.viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
         self._num_writes = [0] * self.num_layers
         self._derived: weakref.WeakValueDictionary[Hashable, KVStore] = weakref.WeakValueDictionary()
@@ -159,6 +161,14 @@ class KVStore:
         """
         for vtensor in self.vtensors:
             vtensor.commit(tokens)
+
+    def use(self) -> None:
+        """What every use begins with: rows that were offloaded come back, if there is room.
+
+        Raises: AsleepError between ``sleep`` and ``wake``.
+        """
+        for vtensor in self.vtensors:
+            vtensor.use()
 
     def commit_ahead(self) -> None:
         """Have one more page a strip mapped in the background."""

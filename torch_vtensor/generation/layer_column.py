@@ -92,6 +92,8 @@ class LayerColumn:
         """
         num_new = key.shape[2]
         new_stop = stop + num_new
+        if self.store is not None and self.store.pool.is_tiered:
+            self.store.use()
         if stop < self._seen:
             self._make_writable(stop)
         if new_stop > self._end:
@@ -124,8 +126,10 @@ class LayerColumn:
         """
         if self.store is None:
             self._move_to_pages(first, stop, stop + num_new)
-        elif stop < self._seen:
-            self._make_writable(stop)
+        else:
+            self.store.use()
+            if stop < self._seen:
+                self._make_writable(stop)
         store = old = self.store
         assert store is not None and old is not None
         if capacity > store.capacity:

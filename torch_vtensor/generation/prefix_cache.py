@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_vtensor.allocator.prefix import Pin, PrefixTree
+from torch_vtensor.allocator.prefix import Loan, Pin, PrefixTree
 from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
 from torch_vtensor.generation import _torch_compat
 from torch_vtensor.generation._transformers_compat import (
@@ -47,6 +47,7 @@ from torch_vtensor.generation.cached_rows import (
 from torch_vtensor.generation.decode.support import (
     MODEL_INPUTS,
     has_foreign_hooks,
+    is_spread,
     modules_of,
     paddings_of,
     why_more_than_tokens,
@@ -55,7 +56,20 @@ from torch_vtensor.generation.kv_store import capacity_of
 from torch_vtensor.generation.layers import why_no_driver
 from torch_vtensor.generation.tenant import current_salt
 
-__all__ = ["begin", "clear", "counters", "figures", "keep", "mark_of", "note_cache", "reuse", "tree_of", "why_never"]
+__all__ = [
+    "begin",
+    "clear",
+    "counters",
+    "figures",
+    "keep",
+    "lend",
+    "mark_of",
+    "note_cache",
+    "record",
+    "reuse",
+    "tree_of",
+    "why_never",
+]
 
 _log = logging.getLogger(__name__)
 counters: Counter[str] = Counter()
@@ -228,7 +242,7 @@ def _why_not(model: Any, input_ids: torch.Tensor, config: Any, inputs: dict[str,
         return reason
     if not cache.layers or cache.get_seq_length() > 0:
         return "a cache whose layers are not known before the first step, or that holds tokens"
-    if getattr(model, "hf_device_map", None) or why_no_driver(model.device.type):
+    if is_spread(model) or why_no_driver(model.device.type):
         return "the model is on several devices, or on one without a memory driver"
     if "prepare_inputs_for_generation" in vars(model) or model.config.model_type == "cpmant":
         return "something is put in front of the tokens"
@@ -293,10 +307,61 @@ def _give_way(model: Any) -> None:
         tree.scheduler.trim()
 
 
+def lend(
+    model: Any, mark: tuple[Any, ...], tokens: list[int], capacity: int
+) -> tuple[tuple[StoreLayout, ...], Loan] | None:
+    """The rows of the longest prefix that is known of one prompt, but for its last token, in stores laid out like this.
+
+    Args:
+        mark: of the model as it is, by ``mark_of``.
+        capacity: tokens of addresses of the new rows.
+    """
+    request = _Request([tokens], [0])
+    lent = _lend(model, mark, request, len(tokens) - 1, capacity)
+    counters["tokens reused"] += 0 if lent is None else lent[1].num_rows
+    counters["tokens of prompts"] += len(tokens)
+    return lent
+
+
+def record(model: Any, mark: tuple[Any, ...], tokens: list[int], rows: CachedRows) -> None:
+    """Keep what ``rows`` hold of the one sequence ``tokens``; failing to is no error.
+
+    Args:
+        mark: of the model as it was when their first token was computed.
+    """
+    if len(tokens) < _LEAST_TOKENS:
+        counters["not recorded: fewer tokens than are worth it"] += 1
+        return
+    if mark != mark_of(model):
+        counters["not recorded: the model has changed"] += 1
+        return
+    try:
+        tree, salt = _tree_for(model, mark, rows), current_salt()
+        counters["tokens recorded"] += tree.record(tokens, rows.vtensors, 0, salt)
+    except Exception as error:  # the answer is there, whatever becomes of the record
+        counters[f"not recorded: {type(error).__name__}"] += 1
+        _log.info("what %s has answered is not recorded", type(model).__name__, exc_info=error)
+
+
 def _begin(
     model: Any, mark: tuple[Any, ...], cache: Any, request: _Request, length: int, max_length: int | None
 ) -> int:
     """Give the cache what is known of every prompt; returns how many rows that are, padding included."""
+    at_most = most_lendable(cache, length - 1)  # one token has to be run, for its logits
+    if at_most < length - 1 and _kept.get(model) is not None:
+        counters["limited: a sliding window keeps no more"] += 1
+    lent = _lend(model, mark, request, at_most, capacity_of(max(length + 1, max_length or 0), model.device))
+    if lent is None:
+        return 0
+    layouts, loan = lent
+    begin_with(cache, layouts, loan.vtensors, loan.num_rows)
+    return loan.num_rows
+
+
+def _lend(
+    model: Any, mark: tuple[Any, ...], request: _Request, at_most: int, capacity: int
+) -> tuple[tuple[StoreLayout, ...], Loan] | None:
+    """What is known of every prompt, ``at_most`` rows with padding, in new tensors of so much capacity."""
     with _lock:
         kept = _kept.get(model)
         if kept is not None and kept.mark != mark:
@@ -304,27 +369,20 @@ def _begin(
             del _kept[model]
             kept = None
     if kept is None:
-        return 0
-    at_most = most_lendable(cache, length - 1)  # one token has to be run, for its logits
-    if at_most < length - 1:
-        counters["limited: a sliding window keeps no more"] += 1
+        return None
     try:
-        salt, tree = current_salt(), kept.tree
-        loan = tree.fork(
+        loan = kept.tree.fork(
             request.tokens,
-            capacity=capacity_of(max(length + 1, max_length or 0), tree.pool.device),
+            capacity=capacity,
             paddings=request.paddings,
             at_least=_LEAST_TOKENS,
             at_most=at_most,
-            salt=salt,
+            salt=current_salt(),
         )
     except (DriverError, ForkedProcessError, OutOfPagesError) as error:
         counters[f"not reused: {type(error).__name__}"] += 1
-        return 0
-    if loan is None:
-        return 0
-    begin_with(cache, kept.layouts, loan.vtensors, loan.num_rows)
-    return loan.num_rows
+        return None
+    return None if loan is None else (kept.layouts, loan)
 
 
 def _record(

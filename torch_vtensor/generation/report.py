@@ -12,6 +12,7 @@ from torch_vtensor.allocator.torch_pool import release_idle
 from torch_vtensor.generation import attention, layers, prefix_cache
 from torch_vtensor.generation._transformers_compat import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from torch_vtensor.generation.cached_rows import is_plain
+from torch_vtensor.generation.serving import support as serving
 from torch_vtensor.settings import format_bytes
 
 __all__ = ["Explanation", "LayerExplanation", "Stats", "empty_cache", "explain", "stats", "trim", "why_all_stock"]
@@ -21,18 +22,20 @@ class Stats(NamedTuple):
     """Every device's memory, and how many appends of cache layers were zero-copy or stock, by reason.
 
     ``attention`` counts the calls of attention while attention="fast" was on, in the same way; ``prefixes`` what calls
-    of generate() reused while prefix_cache=True was, in tokens, and how often calls did not, by reason.
+    of generate() reused while prefix_cache=True was, in tokens, and how often calls did not, by reason; ``serving``
+    what continuous batching did, and how often it was left to transformers, by reason.
     """
 
     devices: dict[torch.device, PoolStats]
     appends: dict[str, int]
     attention: dict[str, int]
     prefixes: dict[str, int]
+    serving: dict[str, int]
 
     def __str__(self) -> str:
         lines = []
         for device, pool in self.devices.items():
-            names = ("committed", "live", "shared", "prefix", "parked", "pooled", "torch", "reserved")
+            names = ("committed", "live", "shared", "prefix", "parked", "pooled", "torch", "offloaded", "reserved")
             sizes = ", ".join(f"{name} {format_bytes(getattr(pool, name + '_bytes'))}" for name in names)
             lines.append(f"{device}: {sizes}; {pool.num_driver_calls} driver calls, {pool.num_device_waits} waits")
             lines += [
@@ -42,13 +45,15 @@ class Stats(NamedTuple):
         lines += [f"appends {reason}: {count}" for reason, count in self.appends.items()]
         lines += [f"attention {reason}: {count}" for reason, count in self.attention.items()]
         lines += [f"prefixes {reason}: {count}" for reason, count in self.prefixes.items()]
+        lines += [f"serving {reason}: {count}" for reason, count in self.serving.items()]
         return "\n".join(lines) or "nothing was allocated yet"
 
 
 class LayerExplanation(NamedTuple):
     """What one layer of a model's cache will do; its attention will be "fast", "stock", or "stock: " and why.
 
-    ``prefix`` says up to where its tokens can be reused by later calls under prefix_cache=True, or why they cannot.
+    ``prefix`` says up to where its tokens can be reused by later calls under prefix_cache=True, or why they cannot;
+    ``batching`` whether generate_batch() of the model is "ours", or "stock: " and why.
     """
 
     layer: int
@@ -57,6 +62,7 @@ class LayerExplanation(NamedTuple):
     reason: str
     attention: str
     prefix: str
+    batching: str
 
 
 class Explanation(tuple[LayerExplanation, ...]):
@@ -81,6 +87,7 @@ def stats() -> Stats:
         dict(layers.counters),
         dict(attention.counters),
         prefix_cache.figures(),
+        dict(serving.counters),
     )
 
 
@@ -124,9 +131,10 @@ def explain(model: Any) -> Explanation:
     config = getattr(model, "config", model)
     if not hasattr(config, "get_text_config"):
         raise TypeError(f"explain takes a transformers model or config, not a {type(model).__name__}")
+    batching = _who_batches(model)
     if reason := why_all_stock(model):
         attends = attention.what_layer_does(model, None)
-        entry = LayerExplanation(0, type(model).__name__, False, reason, attends, f"not reused: {reason}")
+        entry = LayerExplanation(0, type(model).__name__, False, reason, attends, f"not reused: {reason}", batching)
         return Explanation([entry])
     entries, never = [], prefix_cache.why_never(model)
     kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
@@ -135,14 +143,21 @@ def explain(model: Any) -> Explanation:
         attends = attention.what_layer_does(model, kinds[index] if index < len(kinds) else None)
         prefix = _what_is_reused(layer) if never is None else f"not reused: {never}"
         if not isinstance(layer, DynamicLayer):
-            entries.append(LayerExplanation(index, kind, False, "keeps no keys and values that grow", attends, prefix))
+            reason = "keeps no keys and values that grow"
+            entries.append(LayerExplanation(index, kind, False, reason, attends, prefix, batching))
         elif _owner_of_update(type(layer)) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            entries.append(LayerExplanation(index, kind, False, "has an update() of its own", attends, prefix))
+            reason = "has an update() of its own"
+            entries.append(LayerExplanation(index, kind, False, reason, attends, prefix, batching))
         else:
             window = getattr(layer, "sliding_window", None)
             more = f"; pages before the window of {window} go back" if window else ""
-            entries.append(LayerExplanation(index, kind, True, f"appends in place{more}", attends, prefix))
+            entries.append(LayerExplanation(index, kind, True, f"appends in place{more}", attends, prefix, batching))
     return Explanation(entries)
+
+
+def _who_batches(model: Any) -> str:
+    reason = serving.why_never(model) if hasattr(model, "config") else "a configuration alone does not tell"
+    return "ours" if reason is None else f"stock: {reason}"
 
 
 def _what_is_reused(layer: Any) -> str:

@@ -116,6 +116,23 @@ class Session:
         """Where the bytes of this session's cache are; ``shared_bytes`` are also others', or an earlier window's."""
         return self._open().memory()
 
+    def offload(self, *, when_needed: bool = False) -> int:
+        """Let others have this session's memory until its next turn; returns the bytes that left the device.
+
+        Args:
+            when_needed: only when another session, or cache, would find no memory otherwise.
+
+        Effects: as of ``torch_vtensor.offload``; the next turn brings the tokens back, or ``prefetch`` before it.
+        """
+        return self._open().offload(when_needed=when_needed)
+
+    def prefetch(self) -> int:
+        """Bring this session's tokens back to the device before its next turn; returns the bytes that came.
+
+        Raises: OutOfPagesError, with all tokens where they were.
+        """
+        return self._open().prefetch()
+
     def __repr__(self) -> str:
         if self._cache is None:
             return "Session(closed)"

@@ -13,6 +13,7 @@ __all__ = ["SharedPrefix", "SharedTables", "shared_prefixes", "table_shape", "ta
 
 _SHARES_READS = {"cuda"}
 """Devices whose kernels read a prefix once for all slots that share it."""
+_MOST_GROUPS = 4  # in tables of a fixed shape: each has programs started for it, whether there is such a group or not
 _LEAST_SAVED_BYTES = 8 * 2**20  # of one layer: two more launches cost about as much as reading this
 
 
@@ -40,20 +41,18 @@ def shared_prefixes(store: KVStore, most_tokens: int) -> tuple[SharedPrefix, ...
     )
 
 
-def table_shape(prefixes: Sequence[SharedPrefix]) -> tuple[int, int] | None:
-    """[G, K] of a table that has room for these prefixes, rounded up so that few shapes serve; None for no prefixes."""
-    if not prefixes:
-        return None
-    num_groups, num_members = len(prefixes), max(len(one.slots) for one in prefixes)
-    return 1 << (num_groups - 1).bit_length(), 1 << (num_members - 1).bit_length()
+def table_shape(batch: int) -> tuple[int, int]:
+    """[G, K] of tables for so many slots that serve whatever they share, the most valuable groups of it."""
+    return max(1, min(_MOST_GROUPS, batch // 2)), batch
 
 
-def tables_of(prefixes: Sequence[SharedPrefix], batch: int) -> SharedTables:
-    """The tables on the CPU, of ``table_shape``."""
-    shape = table_shape(prefixes)
-    assert shape is not None
+def tables_of(prefixes: Sequence[SharedPrefix], batch: int, shape: tuple[int, int] | None = None) -> SharedTables:
+    """The tables on the CPU, by default no larger than these prefixes need; in fewer rows, of those that save most."""
+    if shape is None:
+        shape = len(prefixes), max(len(one.slots) for one in prefixes)
     groups, counts = torch.full(shape, -1, dtype=torch.int32, device="cpu"), [0] * batch
-    for row, prefix in enumerate(prefixes):
+    by_value = sorted(prefixes, key=lambda one: (len(one.slots) - 1) * one.num_tokens, reverse=True)
+    for row, prefix in enumerate(by_value[: shape[0]]):
         groups[row, : len(prefix.slots)] = torch.tensor(prefix.slots, device="cpu")
         for slot in prefix.slots:
             counts[slot] = prefix.num_tokens

@@ -99,7 +99,7 @@ def _cuda(
         assert groups is not None and num_shared is not None
         return prefix_triton.launch_rows(
             query, query, query, rows, lengths, groups, num_shared, num_heads, value_dim, 0, firsts, scale, sinks,
-            softcap, new, workspace, out,
+            softcap, new, workspace, out, num_used=1,
         )  # fmt: skip
     return triton.launch_rows(
         query, query, query, rows, lengths, num_heads, value_dim, 0, firsts, scale, window, sinks, softcap, new=new,

@@ -10,6 +10,7 @@ import torch
 
 from torch_vtensor.allocator import native
 from torch_vtensor.allocator.native_allocator import NativeAllocator
+from torch_vtensor.errors import DriverError
 
 MIB = 2**20
 PAGE = 2 * MIB
@@ -17,6 +18,7 @@ LARGE_PAGE = 32 * MIB
 NOT_CAPTURING, CAPTURING, CAPTURING_IMPLICITLY, CAPTURING_UNNOTICED = range(4)
 OUT_OF_MEMORY = 2
 INVALID_VALUE = 1
+_CODES = {OUT_OF_MEMORY: "CUDA_ERROR_OUT_OF_MEMORY", INVALID_VALUE: "CUDA_ERROR_INVALID_VALUE"}
 
 HERE = Path(__file__).parent
 NATIVE = Path(native.__file__).parent
@@ -69,6 +71,7 @@ class FakeCuda:
         self.library.fake_num_calls.restype = ctypes.c_int64
         self.library.fake_fail_in.restype = ctypes.c_int64
         self.library.fake_violation.restype = ctypes.c_char_p
+        self.library.fake_read_page.restype = ctypes.c_uint64
         for name, arguments in (
             ("fake_reset", [ctypes.c_uint64]),
             ("fake_set_memory", [ctypes.c_uint64]),
@@ -80,6 +83,14 @@ class FakeCuda:
             ("cuCtxPushCurrent_v2", [ctypes.c_void_p]),
             ("cuMemCreate", [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_ulonglong]),
             ("cuMemRelease", [ctypes.c_uint64]),
+            ("cuMemAddressReserve", [ctypes.c_void_p, *[ctypes.c_uint64] * 3, ctypes.c_ulonglong]),
+            ("cuMemAddressFree", [ctypes.c_uint64] * 2),
+            ("cuMemMap", [*[ctypes.c_uint64] * 4, ctypes.c_ulonglong]),
+            ("cuMemSetAccess", [ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t]),
+            ("cuMemUnmap", [ctypes.c_uint64] * 2),
+            ("cuMemcpyAsync", [*[ctypes.c_uint64] * 3, ctypes.c_void_p]),
+            ("fake_write_page", [ctypes.c_uint64] * 2),
+            ("fake_read_page", [ctypes.c_uint64]),
         ):
             getattr(self.library, name).argtypes = arguments
 
@@ -98,6 +109,15 @@ class FakeCuda:
         has_come = bool(self.library.fake_fail_in() == 0)
         self.fail()
         return has_come
+
+    def write(self, address: int, nbytes: int, content: int) -> None:
+        """Give every page of a segment a content of its own."""
+        for index, ptr in enumerate(_page_starts(address, nbytes)):
+            self.library.fake_write_page(ptr, content + index)
+
+    def read(self, address: int, nbytes: int) -> list[int]:
+        """What the pages of a segment hold."""
+        return [self.library.fake_read_page(ptr) for ptr in _page_starts(address, nbytes)]
 
     def launch(self, stream: int, address: int, nbytes: int) -> None:
         """Run a kernel that touches these bytes until its stream is finished."""
@@ -136,13 +156,36 @@ class FakeCuda:
 
     def check_sound(self) -> None:
         """No rule was broken, and the calling thread is as it was before."""
-        assert self.violation == ""
+        assert self.violation == "", self.violation
         counts = self.counts()
         assert (counts.context_depth, counts.capture_mode) == (0, 0)
 
 
+def _page_starts(address: int, nbytes: int) -> list[int]:
+    num_large = nbytes // LARGE_PAGE
+    starts = [index * LARGE_PAGE for index in range(num_large)]
+    return [address + start for start in [*starts, *range(num_large * LARGE_PAGE, nbytes, PAGE)]]
+
+
+class _PassedFence:
+    """The fake copies on the spot."""
+
+    def passed(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return None
+
+
+class _Zeroes:
+    """A tensor that can be made zeros."""
+
+    def __init__(self, fake: FakeCuda, ptr: int, nbytes: int) -> None:
+        self.zero_ = lambda: [fake.library.fake_write_page(start, 0) for start in _page_starts(ptr, nbytes)]
+
+
 class FakeDriver:
-    """As much of `Driver` as PagePool needs, on the fake: its pages and the native allocator's are of one kind."""
+    """A `Driver` on the fake: its pages and the native allocator's are of one kind."""
 
     device = torch.device("cuda", 0)
     page_sizes = (PAGE, LARGE_PAGE)
@@ -150,24 +193,69 @@ class FakeDriver:
     zeroes_pages = False
 
     def __init__(self, fake: FakeCuda) -> None:
+        self._fake = fake
         self._cuda = fake.library
+
+    def reserve(self, nbytes: int) -> int:
+        ptr = ctypes.c_uint64()
+        self._in_context("cuMemAddressReserve", nbytes, ctypes.byref(ptr), nbytes, 0, 0, 0)
+        return ptr.value
+
+    def release(self, ptr: int, nbytes: int) -> None:
+        self._in_context("cuMemAddressFree", nbytes, ptr, nbytes)
+
+    def map(self, ptr: int, nbytes: int, handle: int) -> None:
+        self._cuda.fake_set_sharing(1)  # what could not be unmapped yet may be mapped again
+        try:
+            self._in_context("cuMemMap", nbytes, ptr, nbytes, 0, handle, 0)
+        finally:
+            self._cuda.fake_set_sharing(0)
+
+    def set_access(self, ptr: int, nbytes: int) -> None:
+        self._in_context("cuMemSetAccess", nbytes, ptr, nbytes, None, 1)
+
+    def unmap(self, ptr: int, nbytes: int) -> None:
+        self._in_context("cuMemUnmap", nbytes, ptr, nbytes)
+
+    def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
+        self._in_context("cuMemcpyAsync", nbytes, target_ptr, source_ptr, nbytes, None)
+
+    def create_offloaded(self, nbytes: int) -> int:
+        return self.create(nbytes)
+
+    def tensor(self, ptr: int, nbytes: int, owner: object) -> _Zeroes:
+        return _Zeroes(self._fake, ptr, nbytes)
+
+    def fence(self) -> _PassedFence:
+        return _PassedFence()
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def collect(self) -> None:
+        return None
+
+    def prepare_thread(self) -> None:
+        return None
 
     def free_bytes(self) -> int:
         return 2**40
 
     def create(self, nbytes: int) -> int:
         handle = ctypes.c_uint64()
-        self._in_context(self._cuda.cuMemCreate, ctypes.byref(handle), nbytes, None, 0)
+        self._in_context("cuMemCreate", nbytes, ctypes.byref(handle), nbytes, None, 0)
         return handle.value
 
     def destroy(self, handle: int, nbytes: int) -> None:
-        self._in_context(self._cuda.cuMemRelease, handle)
+        self._in_context("cuMemRelease", nbytes, handle)
 
-    def _in_context(self, call, *arguments) -> None:
-        assert self._cuda.cuCtxPushCurrent_v2(0xC0) == 0
-        result = call(*arguments)
-        assert self._cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())) == 0
-        assert result == 0
+    def _in_context(self, name: str, nbytes: int, *arguments: object) -> None:
+        """Call the driver, whose failures are of this call alone: pushing a context is not made to fail here."""
+        self._cuda.fake_set_context(0xC0)
+        result = getattr(self._cuda, name)(*arguments)
+        self._cuda.fake_set_context(None)
+        if result != 0:
+            raise DriverError(name, _CODES.get(result, str(result)), self.device, nbytes)
 
 
 class TorchCalls(NativeAllocator):

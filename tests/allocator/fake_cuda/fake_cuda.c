@@ -3,7 +3,8 @@
  *
  * A stream is a pair of counters: work submitted and work completed. A kernel is one unit of work that touches a range
  * of addresses until its stream has completed it. An event is complete once its stream has completed what was submitted
- * before the event was recorded. Kernels of a module run on the host, on the spot. */
+ * before the event was recorded. Kernels of a module run on the host, on the spot. Of what a page holds it knows one
+ * number, which copies take along. */
 
 #include <pthread.h>
 #include <stdarg.h>
@@ -28,7 +29,7 @@ typedef struct {
 } range;
 
 typedef struct {
-    uint64_t bytes;
+    uint64_t bytes, content;
     int is_alive, num_maps;
 } physical;
 
@@ -91,6 +92,7 @@ static char violation[512];
 
 static _Thread_local void *context, *own_context; /* own: what is current while nothing is pushed */
 static _Thread_local int capture_mode, context_depth;
+static _Thread_local int may_share; /* one page may be mapped at two addresses, as PagePool's ranges do */
 static _Thread_local int was_free; /* the answer to this thread's last question whether a stream is being captured */
 static _Thread_local void *asked_stream;
 
@@ -285,7 +287,7 @@ int cuMemCreate(uint64_t *handle, size_t bytes, const void *allocation, unsigned
             result = OUT_OF_MEMORY;
         } else {
             created_bytes += bytes;
-            handles[num_handles] = (physical){.bytes = bytes, .is_alive = 1};
+            handles[num_handles] = (physical){.bytes = bytes, .content = 0xBAD, .is_alive = 1};
             *handle = 0x1000 + (uint64_t)num_handles++;
         }
     });
@@ -330,7 +332,7 @@ int cuMemMap(uint64_t address, size_t bytes, size_t offset, uint64_t handle, uns
                     violate("two pages were mapped at one address");
                 }
             }
-            if (page->num_maps++ > 0) {
+            if (page->num_maps++ > 0 && !may_share) {
                 violate("one page was mapped under two segments");
             }
             mapped[num_mapped++] = (range){.address = address, .bytes = bytes, .handle = handle};
@@ -383,6 +385,31 @@ int cuMemUnmap(uint64_t address, size_t bytes) {
         if (!walk(address, bytes, 1)) {
             violate("memory was unmapped that is not mapped");
             result = INVALID_VALUE;
+        }
+    });
+}
+
+/* The page that begins at an address, and can be used there. */
+static physical *find_mapped(uint64_t address) {
+    for (int i = 0; i < num_mapped; i++) {
+        if (mapped[i].address == address && mapped[i].is_accessible) {
+            return find_handle(mapped[i].handle);
+        }
+    }
+    violate("memory was used that is not mapped");
+    return NULL;
+}
+
+int cuMemcpyAsync(uint64_t target, uint64_t source, size_t bytes, void *stream_key) {
+    (void)stream_key;
+    CALL(1, 1, {
+        physical *to = find_mapped(target);
+        physical *from = find_mapped(source);
+        if (to == NULL || from == NULL || to->bytes != bytes || from->bytes != bytes) {
+            violate("something else than a whole page was copied");
+            result = INVALID_VALUE;
+        } else {
+            to->content = from->content;
         }
     });
 }
@@ -590,6 +617,10 @@ void fake_set_context(void *current) {
     context = own_context = current;
 }
 
+void fake_set_sharing(int may) {
+    may_share = may;
+}
+
 /* Launches wait as long as it is full. */
 void fake_set_queue_full(int full) {
     is_queue_full = full;
@@ -606,6 +637,24 @@ void fake_set_capture(void *stream_key, int capture) {
     pthread_mutex_lock(&mutex);
     find_stream(stream_key)->capture = capture;
     pthread_mutex_unlock(&mutex);
+}
+
+/* Give the page that begins at an address a content, and tell it. */
+void fake_write_page(uint64_t address, uint64_t content) {
+    pthread_mutex_lock(&mutex);
+    physical *page = find_mapped(address);
+    if (page != NULL) {
+        page->content = content;
+    }
+    pthread_mutex_unlock(&mutex);
+}
+
+uint64_t fake_read_page(uint64_t address) {
+    pthread_mutex_lock(&mutex);
+    const physical *page = find_mapped(address);
+    uint64_t content = page != NULL ? page->content : 0xBAD;
+    pthread_mutex_unlock(&mutex);
+    return content;
 }
 
 int64_t fake_num_calls(const char *name) {

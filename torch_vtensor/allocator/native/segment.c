@@ -1,4 +1,5 @@
-/* Makes and unmakes segments: reserve, take or create pages, map, set access; and the same backwards. */
+/* Makes and unmakes segments: reserve, take or create pages, map, set access; and the same backwards. Sleeping is all of
+ * it but the addresses. */
 
 #include "segment.h"
 
@@ -54,10 +55,6 @@ static segment_result acquire_page(const segment_plan *plan, vtp_ledger *ledger,
 }
 
 static segment_result fill(const segment_plan *plan, memory_segment *segment) {
-    if (!CUDA_DO(cuMemAddressReserve, segment->bytes, &segment->address, (size_t)segment->bytes, 0, 0, 0)) {
-        segment->address = 0;
-        return SEGMENT_FAILED;
-    }
     while (segment->mapped_bytes < segment->bytes) {
         int64_t left_bytes = segment->bytes - segment->mapped_bytes;
         int64_t bytes = left_bytes >= plan->large_page_bytes ? plan->large_page_bytes : plan->page_bytes;
@@ -89,15 +86,26 @@ static void drop_page(vtp_ledger *ledger, const segment_page *page, int undo) {
     }
 }
 
-static int unmake(memory_segment *segment, int undo) {
+static int strip(memory_segment *segment, int undo) {
     if (segment->mapped_bytes > 0) {
-        if (cuda.cuMemUnmap(segment->address, (size_t)segment->mapped_bytes) != CUDA_OK) {
+        cuda_result result = cuda.cuMemUnmap(segment->address, (size_t)segment->mapped_bytes);
+        if (result != CUDA_OK) {
+            if (!undo) { /* otherwise what made it necessary is the failure */
+                cuda_check(result, "cuMemUnmap", segment->mapped_bytes);
+            }
             return 0;
         }
         segment->mapped_bytes = 0;
     }
     while (segment->num_pages > 0) {
         drop_page(segment->ledger, &segment->pages[--segment->num_pages], undo);
+    }
+    return 1;
+}
+
+static int unmake(memory_segment *segment, int undo) {
+    if (!strip(segment, undo)) {
+        return 0;
     }
     if (segment->address != 0 && cuda.cuMemAddressFree(segment->address, (size_t)segment->bytes) != CUDA_OK) {
         return 0;
@@ -125,9 +133,36 @@ segment_result segment_make(const segment_plan *plan, vtp_ledger *ledger, int64_
     ledger_retain(ledger);
     segment->ledger = ledger;
     segment->bytes = bytes;
-    segment_result result = fill(plan, segment);
+    segment_result result = SEGMENT_FAILED;
+    if (CUDA_DO(cuMemAddressReserve, bytes, &segment->address, (size_t)bytes, 0, 0, 0)) {
+        result = fill(plan, segment);
+    } else {
+        segment->address = 0;
+    }
     if (result == SEGMENT_MADE || !unmake(segment, 1)) {
         *made = segment;
+    }
+    return result;
+}
+
+int segment_sleep(memory_segment *segment) {
+    segment->is_asleep = strip(segment, 0);
+    return segment->is_asleep;
+}
+
+segment_result segment_wake(const segment_plan *plan, memory_segment *segment) {
+    if (!strip(segment, 0)) { /* what an earlier try could not undo */
+        return SEGMENT_FAILED;
+    }
+    if (segment->bytes > ledger_room(segment->ledger)) {
+        note_failure("over budget", "vtp_ledger_take", segment->bytes);
+        return SEGMENT_LACKS_MEMORY;
+    }
+    segment_result result = fill(plan, segment);
+    if (result == SEGMENT_MADE) {
+        segment->is_asleep = 0;
+    } else {
+        strip(segment, 1);
     }
     return result;
 }

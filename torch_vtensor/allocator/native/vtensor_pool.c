@@ -28,8 +28,11 @@ typedef struct {
 static device_state devices[MAX_DEVICES] = {[0 ... MAX_DEVICES - 1] = {.mutex = PTHREAD_MUTEX_INITIALIZER}};
 
 int vtensor_pool_abi_version(void) {
-    return 2;
+    return 3;
 }
+
+/* Of the segments that the calling thread makes on each device. */
+static _Thread_local int32_t thread_tags[MAX_DEVICES];
 
 /* Lock a device and make its context current, with a capture mode in which the calling thread may map memory and ask
  * events although a capture is under way. The mode comes back in *mode, for leave(). */
@@ -71,7 +74,7 @@ static void give_back(device_state *device, memory_segment **list) {
         memory_segment *segment = *list;
         struct memory_segment *next = segment->next;
         int64_t bytes = segment->bytes;
-        int is_done = 1;
+        int is_done = !segment->is_watched;
         for (int i = 0; i < 2; i++) {
             is_done &= fence_poll(&segment->fences[i]);
         }
@@ -137,6 +140,7 @@ static void *alloc(device_state *device, int64_t bytes) {
     if (result != SEGMENT_MADE) {
         return NULL;
     }
+    segment->tag = thread_tags[device - devices];
     segment->next = device->live;
     device->live = segment;
     device->counts.live_segments++;
@@ -179,6 +183,7 @@ void vtp_torch_free(void *address, size_t size, int ordinal, void *stream) {
         device->counts.num_frees++;
         device->counts.live_segments--;
         device->counts.live_bytes -= segment->bytes;
+        device->counts.asleep_bytes -= segment->is_asleep ? segment->bytes : 0;
         /* torch names the stream that was current when the segment was made. Its blocks may belong to another one, and
          * graphs are replayed where their user likes: most often on the default stream, hence the second fence. */
         segment->fences[0] = fence_set(stream);
@@ -202,6 +207,89 @@ int64_t vtp_torch_drain(int ordinal, int wait) {
     int64_t num_pending = device->counts.pending_segments;
     leave(device, mode);
     return num_pending;
+}
+
+int32_t vtp_torch_set_tag(int ordinal, int32_t tag) {
+    if (find_device(ordinal) == NULL) {
+        return 0;
+    }
+    int32_t before = thread_tags[ordinal];
+    thread_tags[ordinal] = tag;
+    return before;
+}
+
+int64_t vtp_torch_watch(int ordinal, vtp_torch_segment *segments, int64_t capacity) {
+    device_state *device = find_device(ordinal);
+    int64_t num_segments = 0;
+    if (device != NULL) {
+        pthread_mutex_lock(&device->mutex);
+        for (memory_segment *segment = device->live; segment != NULL; segment = segment->next, num_segments++) {
+            if (num_segments < capacity) {
+                segment->is_watched = 1;
+                segments[num_segments] =
+                    (vtp_torch_segment){segment->address, segment->bytes, segment->tag, segment->is_asleep};
+            }
+        }
+        pthread_mutex_unlock(&device->mutex);
+    }
+    return num_segments;
+}
+
+void vtp_torch_unwatch(int ordinal) {
+    device_state *device = find_device(ordinal);
+    if (device != NULL) {
+        pthread_mutex_lock(&device->mutex);
+        for (memory_segment *segment = device->live; segment != NULL; segment = segment->next) {
+            segment->is_watched = 0;
+        }
+        for (memory_segment *segment = device->pending; segment != NULL; segment = segment->next) {
+            segment->is_watched = 0;
+        }
+        pthread_mutex_unlock(&device->mutex);
+    }
+}
+
+static memory_segment *find_live(device_state *device, uint64_t address) {
+    memory_segment *segment = device->live;
+    while (segment != NULL && segment->address != address) {
+        segment = segment->next;
+    }
+    return segment;
+}
+
+int vtp_torch_sleep(int ordinal, uint64_t address) {
+    device_state *device = find_device(ordinal);
+    int mode;
+    if (device == NULL || !enter(device, &mode)) {
+        return VTP_SEGMENT_FAILED;
+    }
+    memory_segment *segment = find_live(device, address);
+    int result = segment == NULL ? VTP_SEGMENT_GONE : VTP_SEGMENT_DONE;
+    if (segment != NULL && !segment->is_asleep) {
+        result = segment_sleep(segment) ? VTP_SEGMENT_DONE : VTP_SEGMENT_FAILED;
+        device->counts.asleep_bytes += result == VTP_SEGMENT_DONE ? segment->bytes : 0;
+    }
+    leave(device, mode);
+    return result;
+}
+
+int vtp_torch_wake(int ordinal, uint64_t address) {
+    device_state *device = find_device(ordinal);
+    int mode;
+    if (device == NULL || !enter(device, &mode)) {
+        return VTP_SEGMENT_FAILED;
+    }
+    memory_segment *segment = find_live(device, address);
+    int result = segment == NULL ? VTP_SEGMENT_GONE : VTP_SEGMENT_DONE;
+    if (segment != NULL && segment->is_asleep) {
+        segment_result woken = segment_wake(&device->plan, segment);
+        result = woken == SEGMENT_MADE           ? VTP_SEGMENT_DONE
+                 : woken == SEGMENT_LACKS_MEMORY ? VTP_SEGMENT_LACKS_MEMORY
+                                                 : VTP_SEGMENT_FAILED;
+        device->counts.asleep_bytes -= result == VTP_SEGMENT_DONE ? segment->bytes : 0;
+    }
+    leave(device, mode);
+    return result;
 }
 
 static int retain_context(device_state *device, int ordinal) {

@@ -71,7 +71,22 @@ typedef struct {
     int64_t num_frees;
     int64_t num_failures;     /* allocs that returned NULL */
     int64_t num_device_waits; /* times that a call had to wait for the device */
+    int64_t asleep_bytes;     /* of live segments that have no memory for now */
 } vtp_torch_counts;
+
+typedef struct {
+    uint64_t address;
+    int64_t bytes;
+    int32_t tag;
+    int32_t is_asleep;
+} vtp_torch_segment;
+
+enum {
+    VTP_SEGMENT_FAILED = -1,      /* the reason is in this thread's failure; it is as it was */
+    VTP_SEGMENT_GONE = 0,         /* torch has freed it */
+    VTP_SEGMENT_DONE = 1,
+    VTP_SEGMENT_LACKS_MEMORY = 2, /* as FAILED; it may work once pages come back */
+};
 
 typedef struct {
     int64_t num_failures; /* allocs of this thread that returned NULL, on any device */
@@ -93,6 +108,18 @@ VTP_EXPORT int64_t vtp_torch_drain(int device, int wait);
 VTP_EXPORT void vtp_torch_read(int device, vtp_torch_counts *counts);
 /* Why the calling thread's latest alloc (or attach) failed. */
 VTP_EXPORT void vtp_torch_read_failure(vtp_torch_failure *failure);
+
+/* The calling thread's segments on the device have this tag from now on; returns the one before. */
+VTP_EXPORT int32_t vtp_torch_set_tag(int device, int32_t tag);
+/* The first `capacity` live segments; they stay mapped until vtp_torch_unwatch, even if torch frees them. Returns how
+ * many there are. */
+VTP_EXPORT int64_t vtp_torch_watch(int device, vtp_torch_segment *segments, int64_t capacity);
+VTP_EXPORT void vtp_torch_unwatch(int device);
+/* Unmap a live segment and pool its pages, whose contents are lost; the addresses stay torch's. The device must be done
+ * with it. Returns one of the above. */
+VTP_EXPORT int vtp_torch_sleep(int device, uint64_t address);
+/* Map pages at a sleeping segment's addresses again; what they hold is for the caller to write. */
+VTP_EXPORT int vtp_torch_wake(int device, uint64_t address);
 
 /* CUDAPluggableAllocator's two functions. NULL makes torch raise torch.OutOfMemoryError. */
 VTP_EXPORT void *vtp_torch_alloc(size_t size, int device, void *stream);

@@ -28,7 +28,7 @@ from torch_vtensor.generation.decode.sampling import Sampling, sampling_of
 from torch_vtensor.generation.decode.step import LayerRows
 from torch_vtensor.generation.decode.support import end_tokens_of, first_tokens, why_stock, windows_of
 from torch_vtensor.generation.kv_store import KVShape, KVStore
-from torch_vtensor.generation.shared_reads import shared_prefixes, table_shape
+from torch_vtensor.generation.shared_reads import shared_prefixes
 
 __all__ = ["sample"]
 
@@ -117,6 +117,8 @@ _log = logging.getLogger(__name__)
 _refused: weakref.WeakSet[Any] = weakref.WeakSet()
 """Models whose step could not be compiled."""
 _CANNOT_COMPILE = "the model's step cannot be compiled"
+_sharing_refused: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Models whose step could not be compiled to read what sequences share once."""
 _prompts_refused: weakref.WeakSet[Any] = weakref.WeakSet()
 """Models whose prompts could not be taken up by graphs; their steps are another matter."""
 _PROMPT_IS_STOCK = "prompts are for transformers"
@@ -226,9 +228,12 @@ def _prepare(call: _Call, sequences: torch.Tensor, prompt: _Prompt | None) -> _D
             return "a layer of the cache is in stock memory"
         for group in placed.groups:
             _commit(group, num_rows)  # which takes apart what is written to
-        placements = [_sharing(index, placed) for index in range(len(placed.groups))]
-        tables = tuple(table_shape(placement.shared) for placement in placements)
-        program = traced.acquire_program(len(sequences), placed.layers, tables)
+        placements = [group.placement for group in placed.groups]
+        if call.model not in _sharing_refused:
+            placements = [_sharing(index, placed) for index in range(len(placed.groups))]
+        shares = tuple(bool(placement.shared) for placement in placements)
+        layout = len(sequences), placed.layers, shares
+        program = traced.acquire_program(layout, lambda: DecodeProgram(traced, *layout))
         with ExitStack() as undo:
             decoding = undo.enter_context(_Decoding(program, placed, prompt))
             program.place(placements)
@@ -254,6 +259,10 @@ def _prepare(call: _Call, sequences: torch.Tensor, prompt: _Prompt | None) -> _D
             _prompts_refused.add(call.model)
             _log.info("prompts of %s are taken up by transformers: %s", name, reason, exc_info=error)
             return _PROMPT_IS_STOCK
+        if program is not None and any(group.shared for group in program.step.groups):
+            _sharing_refused.add(call.model)
+            _log.info("%s reads what sequences share once for each of them: %s", name, reason, exc_info=error)
+            return _prepare(call, sequences, prompt)
         _refused.add(call.model)
         _log.warning("%s decodes by transformers' own loop: its step cannot be compiled: %s", name, reason)
         _log.debug("why the step of %s cannot be compiled", name, exc_info=error)

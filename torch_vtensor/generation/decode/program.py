@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import threading
 import time
-import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from torch_vtensor.generation.decode.fuse import fuse
+from torch_vtensor.generation.decode import graphs
+from torch_vtensor.generation.decode.graphs import Graph
 from torch_vtensor.generation.decode.prompt import Part
 from torch_vtensor.generation.decode.sampling import Sampling
 from torch_vtensor.generation.decode.step import (
@@ -30,15 +30,21 @@ from torch_vtensor.generation.decode.step import (
     step_forward,
     twin_of,
 )
-from torch_vtensor.generation.shared_reads import SharedPrefix, SharedTables, tables_of
+from torch_vtensor.generation.shared_reads import SharedPrefix, SharedTables, table_shape, tables_of
 
 __all__ = ["DecodeProgram", "Placement", "Traced", "traced_model"]
 
-Graph = Callable[[], None]
 _MAX_CHOICES = 16
 
 
-Tables = tuple[tuple[int, int] | None, ...]
+class Program(Protocol):
+    """What is kept of a model from call to call, for one at a time."""
+
+    def acquire(self) -> bool:
+        """Make the program the caller's alone, if it is nobody's, also on the device."""
+
+
+AnyProgram = TypeVar("AnyProgram", bound=Program)
 
 
 class Placement(NamedTuple):
@@ -68,10 +74,10 @@ class DecodeProgram:
     Args:
         traced: the model, of which its tensors alone are kept.
         layers: the layout of its caches.
-        tables: for each group of layers the shape of the table of what its sequences share; None if they share nothing.
+        shares: for each group of layers whether its sequences may share tokens that are to be read once.
     """
 
-    def __init__(self, traced: Traced, batch: int, layers: tuple[LayerRows, ...], tables: Tables) -> None:
+    def __init__(self, traced: Traced, batch: int, layers: tuple[LayerRows, ...], shares: tuple[bool, ...]) -> None:
         device = traced.twin.device
         self.batch = batch
         self.device = device
@@ -88,18 +94,16 @@ class DecodeProgram:
                 torch.zeros(batch, **ints),
                 torch.zeros(batch, dtype=torch.int32, device=device),
                 torch.zeros(batch, dtype=torch.int32, device=device),
-                shape
-                and SharedTables(
-                    torch.full(shape, -1, dtype=torch.int32, device=device),
-                    torch.zeros(batch, dtype=torch.int32, device=device),
-                ),
+                SharedTables(*(table.to(device) for table in tables_of((), batch, table_shape(batch))))
+                if is_shared
+                else None,
             )
-            for shape in tables
+            for is_shared in shares
         )
-        self.step = Step(layers, groups, *_workspace(batch, layers, device))
-        self._forward = _compile(step_forward(traced.twin))
+        self.step = Step(layers, groups, *graphs.workspace(batch, layers, device))
+        self._forward = graphs.compile_step(step_forward(traced.twin))
         self._prompt_forward = traced.prompt if traced.takes_prompts else None
-        self._space = _capture_space(device)
+        self._space = graphs.capture_space(device)
         self._graph: Graph | None = None
         self.logits: torch.Tensor | None = None
         # Of prompts:
@@ -137,7 +141,8 @@ class DecodeProgram:
             group.firsts.copy_(_on(self.device, placement.firsts, torch.int32), non_blocking=True)
             group.lengths.fill_(placement.length)
             if group.shared is not None:
-                for table, numbers in zip(group.shared, tables_of(placement.shared, self.batch), strict=True):
+                tables = tables_of(placement.shared, self.batch, table_shape(self.batch))
+                for table, numbers in zip(group.shared, tables, strict=True):
                     table.copy_(_pinned(self.device, numbers), non_blocking=True)
 
     def start(self, sequences: torch.Tensor, positions: torch.Tensor, max_new: int, sampling: Sampling) -> None:
@@ -169,7 +174,7 @@ class DecodeProgram:
         """
         began = time.perf_counter()
         if self._graph is None:
-            self._graph = _capture(self._run_forward, self.device, self._space)
+            self._graph = graphs.capture(self._run_forward, self.device, self._space)
         for size in {part.size for part in parts} - self._prompts.keys():
             self._prompts[size] = self._capture_prompt(size)
         self.warm_up_s += time.perf_counter() - began
@@ -212,9 +217,9 @@ class DecodeProgram:
         self._last.zero_()
         self._num_new.fill_(1)
         try:
-            return _PromptGraph(tokens, positions, _capture(run, self.device, self._space, run_forward))
+            return _PromptGraph(tokens, positions, graphs.capture(run, self.device, self._space, run_forward))
         except Exception:
-            self._space = _capture_space(self.device)  # steps go on in a pool that no broken capture holds
+            self._space = graphs.capture_space(self.device)  # steps go on in a pool that no broken capture holds
             raise
 
     def choice(self, sampling: Sampling) -> Graph:
@@ -226,7 +231,7 @@ class DecodeProgram:
                 assert self.logits is not None
                 sampling.choose(sampling.scores(self.logits, self.history, self.length), self.is_open)
 
-            graph = _capture(lambda: self._choose(sampling), self.device, self._space, rehearse)
+            graph = graphs.capture(lambda: self._choose(sampling), self.device, self._space, rehearse)
         if sampling.signature is not None:
             self._choices[sampling.signature] = graph  # the last one used comes last
             if len(self._choices) > _MAX_CHOICES:
@@ -277,14 +282,16 @@ class Traced:
         self.shapes: list[LayerShape] = layer_shapes(self.twin)
         self.takes_prompts = not any("Experts" in type(module).__name__ for module in model.modules())
         """Whether graphs may take up prompts: experts choose their kernels by the number of tokens."""
-        self._programs: dict[Any, list[DecodeProgram]] = {}
+        self.twin_for_many = self.twin if self.takes_prompts else twin_of(model, for_few_tokens=False)
+        """The twin for many tokens at once."""
+        self._programs: dict[Hashable, list[Any]] = {}
         self._lock = threading.Lock()
 
     @cached_property
     def prompt(self) -> Callable[..., torch.Tensor]:
         """Of all batch sizes and numbers of tokens."""
         twin = twin_of(self.twin)
-        _compile_parts(twin)
+        graphs.compile_parts(twin)
         return prompt_forward(twin)
 
     def is_of_today(self) -> bool:
@@ -294,17 +301,17 @@ class Traced:
             where.get(name) is it and _address(it) == address for where, name, it, address in self._tensors
         )
 
-    def acquire_program(self, batch: int, layers: tuple[LayerRows, ...], tables: Tables) -> DecodeProgram:
-        """A program for so many sequences in caches of this layout, the caller's alone until it is released.
+    def acquire_program(self, key: Hashable, make: Callable[[], AnyProgram]) -> AnyProgram:
+        """A program that ``make`` makes, the caller's alone until it is released.
 
-        One made before, if it is free, captured or not yet.
+        One made before with an equal key, if it is free, captured or not yet.
         """
         with self._lock:
-            programs = self._programs.setdefault((batch, layers, tables), [])
+            programs: list[AnyProgram] = self._programs.setdefault(key, [])
             for program in programs:
                 if program.acquire():
                     return program
-            program = DecodeProgram(self, batch, layers, tables)
+            program = make()
             program.acquire()
             programs.append(program)
             return program
@@ -346,116 +353,3 @@ def _pinned(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
 
 def _rounded(count: int) -> int:
     return max(256, 1 << (count - 1).bit_length())
-
-
-def _workspace(batch: int, layers: tuple[LayerRows, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    if device.type != "cuda":
-        return torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int32, device=device)
-    from torch_vtensor.ops.decode_attention.triton import make_workspace
-
-    heads, value_dim = max(layer.heads for layer in layers), max(layer.value_dim for layer in layers)
-    return make_workspace(batch, heads, value_dim, device)
-
-
-def _compile(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    # A code object of its own: dynamo counts recompilations by code object, and every batch size is meant to be one.
-    forward.__code__ = forward.__code__.replace()
-
-    def backend(graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        from torch._inductor.compile_fx import compile_fx
-
-        fuse(graph_module)
-        return compile_fx(graph_module, example_inputs)
-
-    return torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
-
-
-def _compile_parts(twin: Any) -> None:
-    """Have inductor make what stands between the matrix products of a prompt, as far as it is modules of their own.
-
-    The same code of all layers is compiled once, for all sizes. All layers as one graph of symbolic sizes would save a
-    few launches more, but took 80 seconds for the 32 of a Llama-3-8B where this takes five.
-    """
-    copies: dict[Any, Any] = {}
-    for layers in [module for module in twin.modules() if isinstance(module, torch.nn.ModuleList)]:
-        for layer in filter(_attends, layers):
-            for part in _parts_beside_attention(layer):
-                stock = type(part).forward
-                if isinstance(stock, types.FunctionType) and "forward" not in vars(part):
-                    forward = copies.setdefault(stock, _copied(stock))
-                    part.forward = torch.compile(types.MethodType(forward, part), dynamic=True)
-
-
-def _copied(function: types.FunctionType) -> types.FunctionType:
-    """The function with a code object of its own: other models have parts of the same class, and as in `_compile`."""
-    copied = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
-
-
-def _parts_beside_attention(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    for child in module.children():
-        if _attends(child):
-            yield from _parts_beside_attention(child)
-        elif not isinstance(child, (torch.nn.Linear, torch.nn.Dropout, torch.nn.Identity)):
-            yield child
-
-
-def _attends(module: torch.nn.Module) -> bool:
-    return any(hasattr(each, "layer_idx") for each in module.modules())
-
-
-class _CaptureSpace(NamedTuple):
-    """Where a program's graphs are captured: they run one after the other, so they share a stream and their memory."""
-
-    stream: torch.cuda.Stream
-    memory: Any
-
-
-def _capture_space(device: torch.device) -> _CaptureSpace | None:
-    if device.type != "cuda":
-        return None
-    return _CaptureSpace(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
-
-
-def _capture(
-    run: Callable[[], None],
-    device: torch.device,
-    space: _CaptureSpace | None,
-    rehearse: Callable[[], None] | None = None,
-) -> Graph:
-    """``run`` as a captured graph; without a GPU, ``run`` itself. ``rehearse`` is what to do before, ``run`` if None.
-
-    Effects: the random state and the current stream are as before, also after an error.
-    """
-    rehearse = rehearse or run
-    if space is None:
-        random = torch.get_rng_state()
-        try:
-            rehearse()
-        finally:
-            torch.set_rng_state(random)
-        return run
-    random = torch.cuda.get_rng_state(device)
-    current = torch.cuda.current_stream(device)
-    space.stream.wait_stream(current)
-    try:
-        with torch.cuda.stream(space.stream):
-            for _ in range(2):
-                rehearse()
-    finally:
-        current.wait_stream(space.stream)
-        torch.cuda.set_rng_state(random, device)
-    graph = torch.cuda.CUDAGraph()
-    with (
-        torch.cuda.stream(current),  # which a capture that fails would leave for its own
-        torch.cuda.graph(graph, pool=space.memory, stream=space.stream, capture_error_mode="thread_local"),
-    ):
-        run()
-    return graph.replay

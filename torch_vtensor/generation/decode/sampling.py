@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
 __all__ = ["Sampling", "sampling_of"]
@@ -82,6 +81,11 @@ class Sampling:
         """Whether the tokens so far are looked at."""
         return any(type(step).__name__ in _OF_TOKENS for step in self.steps)
 
+    @property
+    def looks_at_scores_alone(self) -> bool:
+        """Whether sequences' tokens and lengths do not matter."""
+        return not self.needs_tokens and not any(isinstance(step, _EarliestEnd) for step in self.steps)
+
     def scores(self, logits: torch.Tensor, tokens: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] after all processors; ``tokens`` [B, any], ``length`` a scalar: what the sequences have."""
         scores = logits
@@ -89,14 +93,17 @@ class Sampling:
             scores = step(length if isinstance(step, _EarliestEnd) else tokens, scores)
         return scores
 
+    def draw(self, scores: torch.Tensor) -> torch.Tensor:
+        """The next tokens [B] of sequences that go on."""
+        if not self.do_sample:
+            return scores.argmax(-1)
+        # What torch.multinomial does for one draw, without its check of the probabilities on the host.
+        probabilities = torch.softmax(scores, dim=-1)
+        return (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1)
+
     def choose(self, scores: torch.Tensor, is_open: torch.Tensor) -> torch.Tensor:
         """The next tokens [B]; the padding token for sequences that are not open [B] any more."""
-        if self.do_sample:
-            # What torch.multinomial does for one draw, without its check of the probabilities on the host.
-            probabilities = torch.softmax(scores, dim=-1)
-            tokens = (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1)
-        else:
-            tokens = scores.argmax(-1)
+        tokens = self.draw(scores)
         return tokens if self.pad_token is None else torch.where(is_open, tokens, self.pad_token)
 
     def remains_open(self, tokens: torch.Tensor, is_open: torch.Tensor) -> torch.Tensor:
@@ -126,7 +133,7 @@ def _plain(value: Any) -> Any:
 
 
 def sampling_of(
-    processors: LogitsProcessorList,
+    processors: Iterable[Any],
     do_sample: bool,
     end_tokens: torch.Tensor | None,
     pad_token: torch.Tensor | None,

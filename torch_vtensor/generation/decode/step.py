@@ -176,14 +176,19 @@ def _route_attention() -> None:
         AttentionInterface.register(ATTENTION, _attention)
 
 
-def twin_of(model: Any) -> Any:
+def twin_of(model: Any, for_few_tokens: bool = True) -> Any:
     """The model's modules and configurations once more, over the same tensors, attending by `ATTENTION`.
+
+    Args:
+        for_few_tokens: let transformers choose kernels of experts that are for decoding, which copy the weights that
+            each token needs.
 
     The model itself stays as it is: other threads may be using it. Nothing in the twin keeps the model alive.
     """
     _route_attention()
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    with getattr(model, "_optimize_model_for_decode", nullcontext)():
+    optimize = getattr(model, "_optimize_model_for_decode", nullcontext) if for_few_tokens else nullcontext
+    with optimize():
         twin = copy.deepcopy(model, tensors)
     for module in twin.modules():
         if hasattr(module, "config"):

@@ -22,9 +22,11 @@ __all__ = [
     "end_tokens_of",
     "first_tokens",
     "has_foreign_hooks",
+    "is_spread",
     "modules_of",
     "paddings_of",
     "why_more_than_tokens",
+    "why_never",
     "why_stock",
     "windows_of",
 ]
@@ -46,17 +48,11 @@ def why_stock(
     cache = inputs.get(CACHE_NAME)
     if not isinstance(cache, Cache) or inputs.get("use_cache") is False:
         return "no cache"
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "an encoder-decoder"
-    if not getattr(model, "_supports_attention_backend", False):
-        return "the model's attention is not exchangeable"
-    if getattr(model, "hf_device_map", None) or why_no_driver(model.device.type):
-        return "the model is on several devices, or on one without a memory driver"
+    if (reason := why_never(model)) is not None:
+        return reason
     modules = modules_of(model)
     if any(module.training for module in modules):
         return "the model is in training mode (call model.eval())"
-    if hasattr(model, "peft_config"):
-        return "the model has adapters (merge them)"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast"
     if synced_gpus or getattr(config, "is_assistant", False):
@@ -92,6 +88,27 @@ def why_stock(
     if input_ids.shape[1] + 1 >= criteria.max_length:
         return "a single new token"
     return None
+
+
+def why_never(model: Any) -> str | None:
+    """Why no step of this model can run over rows at addresses, whatever is asked for, or None."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "an encoder-decoder"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "the model's attention is not exchangeable"
+    if is_spread(model) or why_no_driver(model.device.type):
+        return "the model is on several devices, or on one without a memory driver"
+    if hasattr(model, "peft_config"):
+        return "the model has adapters (merge them)"
+    return None
+
+
+def is_spread(model: Any) -> bool:
+    """Whether a model was loaded to several devices, or in a way that has accelerate move its tensors."""
+    places = getattr(model, "hf_device_map", None) or {}
+    return len(set(places.values())) > 1 or (
+        bool(places) and any(hasattr(each, "_hf_hook") for each in model.modules())
+    )
 
 
 _CRITERIA = (stopping.MaxLengthCriteria, stopping.EosTokenCriteria, stopping.MaxTimeCriteria)

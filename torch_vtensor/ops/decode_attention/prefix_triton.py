@@ -185,17 +185,24 @@ def launch_rows(
     new: tuple[torch.Tensor, torch.Tensor] | None = None,
     workspace: decode.Workspace | None = None,
     out: torch.Tensor | None = None,
+    num_used: int | None = None,
 ) -> torch.Tensor:
-    """``decode_attention`` with ``groups`` and ``num_shared`` on rows that lie anywhere: see ``decode.launch_rows``."""
+    """``decode_attention`` with ``groups`` and ``num_shared`` on rows that lie anywhere: see ``decode.launch_rows``.
+
+    Args:
+        num_used: how many of the rows of ``groups`` are expected to be in use, among which the device is divided up;
+            default: all.
+    """
     batch, query_heads, num_query, dim = query.shape
     num_groups, max_members = groups.shape
     rows_per_slot = query_heads // num_heads * num_query
     block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
     block_t, most_rows, num_warps, num_stages = _config(query.dtype, max(block_d, block_dv))
     block_m = min(most_rows, max(16, triton.next_power_of_2(max_members * rows_per_slot)))
-    num_blocks = num_groups * triton.cdiv(max_members * rows_per_slot, block_m)
+    row_blocks = triton.cdiv(max_members * rows_per_slot, block_m)
+    num_blocks = num_groups * row_blocks
     num_sms = torch.cuda.get_device_properties(query.device).multi_processor_count
-    num_parts = max(1, num_sms // (num_heads * num_blocks))
+    num_parts = max(1, num_sms // (num_heads * row_blocks * (num_used or num_groups)))
     states = query.new_empty(batch * num_heads * rows_per_slot * (block_dv + 2), dtype=torch.float32)
     partials = query.new_empty(num_blocks * num_heads * num_parts * block_m * (block_dv + 2), dtype=torch.float32)
     scale = dim**-0.5 if scale is None else scale

@@ -1,0 +1,93 @@
+"""Requests in tests of continuous batching: prompts, what each is answered alone, and managers driven by hand."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from tiny_models import model_of, sizes
+from transformers import GenerationConfig
+
+from torch_vtensor.generation.serving import _transformers_compat as compat
+
+WHY_SKIPPED = compat.why_other_interface()
+"""Why this version of transformers keeps its own managers, if so."""
+
+
+def model_to_serve(family: str) -> Any:
+    """A tiny model: of a family, or a Qwen3."""
+    return _qwen3() if family == "qwen3" else model_of(family)
+
+
+@functools.cache
+def _qwen3() -> Any:
+    torch.manual_seed(0)
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes())).eval()
+
+
+def config_of(**options: Any) -> Any:
+    """Greedy, and nothing ends an answer but its length."""
+    return GenerationConfig(
+        **{"do_sample": False, "eos_token_id": [-1], "pad_token_id": 0, "max_new_tokens": 8} | options
+    )
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of these lengths."""
+    drawn = random.Random(seed)
+    return [[drawn.randrange(3, 90) for _ in range(length)] for length in lengths]
+
+
+_alone: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+
+
+def alone(family: str, prompt: Sequence[int], num_new: int) -> list[int]:
+    """What generate() answers to one prompt, by transformers' own loop."""
+    key = family, tuple(prompt)
+    if len(_alone.get(key, ())) < num_new:
+        ids = torch.tensor([list(prompt)])
+        options = config_of(max_new_tokens=num_new)
+        with torch.no_grad():
+            output = model_to_serve(family).generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=options
+            )
+        _alone[key] = output[0, len(prompt) :].tolist()
+        assert len(_alone[key]) == num_new
+    return _alone[key][:num_new]
+
+
+class Served:
+    """A manager whose loop is driven by hand, and what it delivered.
+
+    >>> served = Served(model, generation_config=config_of())
+    >>> served.manager.add_request([3, 4, 5])
+    >>> served.run()
+    """
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        self.manager = model.init_continuous_batching(**options)
+        with torch.no_grad():
+            self.engine = self.manager._make_engine()
+        self.manager.batch_processor = self.manager._engine = self.engine
+        self.outputs: list[Any] = []
+
+    def round(self) -> None:
+        """One round of the loop, if there is anything to do."""
+        compat.wake_up_event(self.manager).set()  # it does not sleep
+        with torch.no_grad():
+            self.manager._serve(self.engine)
+        self.outputs += compat.drained(self.manager.output_router.output_queue)
+
+    def run(self) -> dict[str, Any]:
+        """Rounds until nobody waits; the last output of each request."""
+        self.round()
+        while self.engine.has_pending_requests():
+            self.round()
+        return {output.request_id: output for output in self.outputs}
+
+    def close(self) -> None:
+        self.engine.close()

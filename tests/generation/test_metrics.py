@@ -1,0 +1,114 @@
+"""metrics() and memory_map(): what other programs and people read."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from paged_memory import PAGE_BYTES, Memory
+
+import torch_vtensor
+from torch_vtensor import VTensor
+from torch_vtensor.allocator.timed_driver import TimedDriver
+from torch_vtensor.generation import layers
+
+CPU = torch.device("cpu")
+_SAMPLE = re.compile(r'(torch_vtensor_[a-z_]+)\{((?:[a-z]+="(?:[^"\\\n]|\\.)*",?)*)\} (\S+)')
+
+
+def samples() -> dict[tuple[str, str], float]:
+    """Every sample by its name and labels, read as the format says."""
+    found, families = {}, {}
+    text = torch_vtensor.metrics()
+    assert text.endswith("\n")
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            _, _, name, kind = line.split()
+            assert name not in families
+            families[name] = kind
+        elif not line.startswith("# HELP "):
+            match = _SAMPLE.fullmatch(line)
+            assert match, line
+            assert (families[match[1]] == "counter") == match[1].endswith("_total")
+            found[match[1], match[2]] = float(match[3])
+    return found
+
+
+def make(num_pages: int, **options: str) -> VTensor:
+    vtensor = VTensor((PAGE_BYTES,), capacity=4 * num_pages, dtype=torch.uint8, **options)
+    vtensor.append(torch.ones(num_pages, PAGE_BYTES, dtype=torch.uint8))
+    return vtensor
+
+
+def test_metrics_are_the_figures_of_stats(memory: Memory) -> None:
+    vtensor, other = make(20), make(10)
+    other.offload()
+    memory.settle()
+    layers.counters['stock: a "reason"\\'] = 3
+    found, stats = samples(), torch_vtensor.stats().devices[CPU]
+    for name in ("reserved_bytes", "committed_bytes", "live_bytes", "offloaded_bytes"):
+        assert found[f"torch_vtensor_{name}", 'device="cpu"'] == getattr(stats, name)
+    assert stats.offloaded_bytes >= 10 * PAGE_BYTES
+    assert found["torch_vtensor_driver_calls_total", 'device="cpu",call="create"'] == stats.driver_calls["create"].count
+    assert 0 < found["torch_vtensor_driver_call_seconds", 'device="cpu",call="create",quantile="0.5"'] < 60
+    assert found["torch_vtensor_appends_total", r'how="stock: a \"reason\"\\"'] == 3
+    assert ("torch_vtensor_budget_bytes", 'device="cpu"') not in found
+    with torch_vtensor.enabled(budget_bytes=2**30):
+        assert samples()["torch_vtensor_budget_bytes", 'device="cpu"'] == 2**30
+    vtensor.close()
+    other.close()
+
+
+class Bars(HTMLParser):
+    """The titles of a map's bars, and whether it refers to anything outside of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.titles: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = dict(attributes)
+        assert not given.keys() & {"src", "href"}
+        if "title" in given:
+            self.titles.append(given["title"] or "")
+
+
+def bars() -> list[str]:
+    parser = Bars()
+    parser.feed(torch_vtensor.memory_map())
+    return parser.titles
+
+
+def test_the_map_shows_what_backs_every_tensor(memory: Memory, tmp_path: Path) -> None:
+    assert "Nothing was allocated yet" in torch_vtensor.memory_map()
+    own, source, away = make(4), make(4), make(4, tag="<away>")
+    fork = source.fork()
+    away.offload()
+    assert torch_vtensor.memory_map(tmp_path / "map.html") == (tmp_path / "map.html").read_text()
+    assert "&lt;away&gt;" in torch_vtensor.memory_map()
+    kinds = [title.partition(":")[0] for title in bars()]
+    assert [kinds.count(kind) for kind in ("own", "shared", "offloaded", "asleep")] == [1, 2, 1, 0]
+    assert "shared: 0.02 MiB in 1 mappings" in bars()
+    torch_vtensor.sleep()
+    kinds = [title.partition(":")[0] for title in bars()]
+    assert [kinds.count(kind) for kind in ("own", "shared", "offloaded", "asleep")] == [0, 0, 0, 4]
+    torch_vtensor.wake()
+    for vtensor in (own, source, away, fork):
+        vtensor.close()
+
+
+def test_driver_calls_are_ranges_if_asked_for(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_ranges, seen = [], []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: open_ranges.append(name) or seen.append(name))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", open_ranges.pop)
+    with make(4) as vtensor:
+        assert seen == []
+        driver = vtensor.scheduler.pool.driver
+        assert isinstance(driver, TimedDriver)
+        driver.marks_ranges = True
+        vtensor.append(torch.ones(4, PAGE_BYTES, dtype=torch.uint8))
+        assert {"torch_vtensor create", "torch_vtensor map", "torch_vtensor set_access"} <= set(seen)
+        assert open_ranges == []

@@ -1,0 +1,217 @@
+"""The seam of continuous batching: transformers' manager with our loop in its thread.
+
+    generate_batch() ─┐                                      add_request() ──> queue ─┐
+    serve ────────────┼─> init_continuous_batching() ─> manager ─> thread ─> Engine <─┘
+    your own code ────┘                                      get_result() <── router <┘
+
+All that a caller sees of a manager is transformers' own code: queues, results, streaming, stopping. Only what its
+thread runs is ours, and that it leaves the model's attention as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import queue
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torch_vtensor.generation.decode.program import Traced, traced_model
+from torch_vtensor.generation.decode.support import windows_of
+from torch_vtensor.generation.kv_store import capacity_of
+from torch_vtensor.generation.serving._transformers_compat import (
+    ContinuousBatchingManager,
+    default_batching_config,
+    drained,
+    is_to_pause,
+    mark_as_stopped,
+    own_processors,
+    wait_while_paused,
+    wake_up_event,
+)
+from torch_vtensor.generation.serving.choice import Choice, choice_of
+from torch_vtensor.generation.serving.engine import MAX_BATCH, Engine, Terms
+from torch_vtensor.generation.serving.rows import RowsLayout
+from torch_vtensor.generation.serving.support import counters, log, why_never, why_stock
+from torch_vtensor.generation.tenant import current_salt
+
+__all__ = ["BatchingManager", "init_batching"]
+
+_IDLE_S = 0.1
+_KEPT = "_cached_continuous_batching_manager"
+"""Where transformers notes the manager that a model keeps for its next session."""
+
+
+def init_batching(
+    stock: Callable[..., Any], model: Any, *args: Any, is_captured: bool, reuses_prefixes: bool, **kwargs: Any
+) -> Any:
+    """``init_continuous_batching``: a manager over memory that grows in place, or transformers' own, with the reason.
+
+    Args:
+        is_captured: whether steps are to be compiled and captured.
+        reuses_prefixes: whether requests are to begin with what earlier ones have left.
+    """
+    if isinstance(getattr(model, _KEPT, None), BatchingManager):
+        manager = stock(model, *args, **kwargs)  # which finds it
+    else:
+        manager = _manager_of(model, inspect.signature(stock).bind(model, *args, **kwargs).arguments)
+    if isinstance(manager, str):
+        counters[f"stock: {manager}"] += 1
+        log.info("transformers' own manager batches for %s: %s", type(model).__name__, manager)
+        return stock(model, *args, **kwargs)
+    manager.is_captured, manager.reuses_prefixes = is_captured, reuses_prefixes
+    counters["managers"] += 1
+    return manager
+
+
+def _manager_of(model: Any, given: dict[str, Any]) -> BatchingManager | str:
+    """Our manager for what is given to ``init_continuous_batching``, or why it is to be transformers'."""
+    if getattr(model, _KEPT, None) is not None:
+        return "transformers' own manager was kept from before"
+    if (reason := why_never(model)) is not None:
+        return reason
+    config = given.get("generation_config") or model.generation_config
+    batching = given.get("continuous_batching_config") or default_batching_config(config)
+    if (reason := why_stock(model, batching)) is not None:
+        return reason
+    model.eval()  # as transformers does
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            traced = traced_model(model)
+    except Exception as error:  # whatever the model's own code may raise
+        log.debug("why %s cannot be served", type(model).__name__, exc_info=error)
+        return "the model's step cannot be run over rows at addresses"
+    manager = BatchingManager(model, config, batching, given.get("workload_hints"))
+    choice = choice_of(own_processors(manager), bool(getattr(config, "do_sample", True)), model.device)
+    if isinstance(choice, str):
+        return choice
+    manager.serve_by(traced, choice, batching)
+    return manager
+
+
+class _SaltedQueue(queue.Queue[Any]):
+    """Notes whose requests are put into it."""
+
+    def put(self, item: Any, *args: Any, **kwargs: Any) -> None:
+        item.torch_vtensor_salt = current_salt()
+        super().put(item, *args, **kwargs)
+
+
+class BatchingManager(ContinuousBatchingManager):
+    """transformers' ``ContinuousBatchingManager`` whose requests lie in memory that grows in place."""
+
+    is_captured = False
+    """Whether steps are compiled and captured."""
+    reuses_prefixes = False
+    """Whether requests begin with what earlier ones have left."""
+    _engine: Engine | None = None
+
+    def serve_by(self, traced: Traced, choice: Choice, batching: Any) -> None:
+        """Have requests served by these steps.
+
+        Args:
+            batching: the continuous batching configuration as it was given.
+        """
+        self.input_queue: queue.Queue[Any] = _SaltedQueue(maxsize=batching.max_queue_size)
+        self._traced, self._choice, self._given = traced, choice, batching
+
+    def switch_to_cb_friendly_attn(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """Leave the model's attention as it is, where transformers would have it read a paged cache."""
+
+    def warmup(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: what is compiled and captured is kept with the model, and made when it is first needed."""
+        self.warmed_up = True
+
+    def forget(self) -> None:
+        """Do not be found for later sessions; one that is running goes on to its end."""
+        if vars(self.model).get(_KEPT) is self:
+            delattr(self.model, _KEPT)
+
+    def keep_no_prefixes(self) -> None:
+        """From now on begin with nothing that is known, and leave nothing."""
+        self.reuses_prefixes = False
+        engine = self._engine
+        if engine is not None:
+            engine.reuses_prefixes = False
+
+    def _run_generation_loop(self) -> None:
+        try:
+            if self.model.device.type == "cuda":
+                torch.cuda.set_device(self.model.device)
+            with torch.inference_mode(False), torch.no_grad():
+                self._set_seed()
+                self._engine = self.batch_processor = self._make_engine()
+                while self._serve(self._engine):
+                    pass
+                error = RuntimeError("the manager was stopped before this request was answered")
+                self._fail_all_remaining_requests(error, self._engine)
+        except Exception as error:
+            log.exception("continuous batching of %s has failed", type(self.model).__name__)
+            self._handle_critical_error(error, self._engine)
+        finally:
+            try:
+                if self._engine is not None:
+                    self._engine.close()
+            finally:
+                self._engine = None
+                mark_as_stopped(self)
+
+    def _serve(self, engine: Engine) -> bool:
+        """Whether to go on after a round of what there is to do."""
+        status = self.background_thread_status
+        status.update_with_tp_status(status.local_status)
+        if status.tp_status >= status.HARD_STOP:
+            return False
+        if is_to_pause(self):
+            self._pause(engine)
+            return True
+        for state in drained(self.input_queue):
+            try:
+                self.logit_processor.check_kwargs(state.logit_processor_kwargs)
+                engine.add(state, state.torch_vtensor_salt)
+            except Exception as error:
+                self.output_router.fail_and_deliver(state, error)
+        for request_id in drained(self.cancel_queue):
+            engine.cancel(request_id)
+        if engine.has_pending_requests():
+            engine.round()
+            return True
+        if status.tp_status >= status.FLUSH_AND_STOP:
+            return False
+        wake_up = wake_up_event(self)
+        wake_up.wait(timeout=_IDLE_S)
+        wake_up.clear()
+        return True
+
+    def _pause(self, engine: Engine) -> None:
+        """Let others use the model, which may come back with other weights."""
+        engine.settle()
+        wait_while_paused(self)
+        if not self._traced.is_of_today():  # graphs would read memory that is not the weights' any more
+            self._engine = self._make_engine()
+            engine.hand_over(self._engine)
+            engine.close()
+
+    def _make_engine(self) -> Engine:
+        model, traced = self.model, self._traced
+        if not traced.is_of_today():
+            traced = self._traced = traced_model(model)
+        windows = windows_of(model)
+        assert windows is not None
+        most = getattr(model.config, "max_position_embeddings", None) or 1
+        layout = RowsLayout(traced.shapes, windows, model.device, capacity_of(most, model.device))
+        terms = Terms(
+            self._choice,
+            min(self.continuous_batching_config.max_requests_per_batch or MAX_BATCH, MAX_BATCH),
+            self.is_captured,
+            self.reuses_prefixes,
+            self._given.max_batch_tokens,
+            self._given.scheduler_type == "prefill_first",
+        )
+        return Engine(model, traced, layout, terms, self.output_router)
+
+    def _set_seed(self) -> None:
+        seed = self.continuous_batching_config.seed
+        if seed is not None:
+            torch.manual_seed(seed)
