@@ -354,7 +354,7 @@ def test_nothing_is_kept_of_requests_that_end_after_disable(memory: Memory) -> N
     assert [outputs[f"req_{index}"].generated_tokens for index in range(2)] == [
         alone("llama", prompt, 8) for prompt in asked
     ]
-    assert prefix_cache.tree_of(model) is None
+    assert not prefix_cache.trees_of(model)
 
 
 @one_layout

@@ -227,12 +227,13 @@ class PrefixTree:
             sequences: a slot each; repeats share everything.
             capacity: rows of addresses of the new tensors.
             paddings: rows of zeros in front of each slot's sequence. Such a slot gets copies.
-            at_least: rows, without padding, that are worth it: of the slot that would get the most.
+            at_least: rows, without padding, that are worth it: of the slot that would get the most. What is pinned is
+                worth it at any length.
             at_most: rows that every slot may have at most, padding included.
 
         Effects: see ``prefix_loan.lend``. All slots are equally long, as long as the one of which the least is cached.
             The current stream's next work comes after that by which the rows were written.
-        Returns: None if that is less than ``at_least``, or while the stream is being captured into a graph, which would
+        Returns: None if that is less than is worth it, or while the stream is being captured into a graph, which would
             copy at every replay.
         Raises:  OutOfPagesError or DriverError, with everything as it was.
         """
@@ -245,7 +246,11 @@ class PrefixTree:
             self._num_asked += sum(map(len, keys))
             num_rows = min(padding + walks[key][1] for key, padding in zip(keys, paddings, strict=True))
             num_rows = num_rows if at_most is None else min(num_rows, at_most)
-            if num_rows - min(paddings) < at_least:
+            if num_rows - min(paddings) < at_least and not any(
+                node.num_pins and node.stop <= num_rows - padding
+                for key, padding in zip(keys, paddings, strict=True)
+                for node in walks[key][0]
+            ):
                 return None
             num_lent = sum(max(num_rows - padding, 0) for padding in paddings)
             for node in {id(node): node for path, _ in walks.values() for node in path}.values():
