@@ -341,6 +341,16 @@ def test_a_capture_that_fails_gives_up_one_size(is_short: bool, monkeypatch: pyt
 # Prefixes
 
 
+def test_requests_that_come_together_share_what_the_first_computes() -> None:
+    model, (shared,) = model_to_serve("llama"), prompts(150)
+    asked = [shared + tail for tail in prompts(7, 12, 9, 30, seed=2)]
+    with torch_vtensor.enabled(prefix_cache=True):
+        found = model.generate_batch(asked, generation_config=config_of(max_new_tokens=30))
+        assert torch_vtensor.stats().prefixes["tokens reused"] == 3 * 150
+    assert [output.generated_tokens for output in found.values()] == [alone("llama", prompt, 30) for prompt in asked]
+    assert counted("tokens of prompts") == 150 + 7 + 12 + 9 + 30
+
+
 def test_a_manager_that_is_made_while_prefixes_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = model_to_serve("llama"), prompts(60, 50)
     make = engines.Engine.__init__
@@ -355,7 +365,7 @@ def test_a_manager_that_is_made_while_prefixes_are_switched_off(monkeypatch: pyt
     served.manager.add_requests(asked)
     served.run()
     served.close()
-    assert prefix_cache.tree_of(model) is None
+    assert not prefix_cache.trees_of(model)
 
 
 def test_nothing_is_left_once_prefixes_are_switched_off() -> None:

@@ -222,7 +222,7 @@ class Engine:
 
     def _begin(self, request: Request) -> bool:
         """Give a request memory for its prompt and the token after it; False if there is none as things are."""
-        tokens, num_rows = request.tokens, len(request.tokens) + 1
+        num_rows = len(request.tokens) + 1
         self._check_length(request)
         need = self._scratch.need(num_rows)
         if self.active and not self._has_room_for(need):
@@ -244,14 +244,13 @@ class Engine:
                     return False
                 raise
         request.waits_since = None
-        known.count(request, rows.num_rows)
+        request.num_lent = rows.num_rows
         self.waiting.remove(request)
         self.active.append(request)
         self.prompts.append(request)
         request.rows = rows
         if request.state.status == RequestStatus.PENDING:
             request.state.status = RequestStatus.PREFILLING
-        counters["tokens of prompts"] += len(tokens) - rows.num_rows
         return True
 
     def _check_length(self, request: Request) -> None:
@@ -326,9 +325,12 @@ class Engine:
     def _take_up_prompts(self, come_first: bool) -> None:
         budget = self.terms.prompt_tokens or (_PROMPT_TOKENS if come_first else _PROMPT_TOKENS_BESIDE)
         while self.prompts and budget > 0:
-            request = self.prompts[0]
-            rows, tokens = request.rows, request.tokens
-            assert rows is not None
+            request, tokens = self.prompts[0], self.prompts[0].tokens
+            assert request.rows is not None
+            is_first = request.rows.num_rows == request.num_lent
+            if is_first:
+                self._begin_with_more(request)
+            rows = request.rows
             arguments = self.terms.choice.arguments_of(request.state)
             self.program.place_prompt(rows.addresses(), rows.num_rows, arguments)
             part = self._warmed_up(self.program.next_part(len(tokens) - rows.num_rows, budget))
@@ -336,15 +338,39 @@ class Engine:
             self.program.run_prompt(tokens[rows.num_rows : rows.num_rows + num_new], rows.num_rows, part)
             rows.wrote(rows.num_rows + num_new)
             budget -= num_new
+            if is_first:
+                counters["tokens of prompts"] += len(tokens) - request.num_lent
+                known.count(request)
             if rows.num_rows == len(tokens):
                 self.prompts.popleft()
                 self._seat(request, arguments)
+
+    def _begin_with_more(self, request: Request) -> None:
+        """Exchange rows of which none is computed yet for others, if more of the prompt was left since."""
+        with prefix_salt(request.salt):
+            if not self.terms.reuse.is_on or not known.knows_more(self.model, request):
+                return
+            rows = known.begin(self.model, request, self.layout, self._stores)
+            if rows is None:
+                return
+            try:
+                rows.commit(len(request.tokens) + 1)
+                is_better = rows.num_rows > request.num_lent
+            except VTensorError:
+                is_better = False
+        if not is_better:
+            rows.close()
+            return
+        assert request.rows is not None
+        request.rows.close()
+        request.rows, request.num_lent = rows, rows.num_rows
 
     def _seat(self, request: Request, arguments: Sequence[int]) -> None:
         """Have the first token of a request whose prompt was taken up last, and let it go on with the others."""
         first = self.program.first_token(self.terms.choice)
         request.num_launched = request.num_known + 1
         self._launched.note(first, [request])
+        self._record(request)  # so that others who wait with the same beginning have it
         if request.wants_more:
             self._arrange()
             assert request.rows is not None

@@ -11,7 +11,9 @@ from torch_vtensor.generation.cached_rows import StoreLayout
 from torch_vtensor.generation.serving.request import Request
 from torch_vtensor.generation.serving.rows import RowsLayout, SequenceRows
 
-__all__ = ["Reuse", "begin", "count", "record"]
+__all__ = ["Reuse", "begin", "count", "knows_more", "record"]
+
+_WORTH_TOKENS = 64  # for rows to be exchanged for others that have so many more
 
 
 class Reuse:
@@ -49,10 +51,18 @@ def begin(model: Any, request: Request, layout: RowsLayout, stores: Sequence[Sto
     return SequenceRows(layout, len(tokens) + 1, loan.vtensors, loan.num_rows)
 
 
-def count(request: Request, num_reused: int) -> None:
+def knows_more(model: Any, request: Request) -> bool:
+    """Whether more may be known of a request's tokens than it has begun with, and worth to begin once more."""
+    known, least = request.tokens[:-1], request.num_lent + _WORTH_TOKENS
+    return len(known) >= least and any(
+        tree.match(known, request.salt) >= least for tree in prefix_cache.trees_of(model)
+    )
+
+
+def count(request: Request) -> None:
     """Count what a request that has begun was lent."""
     if request.mark is not None:
-        prefix_cache.counters["tokens reused"] += num_reused
+        prefix_cache.counters["tokens reused"] += request.num_lent
         prefix_cache.counters["tokens of prompts"] += len(request.tokens)
 
 

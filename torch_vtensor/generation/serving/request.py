@@ -34,6 +34,8 @@ class Request:
     """How often it was begun: what was launched for an earlier start does not count any more."""
     mark: Any = None
     """Of the model as it was at the last start, where prefixes are reused."""
+    num_lent: int = 0
+    """Rows that it has begun with at its last start."""
     waits_since: float | None = None
     """When it first found no memory, alone, since it last had any."""
     num_shortages: int = 0
