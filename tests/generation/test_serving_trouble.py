@@ -355,7 +355,7 @@ def test_a_manager_that_is_made_while_prefixes_are_switched_off(monkeypatch: pyt
     served.manager.add_requests(asked)
     served.run()
     served.close()
-    assert prefix_cache.tree_of(model) is None
+    assert not prefix_cache.trees_of(model)
 
 
 def test_nothing_is_left_once_prefixes_are_switched_off() -> None:
