@@ -146,7 +146,8 @@ class BatchingManager(ContinuousBatchingManager):
         """From now on begin with nothing that is known, and leave nothing."""
         self._reuse.switch(False)
 
-    def _run_generation_loop(self) -> None:
+    def _run_generation_loop(self, use_inference_mode: bool = False) -> None:
+        # What 5.24 hands on from the caller's thread is not for these steps: what they make outlives them.
         try:
             if self.model.device.type == "cuda":
                 torch.cuda.set_device(self.model.device)
