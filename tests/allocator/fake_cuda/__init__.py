@@ -137,6 +137,13 @@ class FakeCuda:
         """Let launches wait as long as the device has no room for them."""
         self.library.fake_set_queue_full(full)
 
+    def set_stuck(self, stuck: bool) -> None:
+        """Let whoever waits for an event go on waiting as long as the device is stuck."""
+        self.library.fake_set_stuck(stuck)
+
+    def num_waiting(self) -> int:
+        return int(self.library.fake_num_waiting())
+
     def last_launch(self) -> Launch:
         launch = Launch()
         self.library.fake_read_launch(ctypes.byref(launch))
