@@ -227,6 +227,9 @@ class FakeDriver:
     def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
         self._in_context("cuMemcpyAsync", nbytes, target_ptr, source_ptr, nbytes, None)
 
+    def check_offload(self, nbytes: int) -> None:
+        return None
+
     def create_offloaded(self, nbytes: int) -> int:
         return self.create(nbytes)
 
