@@ -10,7 +10,7 @@ from test_plans import Make, compiled_by_name, moved
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
-from virtual import assert_plan_is_right, capture_call
+from virtual import assert_plan_is_right, capture_call, run_plan
 
 import torch_vtensor.compile as ss
 from torch_vtensor.compile import Mesh, _torch_compat, virtual_world
@@ -246,6 +246,30 @@ def test_inductor_generates_code_that_reads_parameters_anew() -> None:
     assert_plan_is_right(
         model, lambda x: model(x).square().mean(), (x,), plan, Mesh((0, 1), plan.axes), codegen="inductor"
     )
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x * self.weight, 0.5)
+
+
+def test_inductors_backward_passes_drop_what_forward_dropped() -> None:
+    model, plan = nn.Sequential(Scaled(), Scaled()), named("zero3", 2)
+    call = capture_call(lambda x: model(x).sum(), torch.ones(4, 64))
+    compilation, values = run_plan(call, plan, Mesh((0, 1), plan.axes), codegen="inductor")
+    assert any(segment.in_passes for segment in compilation.program.segments)
+    loss = next(values[rank][key] for (rank, _), key in compilation.program.outputs.items())
+    gradients: dict[str, Tensor] = {"0.weight": torch.zeros(64), "1.weight": torch.zeros(64)}
+    for (rank, tensor), (key, mask) in compilation.program.gradients.items():
+        gradients[tensor.name][mask.within(tensor.whole.mask)] = values[rank][key]
+    # With ones everywhere, all that is left of column n is its part of the loss, and the gradient of both weights n.
+    torch.testing.assert_close(gradients["0.weight"], gradients["1.weight"])
+    torch.testing.assert_close(gradients["0.weight"].sum(), loss)
+    assert loss > 0
 
 
 class Classifier(nn.Module):

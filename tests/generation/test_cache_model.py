@@ -277,5 +277,5 @@ class CacheMachine(RuleBasedStateMachine):
 
 def test_equals_dynamic_cache_through_any_life(memory: Memory) -> None:
     machine = type("Machine", (CacheMachine,), {"memory": memory})
-    settings = hypothesis.settings(max_examples=40, stateful_step_count=30)
+    settings = hypothesis.settings(max_examples=25, stateful_step_count=30)
     run_state_machine_as_test(machine, settings=settings)

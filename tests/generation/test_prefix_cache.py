@@ -301,7 +301,7 @@ def test_what_is_kept_ends_with_the_model_and_with_disable(memory: Memory) -> No
     torch_vtensor.disable()
     memory.settle()
     assert [pool.prefix_bytes for pool in torch_vtensor.stats().devices.values()] == [0]
-    assert prefix_cache.tree_of(model_of("llama")) is None
+    assert not prefix_cache.trees_of(model_of("llama"))
 
 
 def test_prefixes_give_way_to_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,4 +401,4 @@ def test_blocks_and_the_switch_keep_prefixes_as_long_as_one_wants_them() -> None
             generate(model, prompt(1))
     with torch_vtensor.enabled():
         generate(model, prompt(1))
-    assert prefix_cache.tree_of(model) is None
+    assert not prefix_cache.trees_of(model)

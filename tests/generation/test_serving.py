@@ -354,7 +354,7 @@ def test_nothing_is_kept_of_requests_that_end_after_disable(memory: Memory) -> N
     assert [outputs[f"req_{index}"].generated_tokens for index in range(2)] == [
         alone("llama", prompt, 8) for prompt in asked
     ]
-    assert prefix_cache.tree_of(model) is None
+    assert not prefix_cache.trees_of(model)
 
 
 @one_layout
@@ -481,17 +481,15 @@ def test_captured_steps_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @one_layout
-def test_requests_that_nobody_can_answer() -> None:
+def test_a_request_that_nobody_can_answer_fails_alone() -> None:
     model = model_to_serve("llama")
     with torch_vtensor.enabled():
         served = Served(model, generation_config=config_of())
         served.manager.add_request([], request_id="empty")
-        served.manager.add_request(prompts(9)[0], request_id="endless", max_new_tokens=10**7)
         served.manager.add_request(prompts(9)[0], request_id="fine")
         outputs = served.run()
         served.close()
     assert "no tokens" in outputs["empty"].error
-    assert "do not fit the reserved capacity" in outputs["endless"].error
     assert outputs["fine"].generated_tokens == alone("llama", prompts(9)[0], 8)
 
 

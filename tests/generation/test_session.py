@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
+import os
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -182,7 +185,7 @@ def test_a_prefix_is_run_once_for_all_sessions(num_run: Callable[[Any], list[int
         assert counts[-1] == 30, "a prefix that is pinned stays"
         assert held < memory.live_bytes
     prefix.release()
-    assert prefix_cache.tree_of(model) is None
+    assert not prefix_cache.trees_of(model)
     for each in sessions:
         each.close()
 
@@ -309,11 +312,13 @@ def test_a_turn_that_fails_leaves_the_session_as_it_was(family: str) -> None:
     pool.budget_bytes = pool.ledger.committed_bytes + 8 * 4096
     with pytest.raises(torch_vtensor.OutOfPagesError):
         session.generate(ids(30), max_new_tokens=300, **GREEDY)
-    with pytest.raises(torch_vtensor.OutOfPagesError):
-        session.chat("hello", max_new_tokens=300, **GREEDY)
+    with Session(model_of(family), tokenizer(CHAT)) as chat, pytest.raises(torch_vtensor.OutOfPagesError):
+        chat.chat("hello", max_new_tokens=600, **GREEDY)
+    assert chat.messages == []
     pool.budget_bytes = None
-    assert (session.tokens, session.messages) == (before, [])
-    assert session.num_cached in (kept, 0)
+    assert session.tokens == before
+    # A window that has moved on goes back to where the turn began, if there are pages for it.
+    assert session.num_cached == kept if family == "llama" else session.num_cached in (kept, 0)
 
     class Stop(transformers.LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -354,7 +359,7 @@ def test_what_a_session_cannot_do_is_refused_with_the_reason() -> None:
         (torch.rand(3), {}, r"a turn is tokens"),
         ("text", {}, "needs a tokenizer"),
         ([1], {"num_beams": 2}, "num_beams is 2; a session is one sequence"),
-        ([1], {"num_return_sequences": 3}, r"fork\(3\) makes several"),
+        ([1], {"num_return_sequences": 3, "do_sample": True}, r"fork\(3\) makes several"),
         ([1], {"prompt_lookup_num_tokens": 3}, "assisted generation, by prompt_lookup_num_tokens, runs again"),
         ([1], {"past_key_values": None, "attention_mask": None}, "attention_mask, past_key_values"),
     ]
@@ -407,9 +412,9 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, memory: Memory, mon
         with pytest.raises(error, match=message):
             Session.load(path, other)
 
-    refused("num_attention_heads 4 .the model: 2.*LlamaForCausalLM", model_of("gpt2"))
+    refused("class LlamaForCausalLM .the model: GPT2LMHeadModel", model_of("gpt2"))
     refused("dtype torch.float32 .the model: torch.bfloat16", transformers.LlamaForCausalLM(model.config).bfloat16())
-    refused("the same sizes and other weights", transformers.LlamaForCausalLM(model.config))
+    refused("the same sizes and other weights .* differ, lm_head.weight", transformers.LlamaForCausalLM(model.config))
     monkeypatch.setattr(session_file, "save_file", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
         session.save(path)
@@ -419,12 +424,36 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, memory: Memory, mon
     refused("is no session's file, or is cut short")
     path.write_bytes(b"")
     refused("is no session's file")
+    from safetensors import safe_open
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(1)}, path)
     refused("of format None")
     path.unlink()
     refused("does not exist", error=FileNotFoundError)
+    path.mkdir()
+    refused("is a folder")
+    path.rmdir()
+    path.write_bytes(written)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for changed in (
+        {"seen": ""},
+        {"seen": '{"77": 3}'},
+        {"chat": "[]"},
+        *({name: None} for name in ("model", "weights", "seen", "chat")),
+    ):
+        told = {name: text for name, text in (metadata | changed).items() if text is not None}
+        save_file(tensors, path, told)
+        refused("was changed or damaged")
+    save_file(
+        {"tokens": tensors["tokens"][:5], **{name: tensors[name] for name in tensors if name != "tokens"}},
+        path,
+        metadata,
+    )
+    refused("its tensors are of other sizes")
+    save_file(tensors | {"tokens": torch.full_like(tensors["tokens"], 96)}, path, metadata)
+    refused("token 96 is none of the model's")
     path.write_bytes(written)
     live_bytes = memory.live_bytes
     pool = next(iter(pools.all_schedulers().values())).pool
@@ -435,6 +464,298 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, memory: Memory, mon
     gc.collect()
     assert memory.live_bytes == live_bytes
     session.close()
+
+
+def small(family: str = "llama") -> Any:
+    """A model of the test's own, to change."""
+    torch.manual_seed(0)
+    return FAMILIES[family].make().eval()
+
+
+def cold(model: Any, tokens: list[int], num_new: int) -> list[int]:
+    tokens_1T = torch.tensor([tokens])
+    return model.generate(tokens_1T, max_new_tokens=num_new, num_beams=1, **GREEDY)[0, len(tokens) :].tolist()
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_a_model_whose_generation_config_uses_no_cache_has_one_in_a_session() -> None:
+    model = small()
+    model.generation_config.use_cache = False
+    with Session(model) as session:
+        said: list[int] = []
+        for seed in range(2):
+            said += ids(40, seed)
+            said += session.generate(ids(40, seed), max_new_tokens=5, **GREEDY)
+            assert said[-5:] == cold(model, said[:-5], 5)
+            assert session.num_cached == len(said) - 1
+        given = transformers.GenerationConfig(max_new_tokens=5, do_sample=False)
+        said += ids(3)
+        said += session.generate(ids(3), generation_config=given)
+        assert said[-5:] == cold(model, said[:-5], 5)
+        given.use_cache = False
+        with pytest.raises(ValueError, match="says use_cache=False; a session is a cache"):
+            session.generate(ids(3), generation_config=given)
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_settings_of_the_models_own_are_refused_as_those_of_a_call() -> None:
+    given = transformers.GenerationConfig(max_new_tokens=5, do_sample=False)
+    refused = {
+        "num_beams": (2, "num_beams is 2; a session is one sequence"),
+        "prompt_lookup_num_tokens": (3, "assisted generation, by prompt_lookup_num_tokens"),
+        "cache_implementation": ("static", "cache_implementation is 'static'"),
+    }
+    for name, (value, message) in refused.items():
+        model = small()
+        with Session(model) as session:
+            setattr(model.generation_config, name, value)
+            for options in ({"generation_config": given}, {"max_new_tokens": 2}):
+                with pytest.raises(ValueError, match=message):
+                    session.generate(ids(40), **options)
+            assert session.length == 0
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_a_cache_of_several_sequences_is_not_gone_on_from() -> None:
+    def double(model: Any, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        output = model(input_ids.expand(2, -1), past_key_values=options.get("past_key_values", options.get("cache")))
+        return torch.cat([input_ids, output.logits[:1, -1:].argmax(-1)], 1)
+
+    with Session(model_of("llama")) as session:
+        answer = session.generate(ids(40), custom_generate=double, max_new_tokens=1)
+        assert session.num_cached == 0
+        assert session.generate(ids(5), max_new_tokens=4, **GREEDY) == plain("llama", (*ids(40), *answer, *ids(5)), 4)
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_what_says_more_than_tokens_is_refused() -> None:
+    with Session(model_of("gpt2"), tokenizer(CHAT)) as session:
+        with pytest.raises(ValueError, match=r"more than tokens .token_type_ids., and a session knows again"):
+            session.generate(ids(40), token_type_ids=torch.full((1, 40), 7), max_new_tokens=2)
+        refused: list[tuple[Any, str]] = [
+            ([1.7, 2.2], r"a turn is tokens \[T\].*float32"),
+            (torch.tensor([True, False]), r"a turn is tokens.*bool"),
+            ([True, 5], "True or False among them"),
+            (5, "not 5"),
+            ([[1, 2], [3]], "a list or tensor of token ids"),
+            ({"input_ids": [1, 2], "attention_mask": [0, 1]}, "without padding"),
+            ({"attention_mask": [1, 1]}, "has input_ids"),
+            ({"input_ids": [1, 2], "pixel_values": torch.ones(1)}, "more than tokens .pixel_values."),
+        ]
+        for turn, message in refused:
+            with pytest.raises(ValueError, match=message):
+                session.generate(turn, max_new_tokens=2)
+        assert session.length == 0
+        encoding = session.tokenizer("hello", return_tensors="pt", return_token_type_ids=False)
+        assert type(encoding) is transformers.BatchEncoding
+        session.generate(encoding, max_new_tokens=1, **GREEDY)
+        assert session.tokens[:5] == encoding["input_ids"][0].tolist()
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_a_call_that_is_refused_costs_nothing(num_run: Callable[[Any], list[int]]) -> None:
+    model = model_of("llama")
+    with Session(model, tokenizer(CHAT)) as session:
+        session.chat("hello there, who are you", max_new_tokens=4, **GREEDY)
+        kept = session.num_cached
+        session.messages = [{"role": "user", "content": "something else"}]
+        for options, message in (({"max_new_tokns": 3}, "max_new_tokns"), ({"num_beams": 2}, "num_beams is 2")):
+            with pytest.raises(ValueError, match=message):
+                session.chat(**options)
+            assert session.num_cached == kept
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_truncate_takes_messages_back_and_chat_loses_nothing_of_generate(tmp_path: Path) -> None:
+    model, told = model_of("llama"), tokenizer(CHAT)
+    letters = GREEDY | {"suppress_tokens": [*range(5), *range(31, 96)]}  # what the tokenizer can write
+    with Session(model, told) as session:
+        system = {"role": "system", "content": "be kind."}
+        session.messages = [system]
+        session.truncate(0)
+        assert session.messages == [system], "it was not said yet"
+        answers = [session.chat(content, max_new_tokens=4, **letters) for content in ("hello", "and you")]
+        said, first_end = list(session.messages), session.length
+        begun, asked = (len(told.apply_chat_template(said[:n], return_dict=False)) for n in (2, 4))
+        session.save(tmp_path / "session")
+        loaded = Session.load(tmp_path / "session", model, told)
+        for each, num_kept, num_messages in (
+            (session, first_end, 5), (session, first_end - 1, 4), (session, asked, 4), (session, asked - 1, 3),
+            (loaded, asked + 3, 4), (loaded, begun, 2), (loaded, 3, 0),
+        ):  # fmt: skip
+            each.truncate(num_kept)
+            assert each.messages == said[:num_messages]
+        assert session.chat("and you", max_new_tokens=4, **letters) == answers[1]
+        (branch,) = session.fork()
+        branch.messages[0]["content"] = "be rude."
+        assert session.messages[0]["content"] == "be kind.", "a branch has messages of its own"
+        num_chatted = session.length
+        more = session.generate(max_new_tokens=3, **letters)
+        with pytest.raises(ValueError, match=rf"generate.. has said 3 tokens .*truncate.{num_chatted}. takes them"):
+            session.chat("so", max_new_tokens=2, **letters)
+        assert (session.length, len(session.messages)) == (num_chatted + 3, 5)
+        session.messages[-1]["content"] += told.decode(more)
+        session.chat("so", max_new_tokens=2, **letters)
+        loaded.close(), branch.close()
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_a_prefix_is_what_the_model_computes_whatever_it_generates_by(num_run: Callable[[Any], list[int]]) -> None:
+    model = small()
+    counts = num_run(model)
+    model.generation_config.num_beams, model.generation_config.stop_strings = 2, ["x"]
+    model.generation_config.use_cache = False
+    with Session(model) as session, session.prefix(ids(60)):
+        assert counts == [60]
+        model.generation_config = transformers.GenerationConfig()
+        assert session.generate([*ids(60), 5], max_new_tokens=4, **GREEDY) == cold(model, [*ids(60), 5], 4)
+        assert counts[1] == 1
+        counts.clear()
+        model.train()
+        with pytest.raises(ValueError, match="cannot be kept for others: the model is in training mode"):
+            session.prefix(ids(70))
+        assert counts == []
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_a_short_prefix_is_lent_too(num_run: Callable[[Any], list[int]]) -> None:
+    model = model_of("llama")
+    counts = num_run(model)
+    with Session(model) as session:
+        with session.prefix(ids(5)):
+            Session(model).generate([*ids(5), 7], max_new_tokens=1, **GREEDY)
+            Session(model).generate([*ids(4), 1, 7], max_new_tokens=1, **GREEDY)
+            session.generate(ids(9), max_new_tokens=3, **GREEDY)
+            assert (counts[:3], counts[3]) == ([5, 1, 6], 4)
+        assert session.tokens[9:] == plain("llama", tuple(ids(9)), 3)
+
+
+def held_by_prefixes() -> int:
+    return sum(pool.prefix_bytes for pool in torch_vtensor.stats().devices.values())
+
+
+def under_autocast(model: Any) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        Session(model).generate(ids(20, 1), max_new_tokens=1, **GREEDY)
+
+
+def under_eager_attention(model: Any) -> None:
+    model.set_attn_implementation("eager")
+    Session(model).generate(ids(20, 1), max_new_tokens=1, **GREEDY)
+    model.set_attn_implementation("sdpa")
+
+
+def with_a_prefix_of_its_own(model: Any) -> None:
+    layer = model.model.layers[0].self_attn.k_proj
+    layer.active_adapters, layer.scaling = ["other"], {"other": 1.0}  # as PEFT's layers have them
+    with Session(model).prefix(ids(100)), Session(model) as session:
+        session.generate(ids(101), max_new_tokens=1, **GREEDY)
+        assert session.memory().shared_bytes > 0
+    layer.active_adapters = []
+    del layer.scaling
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+@pytest.mark.parametrize("act", [under_autocast, under_eager_attention, with_a_prefix_of_its_own])
+def test_a_prefix_outlasts_calls_in_another_state(
+    act: Callable[[Any], None], memory: Memory, num_run: Callable[[Any], list[int]]
+) -> None:
+    model = small()
+    with Session(model).prefix(ids(100)), torch_vtensor.enabled(prefix_cache=True):
+        act(model)
+        counts = num_run(model)
+        with Session(model) as session:
+            session.generate(ids(101), max_new_tokens=1, **GREEDY)
+        assert counts == [1]
+    assert not prefix_cache.trees_of(model)
+    memory.settle()
+    assert held_by_prefixes() == 0
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_a_prefix_of_weights_that_are_gone_is_gone_when_released(memory: Memory) -> None:
+    model = small()
+    prefix = Session(model).prefix(ids(300))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    Session(model).generate(ids(20), max_new_tokens=1, **GREEDY)
+    prefix.release()
+    memory.settle()
+    assert held_by_prefixes() == 0, "though the handle is still there"
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_a_prefix_that_is_being_kept_is_not_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    stock = prefix_cache._tree_for
+    threads: list[threading.Thread] = []
+
+    def tree_for(*args: Any) -> Any:
+        tree = stock(*args)
+        threads.append(threading.Thread(target=prefix_cache.clear))  # as another session's release
+        threads[-1].start()
+        threads[-1].join(0.2)
+        return tree
+
+    monkeypatch.setattr(prefix_cache, "_tree_for", tree_for)
+    with Session(model).prefix(ids(100)):
+        threads[0].join()
+        with Session(model) as session:
+            session.generate(ids(101), max_new_tokens=1, **GREEDY)
+            assert session.memory().shared_bytes > 0
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_a_file_is_of_these_weights_to_the_bit_and_of_these_settings(tmp_path: Path) -> None:
+    model = small()
+    with Session(model) as session:
+        session.generate(ids(30), max_new_tokens=2, **GREEDY)
+        session.save(tmp_path / "session")
+
+    def refused(message: str, other: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            Session.load(tmp_path / "session", other)
+
+    config = copy.deepcopy(model.config)
+    config.rms_norm_eps, config.pad_token_id, config.use_cache = 1e-3, 5, False
+    other = type(model)(config).eval()
+    other.load_state_dict(model.state_dict())
+    refused(r"of another model: rms_norm_eps 1e-0\d .the model: 0.001.\. Load", other)
+    config.rms_norm_eps = model.config.rms_norm_eps
+    Session.load(tmp_path / "session", other).close()
+    with torch.no_grad():
+        weight = model.model.layers[1].mlp.up_proj.weight
+        weight[[3, 4]] = weight[[4, 3]]
+        refused("other weights .1 of .* differ, model.layers.1.mlp.up_proj.weight", model)
+        weight[[3, 4]] = weight[[4, 3]]
+        Session.load(tmp_path / "session", model).close()
+    layer = model.model.layers[0].self_attn.k_proj
+    layer.active_adapters, layer.scaling = ["other"], {"other": 1.0}
+    refused("adapters .. .the model: .*other", model)
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_a_file_is_on_disk_with_the_mode_of_the_one_it_replaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    stock = os.fsync
+    monkeypatch.setattr(session_file.os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), stock(file)))
+    path, link = tmp_path / "session", tmp_path / "link"
+    with Session(model_of("llama")) as session:
+        session.generate(ids(9), max_new_tokens=2, **GREEDY)
+        (tmp_path / "new").touch()
+        session.save(path)
+        assert synced == [path.stat().st_ino, tmp_path.stat().st_ino]
+        assert path.stat().st_mode == (tmp_path / "new").stat().st_mode
+        path.chmod(0o640)
+        link.symlink_to("session")
+        session.generate(ids(9), max_new_tokens=2, **GREEDY)
+        session.save(link)
+        assert (link.is_symlink(), path.stat().st_mode & 0o777) == (True, 0o640)
+        with Session.load(path, model_of("llama")) as loaded:
+            assert loaded.tokens == session.tokens
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "new", "session"]
 
 
 class SessionMachine(RuleBasedStateMachine):

@@ -203,11 +203,13 @@ class GrowthScheduler:
         """
         if self.pool.is_foreign:
             return 0
-        with self.pool.lock:
+        with tiers.between_rounds(self.pool):
             tiers.check_can_move(self.pool)
             committed_bytes = self.pool.ledger.committed_bytes
             self._empty_parked()
             if tiers.has_tag(tiers.PREFIX_TAG, tags) and tiers.has_tag(tiers.PREFIX_TAG, discard):
+                for rounds in self.pool.rounds:
+                    rounds.num_discards += 1
                 for evict in list(self.pool.evictors):
                     evict(math.inf)
             try:
@@ -235,7 +237,7 @@ class GrowthScheduler:
         """
         if self.pool.is_foreign:
             return 0
-        with self.pool.lock:
+        with tiers.between_rounds(self.pool):
             tiers.check_can_move(self.pool)
             used_bytes = self.pool.ledger.committed_bytes - self.pool.ledger.free_bytes
             for sleeper in self.pool.sleepers:

@@ -20,7 +20,7 @@ from torch_vtensor.status import Figures
 
 if TYPE_CHECKING:
     from torch_vtensor.allocator.address_range import AddressRange
-    from torch_vtensor.allocator.tiers import Sleeper
+    from torch_vtensor.allocator.tiers import Rounds, Sleeper
     from torch_vtensor.status import StatusRecord
 
 __all__ = ["Page", "PagePool", "PoolStats", "Tier", "check_budget"]
@@ -143,6 +143,7 @@ class PagePool:
         self.evictors: list[Callable[[float], None]] = []
         self.offloaders: list[Callable[[float], None]] = []
         self.sleepers: list[Sleeper] = []
+        self.rounds: list[Rounds] = []
         self.offloads = OffloadPool(self.driver, offload_bytes)
         self.ranges: weakref.WeakValueDictionary[int, AddressRange] = weakref.WeakValueDictionary()
         """Every range that may map pages, by the order in which they were made."""

@@ -31,11 +31,11 @@ from torch_vtensor.allocator.page_run import PageRun, common_bound
 from torch_vtensor.allocator.prefix_loan import Lane, Source, lend
 from torch_vtensor.allocator.vtensor import VTensor
 
-__all__ = ["Lane", "Loan", "Pin", "PrefixExplanation", "PrefixStats", "PrefixTree"]
+__all__ = ["MOST_MAPPINGS", "Lane", "Loan", "Pin", "PrefixExplanation", "PrefixStats", "PrefixTree"]
 
 _KEPT_FRACTION = 4  # of the pool's limit, that prefixes may hold in all
 # Half of what a process may have: of 65,530 maps (Linux), of the about 520,000 that drivers were seen to take (CUDA).
-_MOST_MAPPINGS = {"cpu": 32_000, "cuda": 260_000}
+MOST_MAPPINGS = {"cpu": 32_000, "cuda": 260_000}
 
 
 class Loan(NamedTuple):
@@ -162,7 +162,7 @@ class PrefixTree:
         self.pool: PagePool = scheduler.pool
         self.held_bytes = 0
         self._max_bytes = max_bytes
-        self._max_mappings = _MOST_MAPPINGS[self.pool.device.type] if max_mappings is None else max_mappings
+        self._max_mappings = MOST_MAPPINGS[self.pool.device.type] if max_mappings is None else max_mappings
         self._roots: dict[Hashable, _Node] = {}
         self._num_holds: Counter[Page] = Counter()  # by the nodes of this tree: another one may hold the page as well
         self._queue: list[tuple[int, int, _Node]] = []  # every leaf, once, by when it was used; touched ones too early
@@ -233,12 +233,13 @@ class PrefixTree:
             sequences: a slot each; repeats share everything.
             capacity: rows of addresses of the new tensors.
             paddings: rows of zeros in front of each slot's sequence. Such a slot gets copies.
-            at_least: rows, without padding, that are worth it: of the slot that would get the most.
+            at_least: rows, without padding, that are worth it: of the slot that would get the most. What is pinned is
+                worth it at any length.
             at_most: rows that every slot may have at most, padding included.
 
         Effects: see ``prefix_loan.lend``. All slots are equally long, as long as the one of which the least is cached.
             The current stream's next work comes after that by which the rows were written.
-        Returns: None if that is less than ``at_least``, or while the stream is being captured into a graph, which would
+        Returns: None if that is less than is worth it, or while the stream is being captured into a graph, which would
             copy at every replay.
         Raises:  OutOfPagesError or DriverError, with everything as it was.
         """
@@ -251,7 +252,11 @@ class PrefixTree:
             self._num_asked += sum(map(len, keys))
             num_rows = min(padding + walks[key][1] for key, padding in zip(keys, paddings, strict=True))
             num_rows = num_rows if at_most is None else min(num_rows, at_most)
-            if num_rows - min(paddings) < at_least:
+            if num_rows - min(paddings) < at_least and not any(
+                node.num_pins and node.stop <= num_rows - padding
+                for key, padding in zip(keys, paddings, strict=True)
+                for node in walks[key][0]
+            ):
                 return None
             num_lent = sum(max(num_rows - padding, 0) for padding in paddings)
             for node in {id(node): node for path, _ in walks.values() for node in path}.values():

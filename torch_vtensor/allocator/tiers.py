@@ -17,8 +17,9 @@ which a page could still not be mapped sleeps, with all of its rows, until ``wak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
 from torch_vtensor.allocator.address_range import AddressRange
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PREFIX_TAG",
+    "Rounds",
     "Sleeper",
+    "between_rounds",
     "check_can_move",
     "has_tag",
     "offload",
@@ -45,11 +48,41 @@ __all__ = [
 class Sleeper(Protocol):
     """Who has memory of a pool beside its ranges, and can do without it for a while."""
 
+    @property
+    def is_asleep(self) -> bool:
+        """Whether any of it sleeps."""
+
     def sleep(self, scheduler: GrowthScheduler, tags: Collection[str] | None, discard: Collection[str] | None) -> None:
         """As ``put_to_sleep``."""
 
     def wake(self, scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
         """As ``wake``."""
+
+
+class Rounds:
+    """Work over a pool's memory on a thread of its own, round after round: none begins while the memory moves.
+
+    Who runs them holds ``lock`` in each one, taken before the pool's, and looks first at what sleeps.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.num_discards = 0
+        """How often rows were discarded."""
+
+
+@contextmanager
+def between_rounds(pool: PagePool) -> Iterator[None]:
+    """Hold the pool's lock while nobody is in a round."""
+    while True:
+        with ExitStack() as held:
+            several = list(pool.rounds)
+            for rounds in several:
+                held.enter_context(rounds.lock)
+            held.enter_context(pool.lock)
+            if all(rounds in several for rounds in pool.rounds):  # nobody began meanwhile
+                yield
+                return
 
 
 _Places = dict[Page, list[tuple[AddressRange, int]]]

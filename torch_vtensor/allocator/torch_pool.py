@@ -82,6 +82,11 @@ class TorchPools:
             with self._lock:
                 self._idle.setdefault(tag, []).append(pool_id)
 
+    @property
+    def is_asleep(self) -> bool:
+        """Whether any of the tensors' memory sleeps."""
+        return bool(self._kept)
+
     def release_idle(self, wait: bool) -> int:
         """Give the segments of dead tensors back to the page pool; returns the bytes."""
         before = self.pool.ledger.torch_bytes

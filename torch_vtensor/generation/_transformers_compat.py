@@ -9,7 +9,14 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, cache_utils, masking_utils
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationConfig,
+    GenerationMixin,
+    cache_utils,
+    masking_utils,
+)
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -22,11 +29,13 @@ __all__ = [
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "EncoderDecoderCache",
+    "GenerationConfig",
     "GenerationMixin",
     "MaskParts",
     "attentions_are_wanted",
     "continues_given_positions",
     "decoder_output",
+    "effective_settings",
     "first_row_of",
     "growing_layers",
     "initialize",
@@ -57,6 +66,30 @@ def with_cache(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     if CACHE_NAME not in inspect.signature(model.forward).parameters:
         return inputs
     return inputs | {CACHE_NAME: DynamicCache(config=model.config.get_text_config(decoder=True))}
+
+
+class Settings(NamedTuple):
+    """What a call of generate() goes by: its config, how it decodes, and what it hands to the model."""
+
+    config: GenerationConfig
+    decodes_by: str
+    model_kwargs: dict[str, Any]
+
+
+def effective_settings(model: Any, generate_kwargs: dict[str, Any]) -> Settings:
+    """What ``model.generate(**generate_kwargs)`` would go by: a given config, filled up from the model's, and kwargs.
+
+    Raises: ValueError, as generate() does, for settings that contradict each other and for names that nobody takes.
+    """
+    rest = dict(generate_kwargs)
+    config, assistant = rest.pop("generation_config", None), rest.get("assistant_model")
+    model._extract_generation_mode_kwargs(rest.get("custom_generate"), rest, None, assistant, None)
+    for name in inspect.signature(GenerationMixin.generate).parameters.keys() | {"trust_remote_code"}:
+        if name not in inspect.signature(model._prepare_generation_config).parameters:
+            rest.pop(name, None)
+    effective, model_kwargs = model._prepare_generation_config(config, **rest)
+    model._validate_model_kwargs(dict(model_kwargs))
+    return Settings(effective, effective.get_generation_mode(assistant).value, model_kwargs)
 
 
 def decoder_output(sequences: torch.Tensor, cache: Cache) -> Any:

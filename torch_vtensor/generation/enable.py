@@ -253,10 +253,11 @@ def _init_batching(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: 
     # Loaded only for who batches, as it registers operators.
     from torch_vtensor.generation.serving.manager import BatchingManager, init_batching
 
-    options = {"is_captured": bool(_compiles), "reuses_prefixes": bool(_reuses)}
-    manager = init_batching(stock, model, *args, **options, **kwargs)
+    manager = init_batching(stock, model, *args, **kwargs)
     if isinstance(manager, BatchingManager):
-        _managers.add(manager)
+        with _lock:  # as whatever is switched off meanwhile is meant for it too
+            manager.configure(bool(_compiles), bool(_reuses))
+            _managers.add(manager)
     return manager
 
 

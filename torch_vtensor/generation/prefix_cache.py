@@ -8,7 +8,8 @@
       ▼
     the tokens                                      recorded, with the pages that their keys and values lie in
 
-What is cached is a model's own, and is dropped with the model, or when it changes.
+What is cached is a model's own, and is dropped with the model, or when its weights change. Where it is only in another
+state, under autocast for example, what is pinned is kept for its return.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,9 @@ from torch_vtensor.generation.layers import why_no_driver
 from torch_vtensor.generation.tenant import current_salt
 
 __all__ = [
+    "adapters_of",
     "begin",
+    "check_keeps",
     "clear",
     "counters",
     "figures",
@@ -67,7 +70,7 @@ __all__ = [
     "note_cache",
     "record",
     "reuse",
-    "tree_of",
+    "trees_of",
     "why_never",
 ]
 
@@ -83,15 +86,23 @@ _made_by_generate: weakref.WeakSet[Cache] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
-class _Kept(NamedTuple):
-    """What one model left: for the state that ``mark`` tells from others, in stores laid out like this."""
+class Mark(NamedTuple):
+    """What tells a model as it is from what it was: its weights' places and versions, and what does not change them."""
 
-    mark: tuple[Any, ...]
+    weights: tuple[Any, ...]
+    state: tuple[Any, ...]
+    """Its adapters, precision and attention: it can come back to what these were."""
+
+
+class _Kept(NamedTuple):
+    """What one model left: in the state that ``mark`` tells from others, in stores laid out like this."""
+
+    mark: Mark
     layouts: tuple[StoreLayout, ...]
     tree: PrefixTree
 
 
-_kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[Any, list[_Kept]] = weakref.WeakKeyDictionary()
 
 
 class _Request(NamedTuple):
@@ -157,24 +168,34 @@ def reuse(
     return output
 
 
-def tree_of(model: Any) -> PrefixTree | None:
-    """What is kept of a model's sequences, if any are."""
-    kept = _kept.get(model)
-    return None if kept is None else kept.tree
+def trees_of(model: Any) -> list[PrefixTree]:
+    """What is kept of a model's sequences: a tree a state that it was in."""
+    return [kept.tree for kept in _kept.get(model, ())]
 
 
 def clear() -> None:
     """Forget every sequence of every model but those that are pinned; pages that nobody else uses are free again."""
     with _lock:
-        for model, kept in list(_kept.items()):
-            kept.tree.evict()
-            if kept.tree.stats().num_nodes == 0:
-                del _kept[model]
+        for model in list(_kept):
+            _forget(model, lambda kept: True)
+
+
+def _forget(model: Any, is_past: Callable[[_Kept], bool]) -> int:
+    """Evict what is past, but for what is pinned; returns how many trees are gone. Under the lock."""
+    kept = _kept.get(model, [])
+    for each in filter(is_past, kept):
+        each.tree.evict()
+    staying = [each for each in kept if not is_past(each) or each.tree.stats().num_nodes > 0]
+    if staying:
+        _kept[model] = staying
+    else:
+        _kept.pop(model, None)
+    return len(kept) - len(staying)
 
 
 def begin(model: Any, cache: Any, tokens: list[int]) -> int:
     """Give an empty cache what is kept of the beginning of ``tokens``, but for the last; returns how many those are."""
-    if tree_of(model) is None:
+    if not trees_of(model):
         return 0
     mark = mark_of(model)
     if isinstance(mark, str):
@@ -188,17 +209,26 @@ def keep(model: Any, cache: Any, tokens: list[int]) -> Pin:
     Effects: moves the cache to pages.
     Raises: ValueError, with the reason, where later calls could not begin with them; OutOfPagesError.
     """
-    mark = mark_of(model)
-    rows = rows_of(cache, len(tokens)) if not isinstance(mark, str) else mark
-    if isinstance(mark, str) or isinstance(rows, str):
+    mark = check_keeps(model)
+    rows = rows_of(cache, len(tokens))
+    if isinstance(rows, str):
         raise ValueError(f"what {type(model).__name__} computes cannot be kept for others: {rows}")
-    return _tree_for(model, mark, rows).keep(tokens, rows.vtensors, 0, current_salt())
+    with _lock:
+        return _tree_for(model, mark, rows).keep(tokens, rows.vtensors, 0, current_salt())
+
+
+def check_keeps(model: Any) -> Mark:
+    """The model's mark; a ValueError, with the reason, where what it computes cannot be kept for others."""
+    mark = mark_of(model)
+    if isinstance(mark, str):
+        raise ValueError(f"what {type(model).__name__} computes cannot be kept for others: {mark}")
+    return mark
 
 
 def figures() -> dict[str, int]:
     """The counters, and what the trees of the models that are alive hold and did."""
     with _lock:
-        found = [kept.tree.stats() for kept in _kept.values()]
+        found = [each.tree.stats() for kept in _kept.values() for each in kept]
     sums = {
         "tokens held": sum(tree.num_tokens for tree in found),
         "bytes held": sum(tree.held_bytes for tree in found),
@@ -301,29 +331,22 @@ def _request_of(model: Any, input_ids: torch.Tensor, inputs: dict[str, Any]) -> 
 
 
 def _give_way(model: Any) -> None:
-    tree = tree_of(model)
-    if tree is not None:
+    for tree in trees_of(model):
         tree.evict()
         tree.scheduler.trim()
 
 
-def lend(
-    model: Any, mark: tuple[Any, ...], tokens: list[int], capacity: int
-) -> tuple[tuple[StoreLayout, ...], Loan] | None:
+def lend(model: Any, mark: Mark, tokens: list[int], capacity: int) -> tuple[tuple[StoreLayout, ...], Loan] | None:
     """The rows of the longest prefix that is known of one prompt, but for its last token, in stores laid out like this.
 
     Args:
         mark: of the model as it is, by ``mark_of``.
         capacity: tokens of addresses of the new rows.
     """
-    request = _Request([tokens], [0])
-    lent = _lend(model, mark, request, len(tokens) - 1, capacity)
-    counters["tokens reused"] += 0 if lent is None else lent[1].num_rows
-    counters["tokens of prompts"] += len(tokens)
-    return lent
+    return _lend(model, mark, _Request([tokens], [0]), len(tokens) - 1, capacity)
 
 
-def record(model: Any, mark: tuple[Any, ...], tokens: list[int], rows: CachedRows) -> None:
+def record(model: Any, mark: Mark, tokens: list[int], rows: CachedRows) -> None:
     """Keep what ``rows`` hold of the one sequence ``tokens``; failing to is no error.
 
     Args:
@@ -336,19 +359,18 @@ def record(model: Any, mark: tuple[Any, ...], tokens: list[int], rows: CachedRow
         counters["not recorded: the model has changed"] += 1
         return
     try:
-        tree, salt = _tree_for(model, mark, rows), current_salt()
-        counters["tokens recorded"] += tree.record(tokens, rows.vtensors, 0, salt)
+        with _lock:
+            tree = _tree_for(model, mark, rows)
+            counters["tokens recorded"] += tree.record(tokens, rows.vtensors, 0, current_salt())
     except Exception as error:  # the answer is there, whatever becomes of the record
         counters[f"not recorded: {type(error).__name__}"] += 1
         _log.info("what %s has answered is not recorded", type(model).__name__, exc_info=error)
 
 
-def _begin(
-    model: Any, mark: tuple[Any, ...], cache: Any, request: _Request, length: int, max_length: int | None
-) -> int:
+def _begin(model: Any, mark: Mark, cache: Any, request: _Request, length: int, max_length: int | None) -> int:
     """Give the cache what is known of every prompt; returns how many rows that are, padding included."""
     at_most = most_lendable(cache, length - 1)  # one token has to be run, for its logits
-    if at_most < length - 1 and _kept.get(model) is not None:
+    if at_most < length - 1 and trees_of(model):
         counters["limited: a sliding window keeps no more"] += 1
     lent = _lend(model, mark, request, at_most, capacity_of(max(length + 1, max_length or 0), model.device))
     if lent is None:
@@ -359,17 +381,17 @@ def _begin(
 
 
 def _lend(
-    model: Any, mark: tuple[Any, ...], request: _Request, at_most: int, capacity: int
+    model: Any, mark: Mark, request: _Request, at_most: int, capacity: int
 ) -> tuple[tuple[StoreLayout, ...], Loan] | None:
     """What is known of every prompt, ``at_most`` rows with padding, in new tensors of so much capacity."""
+    salt = current_salt()
     with _lock:
-        kept = _kept.get(model)
-        if kept is not None and kept.mark != mark:
-            counters["dropped: the model has changed"] += 1
-            del _kept[model]
-            kept = None
-    if kept is None:
+        if num_dropped := _forget_past(model, mark):
+            counters["dropped: the model has changed"] += num_dropped
+        found = [kept for kept in _kept.get(model, ()) if kept.mark == mark]
+    if not found:
         return None
+    kept = max(found, key=lambda each: each.tree.match(request.tokens[0], salt)) if len(found) > 1 else found[0]
     try:
         loan = kept.tree.fork(
             request.tokens,
@@ -377,7 +399,7 @@ def _lend(
             paddings=request.paddings,
             at_least=_LEAST_TOKENS,
             at_most=at_most,
-            salt=current_salt(),
+            salt=salt,
         )
     except (DriverError, ForkedProcessError, OutOfPagesError) as error:
         counters[f"not reused: {type(error).__name__}"] += 1
@@ -387,7 +409,7 @@ def _lend(
 
 def _record(
     model: Any,
-    mark: tuple[Any, ...],
+    mark: Mark,
     cache: Any,
     request: _Request,
     sequences: torch.Tensor,
@@ -407,27 +429,41 @@ def _record(
         if isinstance(rows, str):
             counters[f"not recorded: {rows}"] += 1
             return
-        tree, salt = _tree_for(model, mark, rows), current_salt()
-        answers = _answers(sequences, request, num_rows, pad_token)
-        for slot, (tokens, answer) in enumerate(zip(request.tokens, answers, strict=True)):
-            if request.paddings[slot]:
-                counters["not recorded: padding in front"] += 1
-                continue
-            counters["tokens recorded"] += tree.record((tokens + answer)[:num_rows], rows.vtensors, slot, salt)
+        salt, answers = current_salt(), _answers(sequences, request, num_rows, pad_token)
+        with _lock:
+            tree = _tree_for(model, mark, rows)
+            for slot, (tokens, answer) in enumerate(zip(request.tokens, answers, strict=True)):
+                if request.paddings[slot]:
+                    counters["not recorded: padding in front"] += 1
+                    continue
+                counters["tokens recorded"] += tree.record((tokens + answer)[:num_rows], rows.vtensors, slot, salt)
     except Exception as error:  # the answer is there, whatever becomes of the record
         counters[f"not recorded: {type(error).__name__}"] += 1
         _log.info("what %s has answered is not recorded", type(model).__name__, exc_info=error)
 
 
-def _tree_for(model: Any, mark: tuple[Any, ...], rows: CachedRows) -> PrefixTree:
-    """The tree of the model as it is now, which may be new."""
+def _tree_for(model: Any, mark: Mark, rows: CachedRows) -> PrefixTree:
+    """The tree of the model as it is now, which may be new. Under the lock, as what is done with the tree."""
     scheduler = rows.vtensors[0].scheduler
-    with _lock:
-        kept = _kept.get(model)
-        if kept is None or (kept.mark, kept.layouts, kept.tree.scheduler) != (mark, rows.layouts, scheduler):
-            lanes = [lane for layout in rows.layouts for lane in layout.lanes]
-            kept = _kept[model] = _Kept(mark, rows.layouts, PrefixTree(lanes, scheduler=scheduler))
-        return kept.tree
+    _forget_past(model, mark)
+    for kept in _kept.get(model, ()):
+        if (kept.mark, kept.layouts, kept.tree.scheduler) == (mark, rows.layouts, scheduler):
+            return kept.tree
+    _forget(model, lambda kept: True)  # of another layout
+    lanes = [lane for layout in rows.layouts for lane in layout.lanes]
+    tree = PrefixTree(lanes, scheduler=scheduler)
+    _kept.setdefault(model, []).append(_Kept(mark, rows.layouts, tree))
+    return tree
+
+
+def _forget_past(model: Any, mark: Mark) -> int:
+    """Drop what other weights computed, pinned or not, and of other states what is not pinned. Under the lock."""
+    kept = _kept.get(model, [])
+    if all(each.mark == mark for each in kept):
+        return 0
+    _kept[model] = [each for each in kept if each.mark.weights == mark.weights]
+    num_dropped = len(kept) - len(_kept[model])
+    return num_dropped + _forget(model, lambda each: each.mark != mark)
 
 
 def _answers(sequences: torch.Tensor, request: _Request, num_rows: int, pad_token: Any) -> list[list[int]]:
@@ -448,8 +484,8 @@ def _answers(sequences: torch.Tensor, request: _Request, num_rows: int, pad_toke
     return told
 
 
-def mark_of(model: Any) -> tuple[Any, ...] | str:
-    """What tells the model as it is from what it was: its weights' places and versions, adapters, precision.
+def mark_of(model: Any) -> Mark | str:
+    """What tells the model as it is from what it was.
 
     Writing through ``parameter.data`` is the one change that it does not see: torch counts no version there.
 
@@ -457,8 +493,8 @@ def mark_of(model: Any) -> tuple[Any, ...] | str:
     """
     if _torch_compat.has_global_hooks():
         return "hooks run in forward"
-    weights, adapters = [], []
-    for module in modules_of(model):
+    weights, modules = [], modules_of(model)
+    for module in modules:
         if module.training:
             return "the model is in training mode (call model.eval())"
         if (module._forward_hooks or module._forward_pre_hooks) and has_foreign_hooks((module,)):
@@ -473,18 +509,24 @@ def mark_of(model: Any) -> tuple[Any, ...] | str:
                     weights.append((id(tensor), tensor.data_ptr(), tensor._version, tensor.dtype))
                 except RuntimeError:  # inference tensors have no version
                     return _CHANGES_DO_NOT_SHOW
-        if "scaling" in vars(module) and hasattr(module, "active_adapters"):
-            adapters.append(
-                (
-                    tuple(module.active_adapters),
-                    tuple(getattr(module, "merged_adapters", ())),
-                    bool(getattr(module, "disable_adapters", False)),
-                    str(module.scaling),
-                )
-            )
     device_type = model.device.type
     precision = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
-    return tuple(weights), tuple(adapters), precision, getattr(model.config, "_attn_implementation", None)
+    attention = getattr(model.config, "_attn_implementation", None)
+    return Mark(tuple(weights), (adapters_of(modules), precision, attention))
+
+
+def adapters_of(modules: Iterable[Any]) -> tuple[Any, ...]:
+    """Of every layer of PEFT's: the adapters that are active, merged and scaled how."""
+    return tuple(
+        (
+            tuple(module.active_adapters),
+            tuple(getattr(module, "merged_adapters", ())),
+            bool(getattr(module, "disable_adapters", False)),
+            str(module.scaling),
+        )
+        for module in modules
+        if "scaling" in vars(module) and hasattr(module, "active_adapters")
+    )
 
 
 def _start_afresh_in_child() -> None:

@@ -9,6 +9,7 @@ cut off, and the next turn runs what is missing.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,20 +20,20 @@ import torch
 from torch_vtensor.allocator.prefix import Pin
 from torch_vtensor.errors import ClosedError
 from torch_vtensor.generation import prefix_cache, session_file
-from torch_vtensor.generation._transformers_compat import CACHE_NAME, DynamicSlidingWindowLayer, GenerationMixin
+from torch_vtensor.generation._transformers_compat import (
+    CACHE_NAME,
+    DynamicSlidingWindowLayer,
+    GenerationConfig,
+    GenerationMixin,
+)
 from torch_vtensor.generation.cache import CacheMemory, VTensorCache
 from torch_vtensor.generation.cached_rows import ROWS_BEHIND, Checkpoint, checkpoint_of, most_lendable, shorten
 from torch_vtensor.generation.enable import keeps_prefixes
 from torch_vtensor.generation.report import why_all_stock
 from torch_vtensor.generation.tenant import current_salt, prefix_salt
+from torch_vtensor.generation.turns import Turn, are_messages, checked_settings, known_tokens, num_common, tokens_of
 
 __all__ = ["Prefix", "Session"]
-
-Turn = str | Sequence[int] | torch.Tensor
-"""Text, for which the session needs a tokenizer; or token ids: a list, or a tensor [T] or [1, T]."""
-
-_ITS_OWN = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "cache",
-            "use_cache", "cache_implementation"}  # fmt: skip
 
 
 class Prefix:
@@ -43,11 +44,16 @@ class Prefix:
 
     def __init__(self, num_tokens: int, pin: Pin) -> None:
         self.num_tokens = num_tokens
-        self._pin = pin
+        self._pin: Pin | None = pin
 
     def release(self) -> None:
-        """Let the memory go as soon as no session uses it. Releasing twice is fine."""
-        self._pin.release()
+        """Let the memory go as soon as no session uses it. Releasing twice is fine.
+
+        Under ``enable(prefix_cache=True)`` what was a prefix stays, as what any call has left, until room is needed.
+        """
+        if self._pin is not None:
+            self._pin.release()
+        self._pin = None  # which holds the pages of a model that has changed since
         if not keeps_prefixes():
             prefix_cache.clear()
 
@@ -89,6 +95,8 @@ class Session:
         """What ``chat`` has said so far, and what it goes on from: change it, and the next turn runs what differs."""
         self._salt = current_salt()
         self._tokens = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._num_chatted = 0  # how many of them ``messages`` tell of; ``generate`` has added the others
+        self._answer_ends: dict[int, int] = {}  # by an answer's index in ``messages``, where in the tokens it ends
         self._checkpoint: Checkpoint | None = None  # where the last turn began, as far as sliding windows go
         self._cache: VTensorCache | None = VTensorCache(config=model.config)
 
@@ -148,8 +156,10 @@ class Session:
             **generate_kwargs: as for ``model.generate()``, whose tokens, cache and masks the session brings.
 
         Returns: the tokens of the answer; with ``return_dict_in_generate`` what ``model.generate()`` returns.
-        Raises:  ValueError for what a session cannot do; whatever generate() raises, OutOfPagesError for one, with the
-            session as it was: what had to be dropped for it is run again at the next turn.
+        Raises:  ValueError, before anything changes, for what a session cannot do, be it by ``generate_kwargs`` or by
+            the model's generation_config: several sequences, other decoding than token by token, inputs besides
+            tokens. Whatever generate() raises, OutOfPagesError for one, with the session as it was: what had to be
+            dropped for it is run again at the next turn.
         """
         self._open()
         tokens = torch.cat([self._tokens, self._ids_of(turn, is_first=len(self._tokens) == 0)])
@@ -160,13 +170,15 @@ class Session:
         """Say ``content`` as the user and return the model's answer, by the tokenizer's chat template.
 
         The template writes the whole conversation, ``messages``, anew; what its tokens have in common with those that
-        were run stays, be it that the template drops earlier reasoning, or that ``messages`` were edited.
+        were run stays, be it that the template drops earlier reasoning, or that ``messages`` were edited. What was said
+        by ``generate`` is in no message, so the conversation would lose it: truncate it, or put it into ``messages``.
 
         Args:
             content: None answers the last of ``messages`` again.
             **generate_kwargs: as for ``generate``.
 
-        Raises: as ``generate``, with ``messages`` as they were.
+        Raises: as ``generate``, with ``messages`` as they were; ValueError where ``generate`` has said something since
+            that is not in them.
         """
         self._open()
         if generate_kwargs.get("return_dict_in_generate"):
@@ -178,19 +190,34 @@ class Session:
                 "there is nothing to answer: give content, or take the answer to be given anew out of `messages`"
             )
         tokens = self._messages_ids(messages, add_generation_prompt=True)
+        num_same, num_said = num_common(self._tokens, tokens), len(self._tokens)
+        if num_same < num_said > self._num_chatted:
+            raise ValueError(
+                f"generate() has said {num_said - self._num_chatted} tokens that are not in `messages`, so that chat "
+                f"would lose them: truncate({self._num_chatted}) takes them back; or put them into `messages`"
+            )
         self._run(tokens, generate_kwargs)
         answer: str = self.tokenizer.decode(self._tokens[len(tokens) :].tolist(), skip_special_tokens=True)
+        self._num_chatted = len(self._tokens)
+        self._answer_ends = {index: end for index, end in self._answer_ends.items() if end <= num_same}
+        self._answer_ends[len(messages)] = self._num_chatted
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
     def truncate(self, num_tokens: int) -> None:
         """Take back what was said from token ``num_tokens`` on, to say something else or to have it answered again.
 
+        Of ``messages`` those stay whose text is whole in the tokens that are left; without a tokenizer, the answers.
+
         Raises: ValueError unless 0 <= num_tokens <= length.
         """
         self._open()
         if not 0 <= num_tokens <= len(self._tokens):
             raise ValueError(f"truncate to {num_tokens} tokens: the session has {len(self._tokens)}")
+        if num_tokens < self._num_chatted:
+            self.messages = self.messages[: self._num_messages_within(num_tokens)]
+            self._answer_ends = {index: end for index, end in self._answer_ends.items() if end <= num_tokens}
+            self._num_chatted = num_tokens
         self._tokens = self._tokens[:num_tokens]
         self._shorten(num_tokens)
 
@@ -218,7 +245,8 @@ class Session:
     def prefix(self, turn: Turn | Sequence[dict[str, Any]]) -> Prefix:
         """Run ``turn``, for example a document, once: sessions of this model that begin with it get its pages.
 
-        This session stays as it is. Sessions of another tenant do not find it, nor does one of a model that changed.
+        This session stays as it is. Sessions of another tenant do not find it, nor do turns under other adapters or
+        autocast than now, for as long as these last. Once the model's weights have changed nobody does: release it.
 
         Args:
             turn: tokens, text, or messages, a system prompt's for one, as the tokenizer's chat template writes them.
@@ -229,12 +257,15 @@ class Session:
         """
         self._open()
         most = most_lendable(VTensorCache(config=self.model.config), 2**62)
-        tokens = self._messages_ids(turn) if _are_messages(turn) else self._ids_of(turn, is_first=True)
+        tokens = self._messages_ids(turn) if are_messages(turn) else self._ids_of(turn, is_first=True)
         if not 0 < len(tokens) <= most:
             rule = "give at least one" if len(tokens) == 0 else f"a sliding window keeps no more than {most}"
             raise ValueError(f"a prefix of {len(tokens)} tokens: {rule}")
+        prefix_cache.check_keeps(self.model)
+        neutral = copy.copy(self.model)  # of the module alone: its weights and layers are the model's
+        neutral.generation_config = GenerationConfig(max_new_tokens=1, do_sample=False)
         with prefix_salt(self._salt), Session(self.model) as runner:
-            runner._run(tokens, {"max_new_tokens": 1, "do_sample": False})
+            runner._answer(neutral, tokens, {"generation_config": neutral.generation_config})
             return Prefix(len(tokens), prefix_cache.keep(self.model, runner._open(), tokens.tolist()))
 
     # On disk
@@ -242,8 +273,9 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Write tokens, messages, keys and values to a safetensors file, which is there whole or not at all.
 
-        Effects: takes as much host memory as it writes. Only what is written of the cache is saved.
-        Raises:  OSError where the file cannot be written.
+        Effects: takes as much host memory as it writes, and reads all of the model's weights. Only what is written of
+            the cache is saved. A file that is replaced leaves its mode; a link goes on to point to it.
+        Raises:  OSError where the file cannot be written; TypeError for messages that json cannot tell.
         """
         cache = self._open()
         layers = {
@@ -251,14 +283,21 @@ class Session:
             for index, layer in enumerate(cache.layers)
             if layer.is_initialized and layer.get_seq_length() > 0
         }
-        session_file.write(Path(path), self.model, self._tokens, self.messages, layers)
+        chat = session_file.Chat(self.messages, self._num_chatted, self._answer_ends)
+        session_file.write(Path(path), self.model, self._tokens, chat, layers)
 
     @classmethod
     def load(cls, path: str | Path, model: Any, tokenizer: Any = None) -> Session:
         """The session that ``save`` wrote, bit for bit, in pages again.
 
-        Raises: ValueError for a file of something else, or of a model with other weights, sizes or dtype, naming what
-            differs; OutOfPagesError; FileNotFoundError.
+        The model has to be the one that it was saved with: by the settings of its config, by sums over all bits of
+        each weight, and by the adapters that are active. Not noticed are tables that are made anew with a model, as
+        rotary frequencies are, where they were changed by hand; weights in tensor subclasses, as quantized ones are;
+        code that changed; and in what precision it was run (autocast, attention).
+
+        Effects: reads all of the model's weights.
+        Raises:  ValueError for a file of something else, a damaged one, or one of another model, naming what differs;
+            OutOfPagesError; FileNotFoundError.
         """
         if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
             raise ValueError(f"no session is loaded for {type(model).__name__}, which is on several devices")
@@ -266,7 +305,8 @@ class Session:
         cache = session._open()
         try:
             with torch.no_grad(), session_file.read(Path(path), model, len(cache.layers)) as saved:
-                session._tokens, session.messages = saved.tokens, saved.messages
+                session._tokens = known_tokens(saved.tokens, model)
+                session.messages, session._num_chatted, session._answer_ends = saved.chat
                 for index in saved.layers:
                     rows = saved.rows(index)
                     cache.update(rows.keys, rows.values, index)
@@ -298,17 +338,21 @@ class Session:
 
     def _run(self, tokens: torch.Tensor, generate_kwargs: dict[str, Any]) -> Any:
         """Have the model answer ``tokens`` [T], of which the cache keeps what is the same, and take up both."""
-        self._check(tokens, generate_kwargs)
-        num_common = _num_common(self._tokens, tokens)
+        if len(tokens) == 0:
+            raise ValueError("there is nothing to go on from: give the first turn at least one token")
+        return self._answer(self.model, tokens, checked_settings(self.model, generate_kwargs))
+
+    def _answer(self, model: Any, tokens: torch.Tensor, generate_kwargs: dict[str, Any]) -> Any:
+        num_same = num_common(self._tokens, tokens)
         with prefix_salt(self._salt):
-            self._shorten(min(num_common, len(tokens) - 1))  # one has to be run, for its logits
+            self._shorten(min(num_same, len(tokens) - 1))  # one has to be run, for its logits
             if self.num_cached == 0:
                 prefix_cache.begin(self.model, self._open(), tokens.tolist())
-            num_kept = min(num_common, self.num_cached)
+            num_kept = min(num_same, self.num_cached)
             try:
                 self._checkpoint = checkpoint_of(self._open())
-                ids = tokens.to(self.model.device)[None]
-                output = self.model.generate(
+                ids = tokens.to(model.device)[None]
+                output = model.generate(
                     ids, attention_mask=torch.ones_like(ids), **{CACHE_NAME: self._cache}, **generate_kwargs
                 )
             except BaseException:
@@ -318,24 +362,27 @@ class Session:
         self._tokens = sequences[0].cpu()
         # A loop that looks late whether to stop has run more; one that has run something else is not to be trusted.
         num_over = self.num_cached - len(self._tokens)
-        self._shorten(len(self._tokens) if num_over in ROWS_BEHIND else 0)
+        is_one = all(layer.keys.shape[0] == 1 for layer in self._open().layers if layer.is_initialized)
+        self._shorten(len(self._tokens) if num_over in ROWS_BEHIND and is_one else 0)
         return output
 
-    def _check(self, tokens: torch.Tensor, generate_kwargs: dict[str, Any]) -> None:
-        if len(tokens) == 0:
-            raise ValueError("there is nothing to go on from: give the first turn at least one token")
-        if taken := sorted(_ITS_OWN & generate_kwargs.keys()):
-            raise ValueError(f"generate got {', '.join(taken)}, which a session brings itself: leave it out")
-        config = generate_kwargs.get("generation_config") or self.model.generation_config
-        for name in ("num_beams", "num_return_sequences"):
-            count = generate_kwargs.get(name, getattr(config, name, None)) or 1
-            if count > 1:
-                raise ValueError(f"{name} is {count}; a session is one sequence: fork({count}) makes several of it")
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-            if generate_kwargs.get(name, getattr(config, name, None)) is not None:
-                raise ValueError(
-                    f"assisted generation, by {name}, runs again what a cache holds, in transformers: leave it out"
-                )
+    def _num_messages_within(self, num_tokens: int) -> int:
+        """How many of ``messages`` are told by the first so many tokens."""
+        for index in reversed(range(len(self.messages))):
+            if self._end_of(index) <= num_tokens:
+                return index + 1
+        return 0
+
+    def _end_of(self, index: int) -> float:
+        """Where in the tokens a message ends: of an answer, where the model did; of others, by the template."""
+        if index in self._answer_ends:
+            return self._answer_ends[index]
+        if self.tokenizer is None:
+            return float("inf")
+        try:
+            return len(self._messages_ids(self.messages[: index + 1]))
+        except Exception:  # some templates refuse to write a beginning alone: it goes with what follows
+            return float("inf")
 
     def _shorten(self, num_tokens: int) -> None:
         """Cut the cache to a beginning of its tokens, of at most so many."""
@@ -348,21 +395,13 @@ class Session:
     def _forked(self) -> Session:
         forked = object.__new__(type(self))
         vars(forked).update(vars(self))
-        forked.messages = list(self.messages)
+        forked.messages = copy.deepcopy(self.messages)
+        forked._answer_ends = dict(self._answer_ends)
         forked._cache = self._open().fork()
         return forked
 
     def _ids_of(self, turn: Any, *, is_first: bool) -> torch.Tensor:
-        if isinstance(turn, str):
-            if self.tokenizer is None:
-                raise ValueError("the turn is text, for which a session needs a tokenizer: Session(model, tokenizer)")
-            turn = self.tokenizer(turn, add_special_tokens=is_first)["input_ids"]
-        ids = turn if isinstance(turn, torch.Tensor) else torch.tensor(list(turn), dtype=torch.int64, device="cpu")
-        if ids.dim() == 2 and len(ids) == 1:
-            ids = ids[0]
-        if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(f"a turn is tokens [T] or [1, T], of one sequence; it is {tuple(ids.shape)} {ids.dtype}")
-        return self._checked(ids.to("cpu", torch.int64))
+        return tokens_of(turn, self.model, self.tokenizer, is_first=is_first)
 
     def _messages_ids(self, messages: Any, *, add_generation_prompt: bool = False) -> torch.Tensor:
         if self.tokenizer is None:
@@ -370,23 +409,4 @@ class Session:
         ids = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, return_dict=False
         )
-        return self._checked(torch.tensor(ids, dtype=torch.int64, device="cpu"))
-
-    def _checked(self, ids: torch.Tensor) -> torch.Tensor:
-        """Refuse tokens that the model does not know: a GPU's kernel would not survive them."""
-        num_known = self.model.get_input_embeddings().num_embeddings
-        wrong = ids[(ids < 0) | (ids >= num_known)]
-        if len(wrong):
-            raise ValueError(f"token {int(wrong[0])} is none of the model's, which go from 0 to {num_known - 1}")
-        return ids
-
-
-def _are_messages(turn: Any) -> bool:
-    return not isinstance(turn, str | torch.Tensor) and len(turn) > 0 and isinstance(turn[0], dict)
-
-
-def _num_common(one: torch.Tensor, other: torch.Tensor) -> int:
-    """How many tokens both begin with."""
-    length = min(len(one), len(other))
-    differ = (one[:length] != other[:length]).nonzero()
-    return int(differ[0]) if len(differ) else length
+        return known_tokens(torch.tensor(ids, dtype=torch.int64, device="cpu"), self.model)

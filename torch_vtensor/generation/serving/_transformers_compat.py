@@ -16,7 +16,9 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 __all__ = [
     "ContinuousBatchingManager",
     "RequestStatus",
+    "check_batching_config",
     "default_batching_config",
+    "disable_missing_eos",
     "drained",
     "is_to_pause",
     "mark_as_stopped",
@@ -44,6 +46,22 @@ def default_batching_config(generation_config: Any) -> Any:
 
     given = getattr(generation_config, "continuous_batching_config", None)
     return given if isinstance(given, ContinuousBatchingConfig) else ContinuousBatchingConfig()
+
+
+def check_batching_config(config: Any) -> None:
+    """Raise ValueError for what transformers' own scheduler would refuse."""
+    margin = config.safety_margin
+    if margin is not None and not 0 <= margin <= 1:
+        raise ValueError(f"safety_margin is {margin}; it is a part of the memory, from 0 to 1")
+    if config.max_requests_per_batch is not None and config.max_requests_per_batch < 1:
+        raise ValueError(f"max_requests_per_batch is {config.max_requests_per_batch}; it is at least 1")
+
+
+def disable_missing_eos(generation_config: Any) -> None:
+    """As ``init_continuous_batching`` does: without one here, no token ends an answer, whatever the model's says."""
+    if generation_config.eos_token_id is None:
+        continuous_api.logger.warning("`eos_token_id` not set in GenerationConfig. Setting to -1 (disabled).")
+        generation_config.eos_token_id = -1
 
 
 def per_request_processors() -> tuple[type, ...]:

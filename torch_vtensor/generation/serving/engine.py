@@ -3,22 +3,29 @@
 A round takes up what the device has finished, begins requests that wait, takes up parts of their prompts, and launches
 one step for all sequences that are running, unless more are waiting for their first token. Tokens go from step to step
 on the device; the host reads them a few steps later, and only then learns who has ended. Memory is mapped ahead, so a
-round calls no driver and waits for nothing.
+round in which nobody begins or ends calls no driver and waits for nothing. While memory sleeps none touches it.
 
     waiting ──begin──> prompts ──first token──> seated ──last token──> ended
        └──────────────────<──gives way when memory is short──┘
 
 Of the requests that are under way the newest gives way: it loses its rows, and is run again from its tokens. So the
-oldest always goes on, and one that is alone and finds no memory could never fit.
+oldest always goes on. One that is alone waits a while for memory that others hold, and fails where that cannot help.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from torch_vtensor.errors import CapacityError, OutOfPagesError, VTensorError
+import torch
+
+from torch_vtensor.allocator.prefix import MOST_MAPPINGS
+from torch_vtensor.allocator.tiers import Rounds
+from torch_vtensor.errors import DriverError, VTensorError
 from torch_vtensor.generation.cached_rows import CachedRows
 from torch_vtensor.generation.decode.program import Traced
 from torch_vtensor.generation.decode.prompt import Part
@@ -28,7 +35,7 @@ from torch_vtensor.generation.serving.choice import Choice
 from torch_vtensor.generation.serving.launches import Launches
 from torch_vtensor.generation.serving.program import ServingProgram
 from torch_vtensor.generation.serving.request import Request
-from torch_vtensor.generation.serving.rows import RowsLayout, SequenceRows
+from torch_vtensor.generation.serving.rows import Need, RowsLayout, SequenceRows
 from torch_vtensor.generation.serving.support import counters, log
 from torch_vtensor.generation.tenant import prefix_salt
 
@@ -37,21 +44,26 @@ __all__ = ["MAX_BATCH", "Engine", "Terms"]
 MAX_BATCH = 256
 _STEPS_AHEAD = 3
 _PROMPT_TOKENS = 4096  # in a round, while more wait for their first token than for their next
+_ROUNDS_WITHOUT_STEP = 3  # at most, where somebody is running
+_MARGIN = 0.02  # of a device, which steps need for a while
+_MOST_WAIT_S = 60.0  # for memory that others hold
 _PROMPT_TOKENS_BESIDE = 2048  # otherwise: others wait about 50 ms for a model with 8 billion weights on an H100
 
 
 class Terms(NamedTuple):
     """What a manager asks for: how tokens are chosen, the most sequences at once, captured steps, prefixes reused.
 
-    ``prompt_tokens`` are taken up in a round at most, by default fewer while others are running.
+    ``prompt_tokens`` are taken up in a round at most, by default fewer while others are running. Nobody begins beside
+    others while less than ``margin`` of the memory is free; default: a little of a device without a budget.
     """
 
     choice: Choice
     max_batch: int
     is_captured: bool
-    reuses_prefixes: bool
+    reuse: known.Reuse
     prompt_tokens: int | None
     prompts_first: bool
+    margin: float | None
 
 
 class Engine:
@@ -71,7 +83,6 @@ class Engine:
         self.layout = layout
         self.terms = terms
         self.router = router
-        self.reuses_prefixes = terms.reuses_prefixes
         self.waiting: deque[Request] = deque()
         self.prompts: deque[Request] = deque()
         self.seated: list[Request] = []
@@ -79,6 +90,9 @@ class Engine:
         self._launched = Launches()
         self._num_arrived = 0
         self._holds_back = False  # until somebody has ended: memory was short
+        self._num_without_step = 0  # rounds, since the last one
+        self._rounds = Rounds()
+        self._num_discards = 0
         self._outputs: list[Any] = []
         self._scratch = SequenceRows(layout, 1)
         scratch = self._scratch.cached(1)
@@ -99,6 +113,10 @@ class Engine:
             self._scratch.close()
             raise
         self.program.seats.use_scratch(self._scratch.addresses())
+        self._scheduler = self._scratch.scheduler
+        self._pool = self._scheduler.pool
+        with self._pool.lock:
+            self._pool.rounds.append(self._rounds)
 
     # What happens to it
 
@@ -113,46 +131,67 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Forget a request; its memory is free at once."""
-        for request in [each for each in (*self.waiting, *self.active) if each.state.request_id == request_id]:
-            counters["cancelled"] += 1
-            self._leave(request)
+        with self._rounds.lock:
+            for request in [each for each in (*self.waiting, *self.active) if each.state.request_id == request_id]:
+                counters["cancelled"] += 1
+                self._leave(request)
 
     def has_pending_requests(self) -> bool:
         """Whether anybody waits for an answer."""
         return bool(self.waiting or self.active)
 
-    def round(self) -> None:
-        """Bring every request on by what can be done now; waits for the device only if it is far behind."""
-        self._read(_STEPS_AHEAD)
-        self._begin_waiting()
-        num_launched = len(self._launched)
-        more_wait = len(self.prompts) + len(self.waiting) > len(self.seated)
-        prompts_come_first = self.terms.prompts_first or more_wait
-        self._take_up_prompts(prompts_come_first)
-        if not (self.prompts and prompts_come_first):
-            self._decode()
-        if len(self._launched) == num_launched:
-            self._read(0)  # there is nothing else to do
-        self._deliver()
+    def round(self) -> bool:
+        """Bring every request on by what can be done now; waits for the device only if it is far behind.
+
+        Returns: whether the next one may do more; if not, memory sleeps, or others hold all of it.
+        """
+        with self._rounds.lock:
+            if self.is_asleep:
+                return False
+            if self._num_discards != self._rounds.num_discards:
+                self._lose_rows()
+            self._read(_STEPS_AHEAD)
+            self._begin_waiting()
+            num_launched = len(self._launched)
+            try:
+                self._launch()
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._recover(error)
+            if len(self._launched) == num_launched:
+                self._read(0)  # there is nothing else to do
+            self._deliver()
+            return bool(self.active) or not self.waiting
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether anything sleeps that a round may touch."""
+        if not self._pool.is_tiered:
+            return False
+        rows = [self._scratch, *(request.rows for request in self.active if request.rows is not None)]
+        return any(it.is_asleep for it in self._pool.sleepers) or any(each.is_asleep for each in rows)
 
     def settle(self) -> None:
         """Wait for everything that was launched, and deliver it."""
-        self._read(0)
-        self._deliver()
+        with self._rounds.lock:
+            self._read(0)
+            self._deliver()
 
     def hand_over(self, other: Engine) -> None:
         """Have another engine go on with all requests, from their tokens."""
-        self.settle()
-        for request in sorted(self.active, key=lambda each: each.arrival, reverse=True):
-            self._begin_anew(request)
+        with self._rounds.lock:
+            self.settle()
+            self._begin_all_anew()
         other.waiting, other._num_arrived = self.waiting, self._num_arrived
         self.waiting = deque()
 
     def fail_all_requests(self, error: Exception) -> None:
         """Tell everybody who waits for an answer that there will be none."""
-        self._launched.clear()
-        for request in [*self.active, *self.waiting]:
-            self._fail(request, error)
+        with self._rounds.lock:
+            self._launched.clear()
+            for request in [*self.active, *self.waiting]:
+                self._fail(request, error)
 
     def _handle_request_error(self, error: Exception, state: Any) -> None:
         """transformers' name for failing a request that was not taken in yet."""
@@ -160,12 +199,15 @@ class Engine:
 
     def close(self) -> None:
         """Give all memory back."""
-        self._launched.clear()
-        for request in [*self.active, *self.waiting]:
-            self._leave(request)
-        self.program.seats.use_scratch([0] * 2 * len(self.layout.kinds))
-        self._scratch.close()
-        self.program.release()
+        with self._rounds.lock:
+            self._launched.clear()
+            for request in [*self.active, *self.waiting]:
+                self._leave(request)
+            self.program.seats.use_scratch([0] * 2 * len(self.layout.kinds))
+            self._scratch.close()
+            self.program.release()
+            with self._pool.lock:
+                self._pool.rounds.remove(self._rounds)
 
     # Beginning
 
@@ -179,26 +221,30 @@ class Engine:
                 self._fail(request, error)
 
     def _begin(self, request: Request) -> bool:
-        """Give a request memory for its prompt and the token after it; False if there is none as long as others run."""
-        tokens, capacity = request.tokens, self.layout.capacity
-        num_asked = len(request.state.initial_tokens) + (request.limit if request.limit < 2**31 - 1 else 1)
-        if not tokens:
-            raise ValueError("the prompt has no tokens; give at least one")
-        if num_asked > capacity:
-            raise CapacityError(num_asked, capacity)
+        """Give a request memory for its prompt and the token after it; False if there is none as things are."""
+        tokens, num_rows = request.tokens, len(request.tokens) + 1
+        self._check_length(request)
+        need = self._scratch.need(num_rows)
+        if self.active and not self._has_room_for(need):
+            return False
+        request.mark = None
+        rows = None
         with prefix_salt(request.salt):
-            rows = known.begin(self.model, request, self.layout, self._stores) if self.reuses_prefixes else None
-            rows = rows or SequenceRows(self.layout, len(tokens) + 1)
             try:
-                rows.commit(len(tokens) + 1)
-            except OutOfPagesError:
-                rows.close()
-                if self.active:
+                if self.terms.reuse.is_on:
+                    rows = known.begin(self.model, request, self.layout, self._stores)
+                rows = rows or SequenceRows(self.layout, num_rows)
+                rows.commit(num_rows)
+            except BaseException as error:
+                may_wait = isinstance(error, VTensorError) and _is_out_of_memory(error)
+                may_wait = may_wait and (bool(self.active) or self._waits_for_others(request, rows, need))
+                if rows is not None:
+                    rows.close()
+                if may_wait:
                     return False
                 raise
-            except BaseException:
-                rows.close()
-                raise
+        request.waits_since = None
+        known.count(request, rows.num_rows)
         self.waiting.remove(request)
         self.active.append(request)
         self.prompts.append(request)
@@ -208,7 +254,74 @@ class Engine:
         counters["tokens of prompts"] += len(tokens) - rows.num_rows
         return True
 
+    def _check_length(self, request: Request) -> None:
+        """Raise ValueError for a prompt that has no place, and let no answer be longer than its addresses."""
+        num_asked, capacity = len(request.state.initial_tokens), self.layout.capacity
+        if num_asked == 0:
+            raise ValueError("the prompt has no tokens; give at least one")
+        if num_asked >= capacity:
+            raise ValueError(
+                f"the prompt has {num_asked} tokens, and sequences of this model have addresses for {capacity}, with "
+                "the answer: shorten it"
+            )
+        if request.limit > capacity - num_asked:
+            if request.limit < 2**31 - 1:
+                counters["limited: max_new_tokens is more than there are addresses for"] += 1
+            request.cap(capacity - num_asked)
+
+    def _has_room_for(self, need: Need) -> bool:
+        """Whether a request with this need may begin beside others: mappings and a margin of memory are left after."""
+        pool = self._pool
+        most = MOST_MAPPINGS[pool.device.type] * 3 // 4  # those under way grow
+        if pool.num_mappings + need.num_mappings > most:
+            for reclaim in list(pool.reclaimers):  # what has ended is mapped still
+                reclaim(math.inf)
+            if pool.num_mappings + need.num_mappings > most:
+                counters["held back: mappings"] += 1
+                return False
+        margin = self.terms.margin if self.terms.margin is not None else _MARGIN if pool.budget_bytes is None else 0.0
+        least = need.nbytes + margin * pool.limit_bytes
+        if margin > 0 and self._free_bytes() < least:
+            pool.reclaim(least)
+            pool.trim()
+            if self._free_bytes() < least:
+                counters["held back: safety margin"] += 1
+                return False
+        return True
+
+    def _free_bytes(self) -> int:
+        pool, counts = self._pool, self._pool.ledger.counts()
+        if pool.budget_bytes is None:
+            return pool.driver.free_bytes() + counts.free_bytes
+        return pool.budget_bytes - counts.committed_bytes + counts.free_bytes
+
+    def _waits_for_others(self, request: Request, rows: SequenceRows | None, need: Need) -> bool:
+        """Whether a request that is alone, and found no memory, may find some when others give theirs back.
+
+        Args:
+            rows: what it has.
+            need: what it needs in all.
+        """
+        request.waits_since = request.waits_since or time.monotonic()
+        pool, scratch_bytes = self._pool, self._scratch.committed_bytes
+        with pool.lock:
+            counts = pool.ledger.counts()
+            own_bytes = scratch_bytes + (0 if rows is None else rows.committed_bytes)
+            others_hold = pool.budget_bytes is None or counts.committed_bytes - counts.free_bytes > own_bytes
+        fits_alone = need.nbytes + scratch_bytes <= pool.limit_bytes
+        return others_hold and fits_alone and time.monotonic() - request.waits_since < _MOST_WAIT_S
+
     # Running
+
+    def _launch(self) -> None:
+        """Take up parts of prompts, and launch a step, unless more could have their first token than their next."""
+        prompts_come_first = self.terms.prompts_first or len(self.prompts) > len(self.seated)
+        self._take_up_prompts(prompts_come_first)
+        if self.prompts and prompts_come_first and self._num_without_step < _ROUNDS_WITHOUT_STEP:
+            self._num_without_step += 1
+        else:
+            self._num_without_step = 0
+            self._decode()
 
     def _take_up_prompts(self, come_first: bool) -> None:
         budget = self.terms.prompt_tokens or (_PROMPT_TOKENS if come_first else _PROMPT_TOKENS_BESIDE)
@@ -267,14 +380,17 @@ class Engine:
         """Have what is run next, a step or this part of a prompt, compiled, or run it as it is if that fails."""
         try:
             self.program.warm_up(self.terms.choice, part)
-        except OutOfPagesError:
-            raise
         except Exception as error:  # whatever torch.compile or the model's own code may raise
+            self.program.run_plainly(part, for_now=_is_out_of_memory(error))
+            what = f"{self.program.seats.num_taken} sequences" if part is None else f"{part.size} tokens of a prompt"
             reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            log.warning("%s is served uncompiled: %s", type(self.model).__name__, reason)
-            log.debug("why %s cannot be compiled", type(self.model).__name__, exc_info=error)
-            counters["uncompiled: the model's step cannot be compiled"] += 1
-            self.program.run_plainly()
+            log.warning("a step of %s for %s is run uncompiled: %s", type(self.model).__name__, what, reason)
+            log.debug("why it cannot be compiled", exc_info=error)
+            if _is_out_of_memory(error):
+                counters["uncompiled for now: out of memory"] += 1
+                self._trim()
+            else:
+                counters["uncompiled: the model's step cannot be compiled"] += 1
         return Part(0, 0, 0) if part is None else part
 
     def _read(self, num_pending: int) -> None:
@@ -283,7 +399,7 @@ class Engine:
             self._say(request, token)
 
     def _say(self, request: Request, token: int) -> None:
-        state = request.state
+        state, request.num_shortages = request.state, 0
         state.status = RequestStatus.DECODING
         is_last = state.update_and_check_completion(token, None)
         counters["tokens generated"] += 1
@@ -311,10 +427,65 @@ class Engine:
             except VTensorError as error:
                 if self._launched:
                     self._read(0)  # who has ended meanwhile leaves memory
-                elif isinstance(error, OutOfPagesError) and len(self.active) > 1:
-                    self._give_way(max(self.active, key=lambda each: each.arrival))
+                elif _is_out_of_memory(error) and len(self.active) > 1:
+                    self._give_way(self._newest())
+                elif _is_out_of_memory(error) and self._waits_for_others(
+                    request, request.rows, self._scratch.need(request.rows.num_rows + 1)
+                ):
+                    self._give_way(request)
                 else:
                     self._fail(request, error)
+
+    def _recover(self, error: Exception) -> None:
+        """After what was run has found no memory: the newest gives way, and the others go on from what is known.
+
+        One that is alone is tried once more, and fails then. Wherever the error came, a request goes on by its last
+        token, as if that was what is left of its prompt, if its rows are those of the tokens before.
+        """
+        counters["out of memory"] += 1
+        self._read(0)
+        self.program.seats.keep(())
+        seated, self.seated = self.seated, []
+        under_way = sorted(self.active, key=lambda each: each.arrival)
+        if len(under_way) == 1:
+            (request,) = under_way
+            request.num_shortages += 1
+            self._holds_back = True
+            if request.num_shortages > 1:
+                self._fail(request, error)
+        elif under_way:
+            self._give_way(under_way.pop())
+        for request in reversed(under_way):
+            if request.rows is None or request in self.prompts:
+                continue
+            if request in seated and request.rows.num_rows == len(request.tokens) - 1:
+                request.num_launched = request.num_known
+                self.prompts.appendleft(request)
+            else:
+                self._begin_anew(request)
+        log.info("%s has run out of memory in a step", type(self.model).__name__, exc_info=error)
+        self._trim()
+
+    def _trim(self) -> None:
+        """Let the device have what nobody needs: prefixes, and what has ended."""
+        with suppress(DriverError):
+            self._scheduler.trim()
+
+    def _lose_rows(self) -> None:
+        """Begin everybody anew, as rows were discarded; what was read of them before counts."""
+        self._num_discards = self._rounds.num_discards
+        for request in self.active:
+            request.mark = None  # nothing is left of them
+        self._read(0)
+        self._begin_all_anew()
+        self._arrange()
+
+    def _begin_all_anew(self) -> None:
+        for request in sorted(self.active, key=lambda each: each.arrival, reverse=True):
+            self._begin_anew(request)
+
+    def _newest(self) -> Request:
+        return max(self.active, key=lambda each: each.arrival)
 
     def _give_way(self, request: Request) -> None:
         """Take a request's memory away; it begins anew, with what it has said, when somebody has ended."""
@@ -330,8 +501,8 @@ class Engine:
         self.waiting.appendleft(request)
 
     def _record(self, request: Request) -> None:
-        if self.reuses_prefixes:
-            with prefix_salt(request.salt):
+        with self.terms.reuse.lock, prefix_salt(request.salt):
+            if self.terms.reuse.is_on and not self.is_asleep:
                 known.record(self.model, request)
 
     def _fail(self, request: Request, error: Exception) -> None:
@@ -355,3 +526,13 @@ class Engine:
         if request.rows is not None:
             request.rows.close()
             request.rows = None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether physical memory, of whichever allocator, or the addresses for it have run out."""
+    if isinstance(error, DriverError):
+        return error.is_out_of_memory
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return "out of memory" in said or "can't allocate memory" in said

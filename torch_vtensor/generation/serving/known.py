@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,20 @@ from torch_vtensor.generation.cached_rows import StoreLayout
 from torch_vtensor.generation.serving.request import Request
 from torch_vtensor.generation.serving.rows import RowsLayout, SequenceRows
 
-__all__ = ["begin", "record"]
+__all__ = ["Reuse", "begin", "count", "record"]
+
+
+class Reuse:
+    """Whether requests begin with what is known, and leave what they know."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # held while something is left: once it was switched off nothing is any more
+        self.is_on = False
+
+    def switch(self, is_on: bool) -> None:
+        """From now on do so, or not."""
+        with self.lock:
+            self.is_on = is_on
 
 
 def begin(model: Any, request: Request, layout: RowsLayout, stores: Sequence[StoreLayout]) -> SequenceRows | None:
@@ -33,6 +47,13 @@ def begin(model: Any, request: Request, layout: RowsLayout, stores: Sequence[Sto
             vtensor.close()
         return None
     return SequenceRows(layout, len(tokens) + 1, loan.vtensors, loan.num_rows)
+
+
+def count(request: Request, num_reused: int) -> None:
+    """Count what a request that has begun was lent."""
+    if request.mark is not None:
+        prefix_cache.counters["tokens reused"] += num_reused
+        prefix_cache.counters["tokens of prompts"] += len(request.tokens)
 
 
 def record(model: Any, request: Request) -> None:

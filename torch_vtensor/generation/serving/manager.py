@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import queue
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,9 @@ from torch_vtensor.generation.decode.support import windows_of
 from torch_vtensor.generation.kv_store import capacity_of
 from torch_vtensor.generation.serving._transformers_compat import (
     ContinuousBatchingManager,
+    check_batching_config,
     default_batching_config,
+    disable_missing_eos,
     drained,
     is_to_pause,
     mark_as_stopped,
@@ -32,6 +35,7 @@ from torch_vtensor.generation.serving._transformers_compat import (
 )
 from torch_vtensor.generation.serving.choice import Choice, choice_of
 from torch_vtensor.generation.serving.engine import MAX_BATCH, Engine, Terms
+from torch_vtensor.generation.serving.known import Reuse
 from torch_vtensor.generation.serving.rows import RowsLayout
 from torch_vtensor.generation.serving.support import counters, log, why_never, why_stock
 from torch_vtensor.generation.tenant import current_salt
@@ -43,14 +47,10 @@ _KEPT = "_cached_continuous_batching_manager"
 """Where transformers notes the manager that a model keeps for its next session."""
 
 
-def init_batching(
-    stock: Callable[..., Any], model: Any, *args: Any, is_captured: bool, reuses_prefixes: bool, **kwargs: Any
-) -> Any:
+def init_batching(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """``init_continuous_batching``: a manager over memory that grows in place, or transformers' own, with the reason.
 
-    Args:
-        is_captured: whether steps are to be compiled and captured.
-        reuses_prefixes: whether requests are to begin with what earlier ones have left.
+    The caller says by ``configure`` what the manager is to do.
     """
     if isinstance(getattr(model, _KEPT, None), BatchingManager):
         manager = stock(model, *args, **kwargs)  # which finds it
@@ -60,7 +60,6 @@ def init_batching(
         counters[f"stock: {manager}"] += 1
         log.info("transformers' own manager batches for %s: %s", type(model).__name__, manager)
         return stock(model, *args, **kwargs)
-    manager.is_captured, manager.reuses_prefixes = is_captured, reuses_prefixes
     counters["managers"] += 1
     return manager
 
@@ -75,6 +74,8 @@ def _manager_of(model: Any, given: dict[str, Any]) -> BatchingManager | str:
     batching = given.get("continuous_batching_config") or default_batching_config(config)
     if (reason := why_stock(model, batching)) is not None:
         return reason
+    check_batching_config(batching)
+    disable_missing_eos(config)
     model.eval()  # as transformers does
     try:
         with torch.inference_mode(False), torch.no_grad():
@@ -103,8 +104,6 @@ class BatchingManager(ContinuousBatchingManager):
 
     is_captured = False
     """Whether steps are compiled and captured."""
-    reuses_prefixes = False
-    """Whether requests begin with what earlier ones have left."""
     _engine: Engine | None = None
 
     def serve_by(self, traced: Traced, choice: Choice, batching: Any) -> None:
@@ -115,6 +114,21 @@ class BatchingManager(ContinuousBatchingManager):
         """
         self.input_queue: queue.Queue[Any] = _SaltedQueue(maxsize=batching.max_queue_size)
         self._traced, self._choice, self._given = traced, choice, batching
+        self._reuse = Reuse()
+
+    def configure(self, is_captured: bool, reuses_prefixes: bool) -> None:
+        """Say whether steps are compiled and captured, and prefixes reused, as far as the manager's own settings allow.
+
+        Effects: an engine that runs goes on capturing or not.
+        """
+        graphs = self._given.use_cuda_graph
+        wanted = {graphs} if isinstance(graphs, bool) or graphs is None else set(graphs)
+        if True in wanted and not is_captured:
+            counters["not honoured: use_cuda_graph, without enable(compile=True)"] += 1
+        self.is_captured = is_captured and False not in wanted
+        if (self._given.max_requests_per_batch or 0) > MAX_BATCH:
+            counters[f"limited: max_requests_per_batch is more than {MAX_BATCH}"] += 1
+        self._reuse.switch(reuses_prefixes and self._given.allow_block_sharing)
 
     def switch_to_cb_friendly_attn(self, model: Any, *args: Any, **kwargs: Any) -> None:
         """Leave the model's attention as it is, where transformers would have it read a paged cache."""
@@ -130,12 +144,10 @@ class BatchingManager(ContinuousBatchingManager):
 
     def keep_no_prefixes(self) -> None:
         """From now on begin with nothing that is known, and leave nothing."""
-        self.reuses_prefixes = False
-        engine = self._engine
-        if engine is not None:
-            engine.reuses_prefixes = False
+        self._reuse.switch(False)
 
-    def _run_generation_loop(self) -> None:
+    def _run_generation_loop(self, use_inference_mode: bool = False) -> None:
+        # What 5.24 hands on from the caller's thread is not for these steps: what they make outlives them.
         try:
             if self.model.device.type == "cuda":
                 torch.cuda.set_device(self.model.device)
@@ -175,9 +187,11 @@ class BatchingManager(ContinuousBatchingManager):
         for request_id in drained(self.cancel_queue):
             engine.cancel(request_id)
         if engine.has_pending_requests():
-            engine.round()
-            return True
-        if status.tp_status >= status.FLUSH_AND_STOP:
+            if engine.round():
+                return True
+            if not threading.main_thread().is_alive():
+                return False  # nobody will wake the memory, or free any
+        elif status.tp_status >= status.FLUSH_AND_STOP:
             return False
         wake_up = wake_up_event(self)
         wake_up.wait(timeout=_IDLE_S)
@@ -205,9 +219,10 @@ class BatchingManager(ContinuousBatchingManager):
             self._choice,
             min(self.continuous_batching_config.max_requests_per_batch or MAX_BATCH, MAX_BATCH),
             self.is_captured,
-            self.reuses_prefixes,
+            self._reuse,
             self._given.max_batch_tokens,
             self._given.scheduler_type == "prefill_first",
+            self._given.safety_margin,
         )
         return Engine(model, traced, layout, terms, self.output_router)
 

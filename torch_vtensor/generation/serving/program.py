@@ -6,6 +6,7 @@ batch changes by a few numbers in device memory, and a few sizes are enough.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from torch_vtensor.generation.serving.seats import Seats
 __all__ = ["ServingProgram"]
 
 _MAX_CHOICES = 32
+_STEPS_UNTIL_RETRIED = 200
 
 
 class _PromptGraph(NamedTuple):
@@ -70,6 +72,8 @@ class ServingProgram:
         self._released: torch.cuda.Event | None = None
         self._logits: dict[int, torch.Tensor] = {}
         self._steps: dict[int, Graph] = {}
+        self._num_steps = 0
+        self._plain_until: dict[tuple[bool, int], float] = {}  # number of steps, by whether of prompts, and size
         self._choices: dict[tuple[int, Any], Graph] = {}
         self._plain_step = step_forward(traced.twin_for_many)
         self._several: Callable[..., torch.Tensor] | None = None  # compiled for all batches but single ones
@@ -77,7 +81,8 @@ class ServingProgram:
         self._alone = Seats(1, num_groups, num_arguments, device)
         self._last = torch.zeros(1, dtype=torch.int64, device=device)
         self._num_new = torch.zeros(1, dtype=torch.int32, device=device)
-        self._prompt_logits: torch.Tensor | None = None
+        self._prompt_logits: torch.Tensor | None = None  # of the part that was run last
+        self._captured_logits: torch.Tensor | None = None  # where captured parts leave them
         self._prompts: dict[int, _PromptGraph] = {}
         self._plain_prompt = prompt_forward(traced.twin_for_many)
 
@@ -100,23 +105,31 @@ class ServingProgram:
 
         Effects: the row behind each sequence of these is written to; it must have memory.
         """
-        if part is not None:
-            if self.captures_prompts and part.size not in self._prompts:
-                self._prompts[part.size] = self._capture_prompt(part.size)
-        elif self.is_captured:
-            size = _size_of(self.seats.num_taken)
-            if size not in self._steps:
-                self._steps[size] = self._capture_step(size)
-            self._choice(size, choice)
+        try:
+            if part is not None:
+                if self._captures(True, part.size) and part.size not in self._prompts:
+                    self._prompts[part.size] = self._capture_prompt(part.size)
+            elif self._captures(False, size := _size_of(self.seats.num_taken)):
+                if size not in self._steps:
+                    self._steps[size] = self._capture_step(size)
+                self._choice(size, choice)
+        except Exception:
+            self._space = graphs.capture_space(self.device)  # others go on in a pool that no broken capture holds
+            raise
+
+    def run_plainly(self, part: Part | None = None, for_now: bool = False) -> None:
+        """Compile and capture steps of this size, or parts of prompts, not any more, or ``for_now`` not again soon."""
+        key = part is not None, _size_of(self.seats.num_taken) if part is None else part.size
+        self._plain_until[key] = self._num_steps + _STEPS_UNTIL_RETRIED if for_now else math.inf
 
     def run_step(self, choice: Choice) -> torch.Tensor:
         """The next token of every taken seat [taken], on the device; the seats go on with them.
 
         Effects: writes a row behind each sequence, which must have memory.
         """
-        batch = self.seats.num_taken
-        if self.is_captured:
-            size = _size_of(batch)
+        batch, size = self.seats.num_taken, _size_of(self.seats.num_taken)
+        self._num_steps += 1
+        if size in self._steps and self._captures(False, size):
             self._steps[size]()
             self._choice(size, choice)()
         else:
@@ -142,12 +155,13 @@ class ServingProgram:
         given = self._alone.on_device(tokens, torch.int64)[None]
         positions = torch.arange(num_rows, num_rows + len(tokens), device=self.device)[None]
         self._last.fill_(len(tokens) - 1)
-        if self.captures_prompts:
-            prompt = self._prompts[part.size]
+        prompt = self._prompts.get(part.size) if self._captures(True, part.size) else None
+        if prompt is not None:
             prompt.tokens[:, : len(tokens)].copy_(given)
             prompt.positions[:, : len(tokens)].copy_(positions)
             self._num_new.fill_(len(tokens))
             prompt.graph()
+            self._prompt_logits = self._captured_logits
         else:
             step = Step(self._layers, self._alone.groups(1), *self._workspace)
             self._prompt_logits = self._plain_prompt(given, positions, self._mask[:1], step, self._last)
@@ -157,10 +171,9 @@ class ServingProgram:
         assert self._prompt_logits is not None
         return choice.choose(self._prompt_logits, self._alone.arguments)
 
-    def run_plainly(self) -> None:
-        """Compile and capture nothing any more."""
-        self.is_captured = self.captures_prompts = False
-        self._prompt_logits = None
+    def _captures(self, is_prompt: bool, size: int) -> bool:
+        is_wanted = self.captures_prompts if is_prompt else self.is_captured
+        return is_wanted and self._plain_until.get((is_prompt, size), 0) <= self._num_steps
 
     def _capture_step(self, size: int) -> Graph:
         if size == 1:
@@ -207,17 +220,13 @@ class ServingProgram:
 
         def run() -> None:
             logits = forward(tokens, positions, self._mask[:1], step, self._last)
-            if self._prompt_logits is None:
-                self._prompt_logits = torch.empty_like(logits)
-            self._prompt_logits.copy_(logits)
+            if self._captured_logits is None:
+                self._captured_logits = torch.empty_like(logits)
+            self._captured_logits.copy_(logits)
 
         self._last.zero_()
         self._num_new.fill_(1)
-        try:
-            return _PromptGraph(tokens, positions, graphs.capture(run, self.device, self._space))
-        except Exception:
-            self._space = graphs.capture_space(self.device)  # steps go on in a pool that no broken capture holds
-            raise
+        return _PromptGraph(tokens, positions, graphs.capture(run, self.device, self._space))
 
 
 def _size_of(batch: int) -> int:

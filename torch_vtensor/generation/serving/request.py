@@ -34,6 +34,10 @@ class Request:
     """How often it was begun: what was launched for an earlier start does not count any more."""
     mark: Any = None
     """Of the model as it was at the last start, where prefixes are reused."""
+    waits_since: float | None = None
+    """When it first found no memory, alone, since it last had any."""
+    num_shortages: int = 0
+    """How often what was run for it alone ran out of memory since its last token."""
     has_ended: bool = False
 
     @property
@@ -47,6 +51,10 @@ class Request:
         """How many new tokens it gets at most."""
         most: int = self.state._new_tokens_limit
         return most
+
+    def cap(self, most: int) -> None:
+        """Have it get no more new tokens than so many."""
+        self.state._new_tokens_limit = min(self.state._new_tokens_limit, most)
 
     @property
     def num_known(self) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 
+from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.prefix import Lane
 from torch_vtensor.allocator.vtensor import VTensor
 from torch_vtensor.generation.cached_rows import CachedRows, StoreLayout
 from torch_vtensor.generation.decode.step import LayerRows, LayerShape
 from torch_vtensor.generation.kv_store import KVShape, KVStore, is_token_major
 
-__all__ = ["RowsLayout", "SequenceRows"]
+__all__ = ["Need", "RowsLayout", "SequenceRows"]
 
 _AHEAD_TOKENS = 64
 
@@ -24,6 +26,13 @@ class _Kind(NamedTuple):
     shape: KVShape
     window: int | None
     layers: tuple[int, ...]
+
+
+class Need(NamedTuple):
+    """Memory of one sequence."""
+
+    nbytes: int
+    num_mappings: int
 
 
 class RowsLayout:
@@ -95,6 +104,32 @@ class SequenceRows:
         self._asked_ahead = 0
         self._dropped = 0
         self._next_drop = [0] * len(self.stores)
+
+    def need(self, num_rows: int) -> Need:
+        """What rows [0, ``num_rows``) take if nothing of them is shared."""
+        num_pages, nbytes = 0, 0
+        for store in self.stores:
+            for vtensor in store.vtensors:
+                sizes = vtensor.scheduler.pool.page_plan(num_rows * vtensor.row_bytes)
+                num_strips = math.prod(vtensor.outer_shape)
+                num_pages += num_strips * len(sizes)
+                nbytes += num_strips * sum(sizes)
+        return Need(nbytes, num_pages)
+
+    @property
+    def committed_bytes(self) -> int:
+        """The memory of these rows, shared pages included."""
+        return sum(vtensor.committed_bytes for store in self.stores for vtensor in store.vtensors)
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether any of their memory sleeps."""
+        return any(vtensor.is_asleep for store in self.stores for vtensor in store.vtensors)
+
+    @property
+    def scheduler(self) -> GrowthScheduler:
+        """Where their memory comes from."""
+        return self.stores[0].vtensors[0].scheduler
 
     def addresses(self) -> list[int]:
         """Of each group the address of token 0's keys, and of its values."""
