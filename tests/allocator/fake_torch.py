@@ -59,6 +59,13 @@ class FakeTorch:
             if not self._segments[pool_id]:
                 del self._uses[pool_id], self._segments[pool_id]
 
+    def release_all(self) -> None:
+        """Free every unused segment, as torch does before it says that it is out of memory."""
+        for segments in self._segments.values():
+            for segment in [it for it in segments if it["allocated_size"] == 0]:
+                segments.remove(segment)
+                self._calls.free(segment["address"], segment["total_size"], segment["stream"])
+
     def empty(self, nbytes: int, stream: int = 0) -> FakeTensor | None:
         """A tensor from the innermost pool that this thread routes to; None: from torch's own memory."""
         pool_id = next((routed for routed, thread in self._routes[::-1] if thread == threading.get_ident()), None)

@@ -5,6 +5,7 @@ import operator
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,6 +209,32 @@ def test_drain_waits_when_asked_to(fake: FakeCuda, allocator: Torch) -> None:
     assert allocator.stats(0).num_device_waits == 1
     assert allocator.drain(0, wait=True) == 0
     assert allocator.stats(0).num_device_waits == 1, "there was nothing to wait for"
+
+
+def test_what_another_thread_waits_for_is_given_back_once_nobody_watches(fake: FakeCuda, allocator: Torch) -> None:
+    address = allocator.run(PAGE)
+    with allocator.watched(0):
+        allocator.free(address, PAGE)
+        fake.set_stuck(True)
+        thread = threading.Thread(target=lambda: allocator.drain(0, wait=True))
+        thread.start()
+        while not fake.num_waiting():
+            time.sleep(0.001)
+    fake.set_stuck(False)
+    thread.join()
+    assert allocator.drain(0, wait=False) == 0
+    assert [segment.number for segment in allocator.segments(0)] == []
+
+
+def test_segments_have_numbers_although_addresses_are_used_again(fake: FakeCuda, allocator: Torch) -> None:
+    first = allocator.alloc(PAGE)
+    (before,) = allocator.segments(0)
+    allocator.free(first, PAGE)
+    second = allocator.alloc(PAGE)
+    (after,) = allocator.segments(0)
+    assert first == second == before.address == after.address
+    assert before.number != after.number
+    allocator.free(second, PAGE)
 
 
 @pytest.mark.parametrize("refused", ["cuStreamIsCapturing", "cuEventCreate", "cuEventRecord"])

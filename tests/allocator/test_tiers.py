@@ -1,11 +1,13 @@
 """Tensors whose pages leave the device and come back: the same rows, at the same addresses, and memory really goes."""
 
+import itertools
 import re
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from scripted_drivers import OFFLOAD_FOLDER, PAGE, ManualDriver
+from scripted_drivers import OFFLOAD_FOLDER, PAGE, ManualDriver, ManualFence
 from sequences import LANES, append, check, close, record
 from sequences import make as make_sequences
 from vtensors import MakeScheduler, make, pages, rows
@@ -238,16 +240,179 @@ def test_nothing_moves_while_a_graph_is_captured(make_scheduler: MakeScheduler) 
     assert vtensor.offloaded_bytes == 0
 
 
-def test_the_device_is_done_with_the_pages_before_they_are_copied(make_scheduler: MakeScheduler) -> None:
-    driver = ManualDriver()
+@pytest.mark.parametrize("way", ["sleep", "offload"])
+def test_the_device_is_done_with_the_pages_before_they_are_copied_and_unmapped(
+    make_scheduler: MakeScheduler, way: str
+) -> None:
+    happened: list[str] = []
+
+    class Fence(ManualFence):
+        def wait(self) -> None:
+            super().wait()
+            happened.append("wait")
+
+    class Driver(ManualDriver):
+        def fence(self) -> ManualFence:
+            self.fences.append(Fence(self))
+            return self.fences[-1]
+
+        def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
+            super().copy(target_ptr, source_ptr, nbytes)
+            happened.append("copy")
+
+        def unmap(self, ptr: int, nbytes: int) -> None:
+            super().unmap(ptr, nbytes)
+            if ptr in addresses:
+                happened.append("unmap")
+
+    scheduler = make_scheduler(Driver())
+    vtensor = pages(scheduler, 10)
+    addresses = range(vtensor.data_ptr, vtensor.data_ptr + vtensor.reserved_bytes)
+    leave, come_back = (scheduler.sleep, scheduler.wake) if way == "sleep" else (vtensor.offload, vtensor.prefetch)
+    leave()
+    assert [what for what, _ in itertools.groupby(happened)][:4] == ["wait", "copy", "wait", "unmap"]
+    happened.clear()
+    come_back()
+    num_steps = 3 if way == "sleep" else 4  # what slept is not mapped
+    assert [what for what, _ in itertools.groupby(happened)][:num_steps] == ["wait", "copy", "wait", "unmap"][
+        :num_steps
+    ]
+    assert vtensor.tensor().unique().tolist() == [1]
+
+
+def test_a_row_is_not_lost_that_another_thread_writes_during_a_move(make_scheduler: MakeScheduler) -> None:
+    class Pausing(HostDriver):
+        """Stops when all pages are copied."""
+
+        num_left = -1
+
+        def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
+            super().copy(target_ptr, source_ptr, nbytes)
+            self.num_left -= 1
+            if self.num_left == 0:
+                copied.set()
+                assert go_on.wait(60)
+
+    copied, go_on, driver = threading.Event(), threading.Event(), Pausing(PAGE, OFFLOAD_FOLDER)
     scheduler = make_scheduler(driver)
     vtensor = pages(scheduler, 10)
+    vtensor.commit(12)
+    driver.num_left = vtensor.num_pages
+    mover = threading.Thread(target=vtensor.offload)
+    mover.start()
+    assert copied.wait(60)
+    writer = threading.Thread(target=vtensor.append, args=[torch.full((1, PAGE), 2, dtype=torch.uint8)])
+    writer.start()
+    writer.join(0.1)
+    go_on.set()
+    mover.join()
+    writer.join()
+    assert vtensor.tensor()[10].unique().tolist() == [2]
+    assert (vtensor.is_idle, vtensor.offloaded_bytes) == (False, 0)
+
+
+def test_a_page_that_somebody_else_uses_outside_the_device_stays_there(make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler(budget_bytes=60 * PAGE)
+    source = pages(scheduler, 20)
+    fork = source.fork()
+    source.offload()
+    fork.offload()
+    blocker = pages(scheduler, 50, adopt=False)
+    fork.use()  # where its rows are: there is no room
+    blocker.close()
+    scheduler.trim()
+    unmapped: list[int] = []
+    unmap = scheduler.pool.driver.inner.unmap
+    scheduler.pool.driver.inner.unmap = lambda ptr, nbytes: (unmapped.append(ptr), unmap(ptr, nbytes))[1]
+    assert source.prefetch() == 0
+    assert not any(fork.data_ptr <= ptr < fork.data_ptr + fork.reserved_bytes for ptr in unmapped)
+    del scheduler.pool.driver.inner.unmap
+    assert fork.offloaded_bytes == source.offloaded_bytes == 20 * PAGE
+    fork.offload()
+    assert source.prefetch() == 20 * PAGE
+    assert fork.offloaded_bytes == 0
+    assert torch.equal(fork.tensor(), source.tensor())
+
+
+def test_waking_leaves_what_is_used_outside_the_device(make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler()
+    tree = PrefixTree(LANES, scheduler=scheduler)
+    tokens = list(range(60))
+    record(tree, tokens)
+    alive = tree.fork([tokens], capacity=200)
+    assert alive is not None
     scheduler.sleep()
-    assert any(fence.num_waits for fence in driver.fences)
-    driver.fences.clear()
+    scheduler.pool.budget_bytes = 60 * PAGE
+    blocker = pages(scheduler, 50, adopt=False)
+    loan = tree.fork([tokens[:59]], capacity=200, at_least=1)
+    blocker.close()
+    scheduler.trim()
+    assert loan is not None
+    scheduler.pool.budget_bytes = None
+    away = [vtensor.offloaded_bytes for vtensor in loan.vtensors]
+    assert any(away)
     scheduler.wake()
-    assert any(fence.num_waits for fence in driver.fences)
+    assert [vtensor.offloaded_bytes for vtensor in loan.vtensors] == away
+    check(alive.vtensors, [tokens], None)
+    check(loan.vtensors, [tokens[:59]], None)
+    close([*alive.vtensors, *loan.vtensors])
+    tree.evict()
+
+
+def test_what_found_no_room_comes_when_it_has_grown_and_there_is_some(make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler(budget_bytes=60 * PAGE)
+    vtensor = pages(scheduler, 20)
+    vtensor.offload()
+    blocker = pages(scheduler, 50, adopt=False)
+    row = torch.ones(1, PAGE, dtype=torch.uint8)
+    vtensor.append(row)
+    assert vtensor.offloaded_bytes >= 20 * PAGE
+    blocker.close()
+    scheduler.trim()
+    num_rows = 0
+    while vtensor.offloaded_bytes and num_rows < 40:
+        vtensor.append(row)
+        num_rows += 1
+    assert 0 < num_rows < 30
     assert vtensor.tensor().unique().tolist() == [1]
+    assert not scheduler.pool.is_tiered
+
+
+def test_prefixes_outside_the_device_are_no_use_to_it(make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler()
+    tree = PrefixTree(LANES, scheduler=scheduler)
+    tokens = list(range(60))
+    record(tree, tokens)
+    scheduler.sleep()
+    scheduler.pool.budget_bytes = 60 * PAGE
+    pages(scheduler, 50, adopt=False)
+    with pytest.raises(OutOfPagesError):
+        pages(scheduler, 70, adopt=False)
+    assert tree.match(tokens) == 60
+    scheduler.trim()
+    assert tree.match(tokens) == 0
+
+
+def test_uses_look_only_as_long_as_something_is_not_on_the_device(make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler()
+    one, other = pages(scheduler, 10), pages(scheduler, 10)
+    is_tiered = []
+    for step in (
+        one.use,
+        scheduler.sleep,
+        scheduler.wake,
+        lambda: one.offload(when_needed=True),
+        other.use,
+        one.use,
+        one.offload,
+        other.offload,
+        one.prefetch,
+        other.close,
+        scheduler.trim,
+    ):
+        step()
+        is_tiered.append(scheduler.pool.is_tiered)
+    assert is_tiered == [False, True, False, True, True, False, True, True, True, True, False]
 
 
 def test_offloaded_rows_are_read_where_they_are(make_scheduler: MakeScheduler) -> None:
@@ -369,6 +534,21 @@ def test_the_limit_of_what_may_be_offloaded_holds() -> None:
     with pytest.raises(OutOfPagesError):  # what is idle may not go
         pages(scheduler, 60, adopt=False)
     assert first.tensor().unique().tolist() == second.tensor().unique().tolist() == [1]
+
+
+def test_what_is_outside_is_asked_once_for_all_that_is_to_go_there(make_scheduler: MakeScheduler) -> None:
+    class Asked(HostDriver):
+        def check_offload(self, nbytes: int) -> None:
+            asked_bytes.append(nbytes)
+
+    asked_bytes: list[int] = []
+    scheduler = make_scheduler(Asked(PAGE, OFFLOAD_FOLDER))
+    vtensor = pages(scheduler, 30)
+    scheduler.sleep()
+    scheduler.wake()
+    scheduler.sleep()  # to where there is memory
+    scheduler.wake()
+    assert asked_bytes == [vtensor.committed_bytes]
 
 
 def test_an_idle_tensor_sleeps_and_wakes_to_where_it_was(make_scheduler: MakeScheduler) -> None:

@@ -334,6 +334,33 @@ def test_tensors_that_die_asleep_leave_nothing(
     scheduler.trim()
 
 
+def test_a_newborn_segment_keeps_its_bytes_where_a_sleeping_one_died(
+    fake_torch: FakeTorch, fake: FakeCuda, pool: PagePool, scheduler: GrowthScheduler
+) -> None:
+    old = make_weights(fake_torch, fake)
+    addresses = [tensor.address for tensor, _, _ in old]
+    scheduler.sleep()
+    del old
+    fake_torch.release_all()  # torch frees segments of its own accord as well
+    new = make_weights(fake_torch, fake, "born later")
+    assert sorted(tensor.address for tensor, _, _ in new) == sorted(addresses)
+    scheduler.wake()
+    assert holds(fake, new)
+    scheduler.trim()
+
+
+def test_host_memory_of_segments_that_died_asleep_goes_with_trim(
+    fake_torch: FakeTorch, fake: FakeCuda, pool: PagePool, scheduler: GrowthScheduler
+) -> None:
+    weights = make_weights(fake_torch, fake)
+    scheduler.sleep()
+    del weights
+    release_idle()
+    assert pool.offloads.used_bytes == 0
+    scheduler.trim()
+    assert pool.offloads.pooled_bytes == 0
+
+
 def test_waking_makes_room_and_without_any_changes_nothing(
     fake_torch: FakeTorch, fake: FakeCuda, pool: PagePool, scheduler: GrowthScheduler
 ) -> None:

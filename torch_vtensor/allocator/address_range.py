@@ -50,6 +50,8 @@ class AddressRange:
         self.is_idle = False
         """Whether its memory may leave the device when that is short of memory: nobody uses it for now."""
         self.idle_since = 0
+        self.away_at: int | None = None
+        """Where it ended when its pages last found no room on the device, where they belong; None: they are there."""
         self.num_strips = num_strips
         self.strip_bytes = round_up(strip_bytes, pool.page_bytes)
         self.reserved_bytes = self.num_strips * self.strip_bytes
@@ -97,6 +99,15 @@ class AddressRange:
     def is_on_device(self) -> bool:
         """True while the device has all of its pages, mapped."""
         return not self._vacant and all(page.tier is Tier.DEVICE for page in self.pages)
+
+    @property
+    def outside_bytes(self) -> int:
+        """Bytes of its pages that lie outside the device."""
+        return sum(page.nbytes for page in set(self.pages) if page.is_outside)
+
+    def note_away(self) -> None:
+        """Remember whether pages are outside the device that were to be on it."""
+        self.away_at = self.committed_bytes if self.outside_bytes else None
 
     def places(self) -> Iterator[tuple[int, Page]]:
         """The address of every page of this range, vacant ones included."""
@@ -197,7 +208,7 @@ class AddressRange:
             head = AddressRange.__new__(AddressRange)
             head.pool, head.num_strips, head.strip_bytes = self.pool, self.num_strips, self.strip_bytes
             head.salt, head.tag = self.salt, self.tag
-            head.is_idle, head.idle_since = self.is_idle, self.idle_since
+            head.is_idle, head.idle_since, head.away_at = self.is_idle, self.idle_since, None
             head.base_ptr, head.reserved_bytes = self.base_ptr, 0
             head.num_heads, head._rest = 0, self
             head._bounds = self._bounds[: num_pages + 1]

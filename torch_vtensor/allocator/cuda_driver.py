@@ -160,10 +160,12 @@ class CudaDriver:
     def create(self, nbytes: int) -> int:
         return int(self.call("cuMemCreate", nbytes, nbytes, self._properties, 0))
 
-    def create_offloaded(self, nbytes: int) -> int:
+    def check_offload(self, nbytes: int) -> None:
         if (spare_bytes := spare_host_bytes()) < nbytes:
             hint = f"the host has {spare_bytes} bytes to spare, and would kill a process that pins more"
             raise DriverError("cuMemCreate", "CUDA_ERROR_OUT_OF_MEMORY", self.device, nbytes, hint)
+
+    def create_offloaded(self, nbytes: int) -> int:
         return int(self.call("cuMemCreate", nbytes, nbytes, self._offloaded_properties, 0))
 
     def destroy(self, handle: int, nbytes: int) -> None:

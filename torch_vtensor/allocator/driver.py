@@ -50,6 +50,9 @@ class Driver(Protocol):
     def create(self, nbytes: int) -> int:
         """Create physical memory of one of ``page_sizes`` and return its handle."""
 
+    def check_offload(self, nbytes: int) -> None:
+        """Raise the error that there is no memory outside the device, if so many bytes more would bring harm there."""
+
     def create_offloaded(self, nbytes: int) -> int:
         """Create memory outside the device's own, of one of ``page_sizes``: a handle that maps like any other, slower.
 

@@ -205,7 +205,6 @@ class GrowthScheduler:
             return 0
         with tiers.between_rounds(self.pool):
             tiers.check_can_move(self.pool)
-            self.pool.is_tiered = True
             committed_bytes = self.pool.ledger.committed_bytes
             self._empty_parked()
             if tiers.has_tag(tiers.PREFIX_TAG, tags) and tiers.has_tag(tiers.PREFIX_TAG, discard):
@@ -222,6 +221,8 @@ class GrowthScheduler:
                     with suppress(VTensorError):
                         sleeper.wake(self, tags)
                 raise
+            finally:
+                self._note_tiers()
             try:
                 self._empty_parked()
                 self.pool.trim()
@@ -242,6 +243,10 @@ class GrowthScheduler:
             for sleeper in self.pool.sleepers:
                 sleeper.wake(self, tags)
             tiers.wake(self, tags)
+            for range_ in list(self.pool.ranges.values()):
+                if not range_.is_idle:
+                    range_.note_away()  # where somebody used shared pages meanwhile
+            self._note_tiers()
             return max(self.pool.ledger.committed_bytes - self.pool.ledger.free_bytes - used_bytes, 0)
 
     def offload(self, hold: RangeHold) -> int:
@@ -268,7 +273,13 @@ class GrowthScheduler:
         """
         with self.pool.lock:
             hold.range.is_idle = False
-            return tiers.prefetch(self, [hold.range])
+            try:
+                self._drain()
+                self._empty_retired(wait=not self.pool.driver.is_capturing())  # which may map the same pages
+                return tiers.prefetch(self, [hold.range])
+            finally:
+                hold.range.note_away()
+                self._note_tiers()
 
     def trim(self) -> int:
         """Return all parked and pooled memory, and unused prefixes, to the system; waits for the device if it must.
@@ -333,10 +344,17 @@ class GrowthScheduler:
             num_dead -= 1
             dead = self._dead.popleft()
             adoptable = dead.is_whole and dead.committed_bytes > 0 and dead.exclusive_from() == 0 and dead.is_on_device
-            dead.is_idle = False
+            dead.is_idle, dead.away_at = False, None
             (self._parked if adoptable else self._retired).append(_Idle(dead, fence))
         if self._retired or self._num_parked_bytes() + self.pool.ledger.free_bytes > self.idle_bytes:
             self.run_soon(self._collect)
+
+    def _note_tiers(self) -> None:
+        """Find out whether anything is left of what ``PagePool.is_tiered`` stands for."""
+        pool = self.pool
+        pool.is_tiered = pool.offloads.used_bytes > 0 or any(
+            range_.is_idle or range_.is_asleep for range_ in list(pool.ranges.values())
+        )
 
     def _empty_parked(self) -> None:
         """Unmap all that is dead; waits for the device, unless a graph is being captured: then nothing happens."""
@@ -402,6 +420,8 @@ class GrowthScheduler:
                 self._retired.pop(0)
         finally:
             self._retired[:0] = remaining
+            if self.pool.is_tiered:
+                self._note_tiers()
 
 
 class _Worker:

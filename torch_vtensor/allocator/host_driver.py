@@ -160,6 +160,9 @@ class HostDriver:
     def create(self, nbytes: int) -> int:
         return self._memory.create(nbytes)
 
+    def check_offload(self, nbytes: int) -> None:
+        return None  # a disk that is full refuses, and nothing else happens
+
     def create_offloaded(self, nbytes: int) -> int:
         if self._offloaded is None:
             try:

@@ -40,6 +40,8 @@ class Segment(NamedTuple):
 
     address: int
     nbytes: int
+    number: int
+    """Of no other segment of the device, also where addresses are used again."""
     tag: int
     is_asleep: bool
 
@@ -93,6 +95,7 @@ class _Segment(ctypes.Structure):
     _fields_ = (
         ("address", ctypes.c_uint64),
         ("bytes", ctypes.c_int64),
+        ("number", ctypes.c_int64),
         ("tag", ctypes.c_int32),
         ("is_asleep", ctypes.c_int32),
     )
@@ -107,7 +110,7 @@ class NativeAllocator:
         self._library = ctypes.CDLL(library_path)
         self._library.vtp_torch_detach.restype = ctypes.c_int64
         self._library.vtp_torch_drain.restype = ctypes.c_int64
-        self._library.vtp_torch_watch.restype = ctypes.c_int64
+        self._library.vtp_torch_list.restype = ctypes.c_int64
         for function in (self._library.vtp_torch_sleep, self._library.vtp_torch_wake):
             function.argtypes = [ctypes.c_int, ctypes.c_uint64]
 
@@ -141,18 +144,15 @@ class NativeAllocator:
         """Segments that this thread makes on the device have this tag from now on; returns the tag before."""
         return int(self._library.vtp_torch_set_tag(device_index, tag))
 
+    def segments(self, device_index: int) -> list[Segment]:
+        """All live segments."""
+        return self._list(device_index, watch=False)
+
     @contextlib.contextmanager
     def watched(self, device_index: int) -> Iterator[list[Segment]]:
-        """All live segments. Those that torch frees during the block stay mapped until its end."""
+        """All live segments. Those that torch frees during the block stay mapped until its end; no such block in it."""
         try:
-            capacity = 64
-            while True:
-                found = (_Segment * capacity)()
-                num_segments = int(self._library.vtp_torch_watch(device_index, found, capacity))
-                if num_segments <= capacity:
-                    break
-                capacity = 2 * num_segments
-            yield [Segment(it.address, it.bytes, it.tag, bool(it.is_asleep)) for it in found[:num_segments]]
+            yield self._list(device_index, watch=True)
         finally:
             self._library.vtp_torch_unwatch(device_index)
 
@@ -173,6 +173,17 @@ class NativeAllocator:
     def failure(self) -> Failure:
         """The calling thread's latest failure."""
         return read_failure(self._library)
+
+    def _list(self, device_index: int, *, watch: bool) -> list[Segment]:
+        capacity = 64
+        while True:
+            found = (_Segment * capacity)()
+            num_segments = int(self._library.vtp_torch_list(device_index, found, capacity, watch))
+            if num_segments <= capacity:
+                return [
+                    Segment(it.address, it.bytes, it.number, it.tag, bool(it.is_asleep)) for it in found[:num_segments]
+                ]
+            capacity = 2 * num_segments
 
 
 def read_failure(library: ctypes.CDLL) -> Failure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from torch_vtensor.allocator.timed_driver import TimedDriver
@@ -34,6 +35,10 @@ class OffloadPool:
         """
         if self.limit_bytes is not None and self.used_bytes + sum(sizes) > self.limit_bytes:
             raise OffloadLimitError(self._driver.device, sum(sizes), self.used_bytes, self.limit_bytes)
+        num_wanted = Counter(sizes)
+        new_bytes = sum(nbytes * max(num - len(self._pooled.get(nbytes, ())), 0) for nbytes, num in num_wanted.items())
+        if new_bytes:
+            self._driver.check_offload(new_bytes)
         handles: list[int] = []
         try:
             for nbytes in sizes:

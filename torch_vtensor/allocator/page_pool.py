@@ -149,7 +149,7 @@ class PagePool:
         """Every range that may map pages, by the order in which they were made."""
         self.range_numbers = itertools.count()
         self.is_tiered = False
-        """Whether any of its memory ever slept, was idle or offloaded: only then does a use have to look."""
+        """Whether any of its memory sleeps, is idle or offloaded: only then does a use have to look."""
         self.tags: set[str] = set()
         """Every tag that memory ever had, by which it can be put to sleep."""
         self.status: StatusRecord | None = None
@@ -175,7 +175,9 @@ class PagePool:
 
     @budget_bytes.setter
     def budget_bytes(self, value: int | None) -> None:
-        self.ledger.budget_bytes = value
+        with self.lock:
+            self.ledger.budget_bytes = value
+            self.publish()
 
     @property
     def limit_bytes(self) -> int:
@@ -217,8 +219,9 @@ class PagePool:
         """
         self.check_process()
         with self.lock:
-            if sizes:  # what asks for nothing may be in the middle of something
-                self._obey()
+            if not sizes:  # what asks for nothing may be in the middle of something
+                return []
+            self._obey()
             pages: list[Page] = []
             missing_bytes = asked_bytes = sum(sizes)
             try:
@@ -486,6 +489,13 @@ class PagePool:
                 if self.ledger.free_bytes >= wanted_bytes:
                     break
                 relieve(wanted_bytes)
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether so many bytes more can be had without taking them from anybody."""
+        counts, room_bytes = self.ledger.counts(), self.driver.free_bytes()
+        if counts.budget_bytes is not None:
+            room_bytes = min(room_bytes, counts.budget_bytes - counts.committed_bytes)
+        return room_bytes + counts.free_bytes >= nbytes
 
     def reclaim(self, nbytes: float = math.inf) -> None:
         """Have at least ``nbytes`` pooled, if that can be done without touching a live range."""

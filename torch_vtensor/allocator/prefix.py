@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from torch_vtensor.allocator.driver import Fence
 from torch_vtensor.allocator.growth import GrowthScheduler
-from torch_vtensor.allocator.page_pool import Page, PagePool
+from torch_vtensor.allocator.page_pool import Page, PagePool, Tier
 from torch_vtensor.allocator.page_run import PageRun, common_bound
 from torch_vtensor.allocator.prefix_loan import Lane, Source, lend
 from torch_vtensor.allocator.vtensor import VTensor
@@ -99,7 +99,11 @@ class _Node:
 
     def uses(self) -> Iterator[bool]:
         """For every page, whether somebody maps it."""
-        return (page.num_refs > page.num_held for run in self.runs for page in run.pages())
+        return (page.num_refs > page.num_held for page in self.pages())
+
+    def gives_nothing(self) -> Iterator[bool]:
+        """For every page, whether the device would get nothing for it: somebody maps it, or it is not there."""
+        return (page.num_refs > page.num_held or page.tier is not Tier.DEVICE for page in self.pages())
 
 
 class Pin:
@@ -169,8 +173,10 @@ class PrefixTree:
         def relieve(nbytes: float) -> None:
             alive = tree()
             if alive is not None:
-                for is_spared in (any, all):
-                    alive._evict_until(lambda: alive.pool.ledger.free_bytes >= nbytes, is_spared)
+                # All is for those who want prefixes gone; otherwise it is the device that is short of memory.
+                look = _Node.uses if nbytes == math.inf else _Node.gives_nothing
+                for spares in (lambda node: any(look(node)), lambda node: all(look(node))):
+                    alive._evict_until(lambda: alive.pool.ledger.free_bytes >= nbytes, spares)
 
         self.pool.evictors.append(relieve)
         weakref.finalize(self, _forsake, scheduler, relieve, self._roots).atexit = False
@@ -453,13 +459,13 @@ class PrefixTree:
         return upper
 
     def _evict_until(
-        self, is_enough: Callable[[], bool], is_spared: Callable[[Iterator[bool]], bool] = lambda uses: False
+        self, is_enough: Callable[[], bool], is_spared: Callable[[_Node], bool] = lambda node: False
     ) -> None:
         """Remove leaves, the least recently used first, until it is enough.
 
         Args:
-            is_spared: tells by which of a node's pages are mapped by somebody whether it stays: if all are, to let go
-                of them would free nothing.
+            is_spared: whether a node stays; where all of its pages are mapped by somebody, to let go of them would
+                free nothing.
         """
         with self.pool.lock:
             if self.pool.is_foreign:
@@ -471,7 +477,7 @@ class PrefixTree:
                     node.is_queued = False  # until it is a leaf again
                 elif last_used < node.last_used:
                     heapq.heappush(self._queue, (node.last_used, order, node))
-                elif node.num_pins or is_spared(node.uses()):
+                elif node.num_pins or is_spared(node):
                     staying.append((last_used, order, node))
                 else:
                     self._remove(node)

@@ -121,7 +121,8 @@ def put_to_sleep(scheduler: GrowthScheduler, tags: Collection[str] | None, disca
 def wake(scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
     """Map the ranges with these tags (None: all) at their addresses again, with all that they held.
 
-    Effects: waits for the device. Rows that were discarded are zeros. What was offloaded before is so again.
+    Effects: waits for the device. Rows that were discarded are zeros. What was offloaded before is so again, and what
+        somebody uses outside the device stays there.
     Raises:  OutOfPagesError or DriverError, with every range as it was, or awake.
     """
     pool = scheduler.pool
@@ -130,6 +131,7 @@ def wake(scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
             page
             for page, at in _places_of(pool).items()
             if page.tier in (Tier.ASLEEP, Tier.DISCARDED)
+            and _may_move(at)
             and (
                 any(_wakes(range_, ptr, tags) for range_, ptr in at)
                 if at
@@ -167,14 +169,20 @@ def offload(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> int
 def prefetch(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> int:
     """Bring the pages of these ranges back to the device, at the same addresses; returns the bytes.
 
+    Pages that another range maps as well, which is not idle, stay.
+
     Effects: waits for the device.
     Raises:  OutOfPagesError or DriverError, with every row where it was, or on the device.
     """
     pool = scheduler.pool
     with pool.lock:
         check_can_move(pool)
-        wanted = dict.fromkeys(page for range_ in ranges for _, page in range_.places() if page.is_outside)
-        _bring_back(scheduler, list(wanted), lambda range_, ptr: False)
+        wanted = [
+            page
+            for page, at in _places_of(pool).items()
+            if page.is_outside and any(range_ in ranges for range_, _ in at) and _may_move(at, ranges)
+        ]
+        _bring_back(scheduler, wanted, lambda range_, ptr: False)
         return sum(page.nbytes for page in wanted)
 
 
@@ -217,6 +225,11 @@ def has_tag(tag: str, tags: Collection[str] | None) -> bool:
 
 def _wakes(range_: AddressRange, ptr: int, tags: Collection[str] | None) -> bool:
     return range_.is_vacant(ptr) and has_tag(range_.tag, tags)
+
+
+def _may_move(at: list[tuple[AddressRange, int]], own: Collection[AddressRange] = ()) -> bool:
+    """Whether a page may be unmapped for a moment wherever it is mapped: nobody but the caller uses it there."""
+    return all(range_ in own or range_.is_idle or range_.is_vacant(ptr) for range_, ptr in at)
 
 
 def _is_discarded(page: Page, at: list[tuple[AddressRange, int]], discard: Collection[str] | None) -> bool:

@@ -52,6 +52,9 @@ class TimedDriver:
     def create(self, nbytes: int) -> int:
         return self._timed("create", lambda: self.inner.create(nbytes))
 
+    def check_offload(self, nbytes: int) -> None:
+        self.inner.check_offload(nbytes)
+
     def create_offloaded(self, nbytes: int) -> int:
         return self._timed("create_offloaded", lambda: self.inner.create_offloaded(nbytes))
 

@@ -52,7 +52,8 @@ class TorchPools:
         self._lock = threading.RLock()
         self._idle: dict[str, list[PoolId]] = {}
         self._tags: list[str] = []  # by number
-        self._kept: dict[int, list[Page]] = {}  # by address: what sleeping segments held; no page: it was discarded
+        # By a segment's number: what sleeping ones held; no page: it was discarded. Addresses are used again.
+        self._kept: dict[int, list[Page]] = {}
         pool.is_lent_to_torch = True
         pool.reclaimers.append(self._reclaim)
         pool.sleepers.append(self)
@@ -98,6 +99,9 @@ class TorchPools:
                         _torch_compat.retire_memory_pool(idle.pop(), self.device_index)
             torch.cuda.empty_cache()
         self._native.drain(self.device_index, wait)
+        if self._kept:
+            with self.pool.lock:
+                self._forget_freed(self._native.segments(self.device_index))
         return max(before - self.pool.ledger.torch_bytes, 0)
 
     def stats(self) -> TorchPoolStats:
@@ -114,7 +118,11 @@ class TorchPools:
         self.release_idle(wait=True)
         with pool.lock, self._native.watched(self.device_index) as segments:
             self._forget_freed(segments)
-            going = [it for it in segments if not it.is_asleep and has_tag(self._tags[it.tag], tags)]
+            tagged = [it for it in segments if not it.is_asleep and has_tag(self._tags[it.tag], tags)]
+            for it in tagged:
+                if it.number in self._kept and self._native.sleep(self.device_index, it.address) is Outcome.FAILED:
+                    raise self._cause(self._native.failure())  # again: what it held is still only where it was
+            going = [it for it in tagged if it.number not in self._kept]
             plans = [[] if has_tag(self._tags[it.tag], discard) else pool.page_plan(it.nbytes) for it in going]
             pages = pool.outside([size for plan in plans for size in plan], Tier.ASLEEP)
             waiting = iter(pages)
@@ -136,7 +144,7 @@ class TorchPools:
                 if outcome is Outcome.GONE:
                     pool.drop(kept[index])
                 else:
-                    self._kept[it.address] = kept[index]
+                    self._kept[it.number] = kept[index]
 
     def wake(self, scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
         """Map pages at the addresses of the segments with these tags (None: all) again, with all that they held.
@@ -157,7 +165,7 @@ class TorchPools:
             self._wake(scheduler, [it for it in segments if has_tag(self._tags[it.tag], tags)])
 
     def _wake(self, scheduler: GrowthScheduler, segments: Sequence[Segment]) -> None:
-        coming = [it for it in segments if it.address in self._kept]
+        coming = [it for it in segments if it.number in self._kept]
         woken: list[Segment] = []
         try:
             for it in coming:
@@ -166,13 +174,13 @@ class TorchPools:
                     raise self._cause(self._native.failure(), sum(it.nbytes for it in coming))
                 if outcome is Outcome.DONE:
                     woken.append(it)
-            self._copy(scheduler, [(it, self._kept[it.address]) for it in woken], to_segments=True)
+            self._copy(scheduler, [(it, self._kept[it.number]) for it in woken], to_segments=True)
         except BaseException:
             for it in woken:  # what they hold is only where it was
                 self._native.sleep(self.device_index, it.address)
             raise
         for it in coming:
-            self.pool.drop(self._kept.pop(it.address))
+            self.pool.drop(self._kept.pop(it.number))
 
     def _copy(
         self, scheduler: GrowthScheduler, contents: Iterable[tuple[Segment, Sequence[Page]]], *, to_segments: bool
@@ -190,8 +198,8 @@ class TorchPools:
 
     def _forget_freed(self, segments: Sequence[Segment]) -> None:
         """Let go of what segments held that torch has freed while they slept."""
-        for address in self._kept.keys() - {it.address for it in segments}:
-            self.pool.drop(self._kept.pop(address))
+        for number in self._kept.keys() - {it.number for it in segments}:
+            self.pool.drop(self._kept.pop(number))
 
     def _number_of(self, tag: str) -> int:
         with self._lock:

@@ -138,7 +138,7 @@ class VTensor:
     @property
     def offloaded_bytes(self) -> int:
         """Those of the committed bytes that lie outside the device."""
-        return sum(page.nbytes for page in set(self._range.pages) if page.is_outside)
+        return self._range.outside_bytes
 
     @property
     def is_asleep(self) -> bool:
@@ -351,7 +351,8 @@ class VTensor:
         self._range.commit_run(run.bounds, strips)
         self._shared_bytes = self._range.committed_bytes
         self._range.commit(length * self.row_bytes)
-        self._bring_back()
+        if self.scheduler.pool.is_tiered:
+            self._bring_back()
         self.length = length
 
     def copy_slot(self, slot: int, source: VTensor, start_bytes: int, padding: int) -> None:
@@ -372,7 +373,8 @@ class VTensor:
         """Let the device have this tensor's memory for others while nobody uses it; returns the bytes that left it.
 
         The rows move to outside the device, at the same addresses: they can still be read, only slower, and graphs stay
-        valid. The next append, fork or ``prefetch`` brings them back, and ends it.
+        valid. The next append, fork or ``prefetch`` brings them back, and ends it; one in another thread waits until
+        all are outside.
 
         Args:
             when_needed: move nothing now, but when another tensor would find no page otherwise; of several tensors, the
@@ -390,7 +392,7 @@ class VTensor:
     def prefetch(self) -> int:
         """Bring the rows back to the device, at the same addresses, and end ``offload``; returns the bytes that came.
 
-        Effects: waits for the device.
+        Effects: waits for the device. Pages that another tensor uses, which is not idle, stay where they are.
         Raises:  OutOfPagesError, with all rows where they were; AsleepError.
         """
         return self.scheduler.prefetch(self._awake())
@@ -398,12 +400,24 @@ class VTensor:
     def use(self) -> None:
         """What every use but reading begins with: end ``offload``, bringing back the rows if there is room for them.
 
+        Where there is none, they are used outside the device, and come when the tensor has grown and there is room.
+
         Raises: AsleepError between ``sleep`` and ``wake``.
         """
-        range_ = self._awake().range
-        if range_.is_idle:
-            range_.is_idle = False
-            self._bring_back()
+        self._open()
+        pool = self.scheduler.pool
+        if not pool.is_tiered:
+            return
+        with pool.lock:  # who moves it holds the lock, and what is not idle does not move
+            range_ = self._awake().range
+            if range_.is_idle:
+                range_.is_idle = False
+                self._bring_back()
+            elif range_.away_at not in (None, range_.committed_bytes):
+                if pool.has_room(range_.outside_bytes):
+                    self._bring_back()
+                else:
+                    range_.note_away()
 
     def close(self) -> None:
         """Give the memory back as soon as no view uses it. Closing twice is fine."""
@@ -448,8 +462,9 @@ class VTensor:
         return hold
 
     def _bring_back(self) -> None:
-        is_away = any(page.is_outside for page in self._range.pages)
-        if is_away and not self.scheduler.pool.driver.is_capturing():
+        if self.scheduler.pool.driver.is_capturing():
+            self._range.note_away()
+        else:
             with suppress(OutOfPagesError):  # rows outside the device can be used as well
                 self.prefetch()
 

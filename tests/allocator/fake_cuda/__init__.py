@@ -137,6 +137,13 @@ class FakeCuda:
         """Let launches wait as long as the device has no room for them."""
         self.library.fake_set_queue_full(full)
 
+    def set_stuck(self, stuck: bool) -> None:
+        """Let whoever waits for an event go on waiting as long as the device is stuck."""
+        self.library.fake_set_stuck(stuck)
+
+    def num_waiting(self) -> int:
+        return int(self.library.fake_num_waiting())
+
     def last_launch(self) -> Launch:
         launch = Launch()
         self.library.fake_read_launch(ctypes.byref(launch))
@@ -219,6 +226,9 @@ class FakeDriver:
 
     def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
         self._in_context("cuMemcpyAsync", nbytes, target_ptr, source_ptr, nbytes, None)
+
+    def check_offload(self, nbytes: int) -> None:
+        return None
 
     def create_offloaded(self, nbytes: int) -> int:
         return self.create(nbytes)

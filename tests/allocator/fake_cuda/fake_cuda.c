@@ -72,7 +72,7 @@ typedef struct {
 } call_count;
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-static range reserved[MAX], mapped[MAX];
+static range reserved[MAX], mapped[MAX], vacated[MAX]; /* vacated: addresses to be given out again */
 static physical handles[MAX];
 static stream streams[64];
 static event events[MAX];
@@ -80,9 +80,9 @@ static kernel kernels[MAX];
 static module modules[64];
 static function functions[512];
 static launch last_launch;
-static _Atomic int is_queue_full;
+static _Atomic int is_queue_full, is_stuck, num_waiting;
 static call_count calls[64];
-static int num_reserved, num_mapped, num_handles, num_streams, num_events, num_kernels, num_calls;
+static int num_reserved, num_mapped, num_vacated, num_handles, num_streams, num_events, num_kernels, num_calls;
 static int num_modules, num_functions, num_contexts;
 static uint64_t next_address, memory_bytes, created_bytes;
 static int64_t fail_in;
@@ -248,8 +248,16 @@ int cuMemAddressReserve(uint64_t *address, size_t bytes, size_t alignment, uint6
         if (bytes == 0 || bytes % GRANULARITY != 0) {
             result = INVALID_VALUE;
         } else {
-            *address = next_address;
-            next_address += bytes + GRANULARITY;
+            int i = num_vacated - 1;
+            while (i >= 0 && vacated[i].bytes != bytes) {
+                i--;
+            }
+            *address = i >= 0 ? vacated[i].address : next_address;
+            if (i >= 0) {
+                vacated[i] = vacated[--num_vacated];
+            } else {
+                next_address += bytes + GRANULARITY;
+            }
             reserved[num_reserved++] = (range){.address = *address, .bytes = bytes};
         }
     });
@@ -269,6 +277,9 @@ int cuMemAddressFree(uint64_t address, size_t bytes) {
                 if (overlaps(address, bytes, mapped[j].address, mapped[j].bytes)) {
                     violate("addresses were freed while a page is mapped there");
                 }
+            }
+            if (num_vacated < MAX) {
+                vacated[num_vacated++] = reserved[i];
             }
             reserved[i] = reserved[--num_reserved];
         }
@@ -472,6 +483,11 @@ int cuEventQuery(void *handle) {
 }
 
 int cuEventSynchronize(void *handle) {
+    num_waiting++;
+    for (int i = 0; i < 1000 && is_stuck; i++) {
+        usleep(10000);
+    }
+    num_waiting--;
     CALL(1, 1, {
         event *waited = find_event(handle);
         result = query(waited);
@@ -548,7 +564,7 @@ int cuLaunchKernel(void *launched, unsigned grid_x, unsigned grid_y, unsigned gr
 /* Begin anew, on a device of `memory` bytes. */
 void fake_reset(uint64_t memory) {
     pthread_mutex_lock(&mutex);
-    num_reserved = num_mapped = num_handles = num_streams = num_events = num_kernels = num_calls = 0;
+    num_reserved = num_mapped = num_vacated = num_handles = num_streams = num_events = num_kernels = num_calls = 0;
     memset(events, 0, sizeof events);
     next_address = (uint64_t)0x7f << 40;
     memory_bytes = memory;
@@ -624,6 +640,15 @@ void fake_set_sharing(int may) {
 /* Launches wait as long as it is full. */
 void fake_set_queue_full(int full) {
     is_queue_full = full;
+}
+
+/* Who waits for an event goes on waiting as long as the device is stuck. */
+void fake_set_stuck(int stuck) {
+    is_stuck = stuck;
+}
+
+int fake_num_waiting(void) {
+    return num_waiting;
 }
 
 void fake_read_launch(launch *latest) {

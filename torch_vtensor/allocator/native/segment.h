@@ -31,7 +31,8 @@ typedef struct memory_segment {
     int num_pages;          /* held; the first ones are mapped */
     int32_t tag;            /* by which it is put to sleep */
     int is_asleep;          /* what is still mapped was not given back for want of a working driver */
-    int is_watched;         /* somebody reads it: it stays mapped, even if torch frees it */
+    int64_t number;         /* among those of its device */
+    int64_t watch;          /* while this one is on, somebody reads it: it stays mapped, even if torch frees it */
     stream_fence fences[2]; /* set when torch frees the segment */
     segment_page pages[];
 } memory_segment;

@@ -22,13 +22,16 @@ typedef struct {
     segment_plan plan;
     memory_segment *live;
     memory_segment *pending;
+    int64_t num_made;    /* segments ever; the number of the latest */
+    int64_t num_watches; /* ever; the number of the latest */
+    int64_t watch;       /* the number of the one that is on; 0: none */
     vtp_torch_counts counts;
 } device_state;
 
 static device_state devices[MAX_DEVICES] = {[0 ... MAX_DEVICES - 1] = {.mutex = PTHREAD_MUTEX_INITIALIZER}};
 
 int vtensor_pool_abi_version(void) {
-    return 3;
+    return 4;
 }
 
 /* Of the segments that the calling thread makes on each device. */
@@ -74,7 +77,7 @@ static void give_back(device_state *device, memory_segment **list) {
         memory_segment *segment = *list;
         struct memory_segment *next = segment->next;
         int64_t bytes = segment->bytes;
-        int is_done = !segment->is_watched;
+        int is_done = device->watch == 0 || segment->watch != device->watch;
         for (int i = 0; i < 2; i++) {
             is_done &= fence_poll(&segment->fences[i]);
         }
@@ -141,6 +144,7 @@ static void *alloc(device_state *device, int64_t bytes) {
         return NULL;
     }
     segment->tag = thread_tags[device - devices];
+    segment->number = ++device->num_made;
     segment->next = device->live;
     device->live = segment;
     device->counts.live_segments++;
@@ -218,16 +222,19 @@ int32_t vtp_torch_set_tag(int ordinal, int32_t tag) {
     return before;
 }
 
-int64_t vtp_torch_watch(int ordinal, vtp_torch_segment *segments, int64_t capacity) {
+int64_t vtp_torch_list(int ordinal, vtp_torch_segment *segments, int64_t capacity, int watch) {
     device_state *device = find_device(ordinal);
     int64_t num_segments = 0;
     if (device != NULL) {
         pthread_mutex_lock(&device->mutex);
+        if (watch) {
+            device->watch = ++device->num_watches;
+        }
         for (memory_segment *segment = device->live; segment != NULL; segment = segment->next, num_segments++) {
             if (num_segments < capacity) {
-                segment->is_watched = 1;
-                segments[num_segments] =
-                    (vtp_torch_segment){segment->address, segment->bytes, segment->tag, segment->is_asleep};
+                segment->watch = watch ? device->watch : segment->watch;
+                segments[num_segments] = (vtp_torch_segment){segment->address, segment->bytes, segment->number,
+                                                             segment->tag, segment->is_asleep};
             }
         }
         pthread_mutex_unlock(&device->mutex);
@@ -239,12 +246,7 @@ void vtp_torch_unwatch(int ordinal) {
     device_state *device = find_device(ordinal);
     if (device != NULL) {
         pthread_mutex_lock(&device->mutex);
-        for (memory_segment *segment = device->live; segment != NULL; segment = segment->next) {
-            segment->is_watched = 0;
-        }
-        for (memory_segment *segment = device->pending; segment != NULL; segment = segment->next) {
-            segment->is_watched = 0;
-        }
+        device->watch = 0; /* and so for those too that a thread is waiting for, which are on no list */
         pthread_mutex_unlock(&device->mutex);
     }
 }

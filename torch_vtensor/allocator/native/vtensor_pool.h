@@ -77,6 +77,7 @@ typedef struct {
 typedef struct {
     uint64_t address;
     int64_t bytes;
+    int64_t number; /* of no other segment of the device, also where addresses are used again */
     int32_t tag;
     int32_t is_asleep;
 } vtp_torch_segment;
@@ -111,9 +112,9 @@ VTP_EXPORT void vtp_torch_read_failure(vtp_torch_failure *failure);
 
 /* The calling thread's segments on the device have this tag from now on; returns the one before. */
 VTP_EXPORT int32_t vtp_torch_set_tag(int device, int32_t tag);
-/* The first `capacity` live segments; they stay mapped until vtp_torch_unwatch, even if torch frees them. Returns how
- * many there are. */
-VTP_EXPORT int64_t vtp_torch_watch(int device, vtp_torch_segment *segments, int64_t capacity);
+/* The first `capacity` live segments. Returns how many there are. If `watch`, they stay mapped until vtp_torch_unwatch,
+ * even if torch frees them; there is one watch at a time. */
+VTP_EXPORT int64_t vtp_torch_list(int device, vtp_torch_segment *segments, int64_t capacity, int watch);
 VTP_EXPORT void vtp_torch_unwatch(int device);
 /* Unmap a live segment and pool its pages, whose contents are lost; the addresses stay torch's. The device must be done
  * with it. Returns one of the above. */
