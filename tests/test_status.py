@@ -133,6 +133,7 @@ def test_a_process_may_stay_unseen_and_a_forked_one_shows_its_own(
         assert top(capsys) == {}
     code = """
 import os, torch
+torch.set_num_threads(1)  # OpenMP's threads do not outlive a fork
 from torch_vtensor import VTensor
 from torch_vtensor.settings import status_folder
 from torch_vtensor.status import processes
@@ -166,6 +167,26 @@ def test_figures_are_read_as_written(tmp_path: Path) -> None:
     assert file.record("cuda:0") is record
     del file, record
     assert processes(tmp_path / "missing") == []
+
+
+@pytest.mark.parametrize("kind", ["link", "open to others", "file"])
+def test_a_folder_that_others_can_reach_is_left_alone(kind: str, tmp_path: Path) -> None:
+    private, folder = tmp_path / "private", tmp_path / "status"
+    private.mkdir(mode=0o700)
+    (private / "1").write_bytes(b"")  # looks like what a killed process left
+    if kind == "link":
+        folder.symlink_to(private)
+    elif kind == "file":
+        folder.write_bytes(b"")
+    else:
+        private.chmod(0o755)
+        folder = private
+    for use in (lambda: processes(folder), lambda: ask_for_budget(folder, os.getpid(), 4096)):
+        with pytest.raises(PermissionError, match="not a folder of this user's alone"):
+            use()
+    with pytest.raises(OSError, match=r"of this user's alone|exists"):
+        StatusFile(folder)
+    assert (private / "1").exists()
 
 
 def test_wishes_are_heard_once(tmp_path: Path) -> None:

@@ -89,11 +89,15 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
 
 
 def status_folder(environ: Mapping[str, str] | None = None) -> Path:
-    """Where this user's processes have their status files (`torch_vtensor.status`): in memory, and theirs alone."""
+    """Where this user's processes have their status files (`torch_vtensor.status`): in memory, and theirs alone.
+
+    Containers that share a folder, and count processes by themselves, have folders of their own in it.
+    """
     runtime = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR", "")
+    namespace = os.stat("/proc/self/ns/pid").st_ino
     if runtime and Path(runtime).is_dir():
-        return Path(runtime) / "torch_vtensor"
-    return Path(f"/dev/shm/torch_vtensor-{os.getuid()}")
+        return Path(runtime) / f"torch_vtensor-{namespace}"
+    return Path(f"/dev/shm/torch_vtensor-{os.getuid()}-{namespace}")
 
 
 def parse_bytes(text: str) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 import struct
 import weakref
 from collections.abc import Iterator, Mapping
@@ -59,13 +60,12 @@ class DeviceStatus(NamedTuple):
 class StatusFile:
     """This process's own file, which is removed when it ends; one that was killed is removed by others.
 
-    Raises: OSError where the folder cannot be made or is somebody else's.
+    Raises: OSError where the folder cannot be made, or is not this user's alone.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise PermissionError(f"{folder} belongs to another user")
+        _check(folder)
         _remove_stale(folder)
         pid = os.getpid()
         self.path = folder / str(pid)
@@ -117,9 +117,13 @@ class StatusRecord:
 
 
 def processes(folder: Path) -> list[DeviceStatus]:
-    """The figures of all living processes, by device; removes the files of dead ones."""
-    if not folder.is_dir():
+    """The figures of all living processes, by device; removes the files of dead ones.
+
+    Raises: PermissionError for a folder that is not this user's alone.
+    """
+    if not os.path.lexists(folder):
         return []
+    _check(folder)
     _remove_stale(folder)
     found = []
     for path in _files(folder):
@@ -137,10 +141,12 @@ def ask_for_budget(folder: Path, pid: int, budget_bytes: int | None, device: str
         device: only this one; default: every one that the process uses.
 
     Raises: ProcessLookupError if there is no such process; ValueError for a budget of less than a byte, or a device
-        that the process does not use.
+        that the process does not use; PermissionError for a folder that is not this user's alone.
     """
     if budget_bytes is not None and budget_bytes < 1:
         raise ValueError(f"budget_bytes is {budget_bytes}: give at least one byte, or None for no limit")
+    if os.path.lexists(folder):
+        _check(folder)
     path = folder / str(pid)
     if not _is_alive(path):
         raise ProcessLookupError(
@@ -176,6 +182,15 @@ def _records(path: Path) -> Mapping[str, tuple[int, Figures]]:
         if is_whole:
             break
     return records
+
+
+def _check(folder: Path) -> None:
+    """Refuse a folder into which others may have put something, or which leads elsewhere."""
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise PermissionError(
+            f"{folder} is not a folder of this user's alone (mode 0700): remove it, or set XDG_RUNTIME_DIR to another"
+        )
 
 
 def _files(folder: Path) -> Iterator[Path]:

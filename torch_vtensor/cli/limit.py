@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         budget_bytes = None if arguments.bytes.lower() == "none" else parse_bytes(arguments.bytes)
         devices = ask_for_budget(status_folder(), arguments.pid, budget_bytes, arguments.device)
-    except (ProcessLookupError, ValueError) as error:
+    except (PermissionError, ProcessLookupError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     limit = "no limit" if budget_bytes is None else f"a budget of {format_bytes(budget_bytes)}"

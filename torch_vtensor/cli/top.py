@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import time
 
 from torch_vtensor.settings import MIB, status_folder
@@ -22,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the table once, or until interrupted."""
     while True:
-        found = processes(status_folder())
+        try:
+            found = processes(status_folder())
+        except PermissionError as error:
+            print(error, file=sys.stderr)
+            return 1
         print(json.dumps([_as_json(it) for it in found], indent=2) if arguments.json else _as_table(found), flush=True)
         if arguments.every is None:
             return 0
