@@ -11,7 +11,6 @@ of every mode are compared with DynamicCache's. Points measure single steps at o
 from __future__ import annotations
 
 import argparse
-import contextlib
 import threading
 import time
 from itertools import pairwise
@@ -26,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
+from workloads import measure_workloads, options_of
 
 import torch_vtensor
 from torch_vtensor.allocator.pools import default_scheduler
@@ -148,8 +148,6 @@ def main() -> None:
     before = used_bytes(device)
     model, shape = make_model(device, arguments.quick)
     if arguments.workloads:
-        from workloads import measure_workloads
-
         names, modes = arguments.workloads.split(","), arguments.modes.split(",")
         body = measure_workloads(model, names, modes, arguments.quick, used_bytes(device) - before)
         print(report.write("workloads", device, f"Model: {shape}. Greedy.\n\n{body}", arguments.out).read_text())
@@ -310,10 +308,7 @@ def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: in
             **options,
         )
 
-    context: Any = contextlib.nullcontext()
-    if mode in OURS:
-        context = torch_vtensor.enabled(compile=mode == "compiled", attention="fast" if mode == "fast" else None)
-    with context:
+    with options_of(mode):
         give_back(device)
         scheduler = default_scheduler(device)
         before, waits = used_bytes(device), scheduler.num_device_waits

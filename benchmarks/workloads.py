@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import torch_vtensor
 
-__all__ = ["WORKLOADS", "measure_workloads"]
+__all__ = ["WORKLOADS", "measure_workloads", "options_of"]
 
 GIB = 2**30
 STOCK_TOKENS = 32  # of modes that launch every kernel from the host: a step takes as long as the one before
@@ -148,7 +148,7 @@ def measure_workloads(
 
 def options_of(mode: str) -> Any:
     """The context in which ``generate()`` runs in this mode."""
-    if mode == "dynamic":
+    if mode in ("dynamic", "static"):
         return contextlib.nullcontext()
     return torch_vtensor.enabled(compile=mode == "compiled", attention="fast" if mode == "fast" else None)
 

@@ -4,18 +4,42 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tiny_models import model_of, sizes
 from transformers import GenerationConfig
 
+import torch_vtensor
+from torch_vtensor.generation import prefix_cache
+from torch_vtensor.generation.decode import graphs, program
 from torch_vtensor.generation.serving import _transformers_compat as compat
+from torch_vtensor.generation.serving import support
 
 WHY_SKIPPED = compat.why_other_interface()
 """Why this version of transformers keeps its own managers, if so."""
+
+
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For a fixture: steps that would be compiled run as they are; counters and programs are the test's alone."""
+    monkeypatch.setattr(graphs, "compile_step", lambda forward, **options: forward)
+    monkeypatch.setattr(graphs, "compile_parts", lambda twin: None)
+    monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
+    support.counters.clear()
+    prefix_cache.counters.clear()
+    yield
+    torch_vtensor.disable()
+    support.counters.clear()
+    prefix_cache.counters.clear()
+
+
+def counted(name: str) -> int:
+    """How often something was counted since."""
+    return torch_vtensor.stats().serving.get(name, 0)
 
 
 def model_to_serve(family: str) -> Any:

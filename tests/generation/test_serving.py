@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 import torch
 from paged_memory import Memory
-from serving_models import WHY_SKIPPED, Served, alone, config_of, model_to_serve, prompts
+from serving_models import WHY_SKIPPED, Served, alone, config_of, counted, model_to_serve, prompts, uncompiled
 from tiny_models import FAMILIES, SHORT_WINDOW
 from transformers import GenerationMixin
 
 import torch_vtensor
 from torch_vtensor.generation import prefix_cache
-from torch_vtensor.generation.decode import graphs, program
+from torch_vtensor.generation.decode import graphs
 from torch_vtensor.generation.serving import engine as engines
-from torch_vtensor.generation.serving import support
 from torch_vtensor.generation.serving.manager import BatchingManager
 
 pytestmark = pytest.mark.skipif(WHY_SKIPPED is not None, reason=str(WHY_SKIPPED))
@@ -32,20 +31,7 @@ LENGTHS = (5, 130, 40, 1, 77, 60)
 
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Steps that would be compiled run as they are; counters and programs are this test's alone."""
-    monkeypatch.setattr(graphs, "compile_step", lambda forward, **options: forward)
-    monkeypatch.setattr(graphs, "compile_parts", lambda twin: None)
-    monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
-    support.counters.clear()
-    prefix_cache.counters.clear()
-    yield
-    torch_vtensor.disable()
-    support.counters.clear()
-    prefix_cache.counters.clear()
-
-
-def counted(name: str) -> int:
-    return torch_vtensor.stats().serving.get(name, 0)
+    yield from uncompiled(monkeypatch)
 
 
 def reasons() -> dict[str, int]:

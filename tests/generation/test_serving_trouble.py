@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import copy
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from paged_memory import Memory
-from serving_models import WHY_SKIPPED, Served, alone, config_of, model_to_serve, prompts
+from serving_models import WHY_SKIPPED, Served, alone, config_of, counted, model_to_serve, prompts, uncompiled
 from transformers import GenerationConfig
 
 import torch_vtensor
 from torch_vtensor import VTensorCache
 from torch_vtensor.errors import DriverError
 from torch_vtensor.generation import prefix_cache
-from torch_vtensor.generation.decode import graphs, program
 from torch_vtensor.generation.serving import engine as engines
-from torch_vtensor.generation.serving import known, manager, support
+from torch_vtensor.generation.serving import known, manager
 from torch_vtensor.generation.serving.rows import SequenceRows
 
 pytestmark = [
@@ -31,20 +29,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in test_serving.py."""
-    monkeypatch.setattr(graphs, "compile_step", lambda forward, **options: forward)
-    monkeypatch.setattr(graphs, "compile_parts", lambda twin: None)
-    monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
-    support.counters.clear()
-    prefix_cache.counters.clear()
-    yield
-    torch_vtensor.disable()
-    support.counters.clear()
-    prefix_cache.counters.clear()
-
-
-def counted(name: str) -> int:
-    return torch_vtensor.stats().serving.get(name, 0)
+    yield from uncompiled(monkeypatch)
 
 
 def batching(**options: Any) -> Any:

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -32,16 +32,32 @@ from torch_vtensor.generation.decode.step import (
 )
 from torch_vtensor.generation.shared_reads import SharedPrefix, SharedTables, table_shape, tables_of
 
-__all__ = ["DecodeProgram", "Placement", "Traced", "traced_model"]
+__all__ = ["DecodeProgram", "Placement", "Program", "PromptGraph", "Traced", "traced_model"]
 
 _MAX_CHOICES = 16
 
 
-class Program(Protocol):
+class Program:
     """What is kept of a model from call to call, for one at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._lock = threading.Lock()  # held by whose sequences are decoded
+        self._released: torch.cuda.Event | None = None
 
     def acquire(self) -> bool:
         """Make the program the caller's alone, if it is nobody's, also on the device."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        if self._released is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._released)
+        return True
+
+    def release(self) -> None:
+        """Let others have the program. What was launched may still run."""
+        if self.device.type == "cuda":
+            self._released = torch.cuda.current_stream(self.device).record_event()
+        self._lock.release()
 
 
 AnyProgram = TypeVar("AnyProgram", bound=Program)
@@ -60,7 +76,7 @@ class Placement(NamedTuple):
     shared: tuple[SharedPrefix, ...] = ()
 
 
-class _PromptGraph(NamedTuple):
+class PromptGraph(NamedTuple):
     """A part of a prompt as a captured graph, and where it reads tokens and positions [B, T]."""
 
     tokens: torch.Tensor
@@ -68,7 +84,7 @@ class _PromptGraph(NamedTuple):
     graph: Graph
 
 
-class DecodeProgram:
+class DecodeProgram(Program):
     """Captured decoding of ``batch`` sequences by a model.
 
     Args:
@@ -79,10 +95,8 @@ class DecodeProgram:
 
     def __init__(self, traced: Traced, batch: int, layers: tuple[LayerRows, ...], shares: tuple[bool, ...]) -> None:
         device = traced.twin.device
+        super().__init__(device)
         self.batch = batch
-        self.device = device
-        self._lock = threading.Lock()  # held by the call whose sequences are being decoded
-        self._released: torch.cuda.Event | None = None
         self.warm_up_s = 0.0
         ints = {"dtype": torch.int64, "device": device}
         self.tokens = torch.zeros(batch, 1, **ints)
@@ -110,7 +124,7 @@ class DecodeProgram:
         self._last = torch.zeros(1, **ints)
         self._num_new = torch.zeros(batch, dtype=torch.int32, device=device)
         self._num_added = torch.zeros((), dtype=torch.int32, device=device)
-        self._prompts: dict[int, _PromptGraph] = {}
+        self._prompts: dict[int, PromptGraph] = {}
         # Of the choice of tokens:
         self.is_open = torch.ones(batch, dtype=torch.bool, device=device)
         self.length = torch.zeros((), **ints)
@@ -118,20 +132,6 @@ class DecodeProgram:
         self.chosen = torch.zeros(batch, 0, **ints)
         self.history = torch.zeros(batch, 0, **ints)
         self._choices: dict[Any, Graph] = {}
-
-    def acquire(self) -> bool:
-        """Make the program the caller's alone, if it is nobody's, also on the device."""
-        if not self._lock.acquire(blocking=False):
-            return False
-        if self._released is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._released)
-        return True
-
-    def release(self) -> None:
-        """Let others have the program. What was launched may still run."""
-        if self.device.type == "cuda":
-            self._released = torch.cuda.current_stream(self.device).record_event()
-        self._lock.release()
 
     def place(self, placements: Sequence[Placement]) -> None:
         """Make the next step continue the caches that lie there."""
@@ -200,7 +200,7 @@ class DecodeProgram:
             self._num_added.fill_(num_tokens - (part.stop == tokens.shape[1]))
             prompt.graph()
 
-    def _capture_prompt(self, size: int) -> _PromptGraph:
+    def _capture_prompt(self, size: int) -> PromptGraph:
         tokens, positions = (self.tokens.new_zeros(self.batch, size) for _ in range(2))
 
         step, forward = self.step._replace(num_new=self._num_new), self._prompt_forward
@@ -217,7 +217,7 @@ class DecodeProgram:
         self._last.zero_()
         self._num_new.fill_(1)
         try:
-            return _PromptGraph(tokens, positions, graphs.capture(run, self.device, self._space, run_forward))
+            return PromptGraph(tokens, positions, graphs.capture(run, self.device, self._space, run_forward))
         except Exception:
             self._space = graphs.capture_space(self.device)  # steps go on in a pool that no broken capture holds
             raise

@@ -7,15 +7,14 @@ batch changes by a few numbers in device memory, and a few sizes are enough.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from torch_vtensor.generation.decode import graphs
 from torch_vtensor.generation.decode.graphs import Graph
-from torch_vtensor.generation.decode.program import Traced
+from torch_vtensor.generation.decode.program import Program, PromptGraph, Traced
 from torch_vtensor.generation.decode.prompt import Part, parts_of
 from torch_vtensor.generation.decode.step import LayerRows, Step, prompt_forward, step_forward
 from torch_vtensor.generation.serving.choice import Choice
@@ -27,15 +26,7 @@ _MAX_CHOICES = 32
 _STEPS_UNTIL_RETRIED = 200
 
 
-class _PromptGraph(NamedTuple):
-    """A part of a prompt as a captured graph, and where it reads tokens and positions [1, T]."""
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    graph: Graph
-
-
-class ServingProgram:
+class ServingProgram(Program):
     """The steps of one model over sequences of one layout.
 
     Args:
@@ -58,7 +49,7 @@ class ServingProgram:
         is_captured: bool,
     ) -> None:
         device = traced.twin.device
-        self.device = device
+        super().__init__(device)
         self.is_captured = is_captured
         self.captures_prompts = is_captured and traced.takes_prompts
         self.seats = Seats(_size_of(max_batch), num_groups, num_arguments, device)
@@ -68,8 +59,6 @@ class ServingProgram:
         self._mask = torch.ones(self.seats.num_seats, 1, 1, 1, dtype=torch.bool, device=device)
         self._workspace = graphs.workspace(self.seats.num_seats, layers, device)
         self._space = graphs.capture_space(device)
-        self._lock = threading.Lock()  # held by the manager whose requests are served
-        self._released: torch.cuda.Event | None = None
         self._logits: dict[int, torch.Tensor] = {}
         self._steps: dict[int, Graph] = {}
         self._num_steps = 0
@@ -83,22 +72,8 @@ class ServingProgram:
         self._num_new = torch.zeros(1, dtype=torch.int32, device=device)
         self._prompt_logits: torch.Tensor | None = None  # of the part that was run last
         self._captured_logits: torch.Tensor | None = None  # where captured parts leave them
-        self._prompts: dict[int, _PromptGraph] = {}
+        self._prompts: dict[int, PromptGraph] = {}
         self._plain_prompt = prompt_forward(traced.twin_for_many)
-
-    def acquire(self) -> bool:
-        """Make the program the caller's alone, if it is nobody's, also on the device."""
-        if not self._lock.acquire(blocking=False):
-            return False
-        if self._released is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._released)
-        return True
-
-    def release(self) -> None:
-        """Let others have the program. What was launched may still run."""
-        if self.device.type == "cuda":
-            self._released = torch.cuda.current_stream(self.device).record_event()
-        self._lock.release()
 
     def warm_up(self, choice: Choice, part: Part | None = None) -> None:
         """Compile and capture what is run next, a step of the taken seats or a part of a prompt, if not done before.
@@ -212,7 +187,7 @@ class ServingProgram:
     def _choose(self, logits: torch.Tensor, choice: Choice) -> None:
         self.seats.advance(choice.choose(logits, self.seats.arguments[:, : len(logits)]))
 
-    def _capture_prompt(self, size: int) -> _PromptGraph:
+    def _capture_prompt(self, size: int) -> PromptGraph:
         tokens, positions = (self._last.new_zeros(1, size) for _ in range(2))
         step = Step(self._layers, self._alone.groups(1), *self._workspace, self._num_new)
         forward = self._traced_prompt
@@ -226,7 +201,7 @@ class ServingProgram:
 
         self._last.zero_()
         self._num_new.fill_(1)
-        return _PromptGraph(tokens, positions, graphs.capture(run, self.device, self._space))
+        return PromptGraph(tokens, positions, graphs.capture(run, self.device, self._space))
 
 
 def _size_of(batch: int) -> int:
