@@ -18,7 +18,7 @@ from pretended_cuda import DLTensor, Exchange, PretendedCuda
 
 from torch_vtensor.allocator import _torch_compat, row_copy
 from torch_vtensor.allocator.nvrtc import compile_cubin
-from torch_vtensor.allocator.row_copy import CAPTURED, COPIED, KERNEL_SOURCE, NOT_COPIED, RowCopier, row_copier
+from torch_vtensor.allocator.row_copy import CAPTURED, KERNEL_SOURCE, NOT_COPIED, RowCopier, row_copier
 from torch_vtensor.errors import DriverError
 
 DEVICE = torch.device("cuda", 0)
@@ -92,7 +92,7 @@ def cache_like(like: torch.Tensor) -> torch.Tensor:
 
 
 class Step(NamedTuple):
-    """Arguments of RowCopier.copy."""
+    """Arguments of RowCopier.write."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -133,14 +133,14 @@ def steps(draw: st.DrawFn) -> Step:
     return Step(keys, values, position, key, value)
 
 
-def check(copier: RowCopier, step: Step, result: int = COPIED) -> None:
+def check(copier: RowCopier, step: Step, flags: int = 0) -> None:
     """The rows are where copy_ puts them, and nothing else has changed."""
     expected = []
     for whole, rows in ((step.keys, step.key), (step.values, step.value)):
         other = cache_like(whole)
         other.narrow(2, step.position, rows.shape[2]).copy_(rows)
         expected.append(bytes_of(other))
-    assert copier.copy(*step) == result
+    assert copier.write(*step) == step.key.shape[2] | flags
     assert torch.equal(bytes_of(step.keys), expected[0])
     assert torch.equal(bytes_of(step.values), expected[1])
 
@@ -162,11 +162,32 @@ def test_rows_arrive_as_by_copy(built: tuple[Path, Path], pretended: PretendedCu
     fake.reset()
     fake.set_context(CONTEXT)
     copier.load(IMAGE, pretended.address)
-    check(copier, step)
-    is_empty = step.key.numel() == 0
-    assert fake.num_calls("cuLaunchKernel") == (0 if is_empty else 1)
-    assert fake.last_launch().width == (0 if is_empty else widest(step))
+    # A row of one number has no stride that says whether it is stored as it is.
+    is_left_to_torch = step.key.numel() == 0 or 1 in (step.key.shape[3], step.value.shape[3])
+    if is_left_to_torch:
+        assert copier.write(*step) == NOT_COPIED
+    else:
+        check(copier, step)
+    assert fake.num_calls("cuLaunchKernel") == (0 if is_left_to_torch else 1)
+    assert fake.last_launch().width == (0 if is_left_to_torch else widest(step))
     fake.check_sound()
+
+
+@given(step=steps())
+def test_rows_of_the_host_arrive_as_by_copy(built: tuple[Path, Path], step: Step) -> None:
+    copier = RowCopier(torch.device("cpu"), ctypes.PyDLL(str(built[1])))
+    copier.load(None, _torch_compat.tensor_exchange())
+    if step.key.numel() == 0 or 1 in (step.key.shape[3], step.value.shape[3]):
+        assert copier.write(*step) == NOT_COPIED
+    else:
+        check(copier, step)
+
+
+def test_much_to_copy_on_the_host_is_left_to_torchs_threads() -> None:
+    copier = row_copier(torch.device("cpu"))
+    most = 256 * 1024 // (6 * 32 * 2)
+    check(copier, step(torch.bfloat16, most, 0))
+    assert copier.write(*step(torch.bfloat16, most + 1, 0)) == NOT_COPIED
 
 
 def test_the_stride_of_a_single_row_costs_nothing(copier: RowCopier, fake: FakeCuda) -> None:
@@ -228,7 +249,7 @@ def test_every_call_of_load_may_fail(unloaded: RowCopier, fake: FakeCuda, preten
         counts = fake.counts()
         assert (counts.num_modules, counts.num_contexts, counts.context_depth, counts.capture_mode) == (0, 0, 0, 0)
         assert unloaded.why_not is not None
-        assert unloaded.copy(*step()) == NOT_COPIED
+        assert unloaded.write(*step()) == NOT_COPIED
     fake.fail(len(LOAD_CALLS) + 1)
     unloaded.load(IMAGE, pretended.address)
     assert not fake.fail_nothing(), "it makes no other call that can fail"
@@ -243,7 +264,7 @@ def test_every_call_of_a_copy_may_fail(copier: RowCopier, fake: FakeCuda) -> Non
         before = bytes_of(arguments.keys).clone()
         fake.fail(nth)
         with pytest.raises(DriverError, match=f"{call} failed with CUDA_ERROR_INVALID_VALUE on cuda:0"):
-            copier.copy(*arguments)
+            copier.write(*arguments)
         fake.fail()
         fake.check_sound()
         assert torch.equal(bytes_of(arguments.keys), before)
@@ -259,7 +280,7 @@ def test_another_exchange_is_refused(unloaded: RowCopier, pretended: PretendedCu
     table = Exchange(2, 0, read=pretended.table.read, current_stream=pretended.table.current_stream)
     with pytest.raises(DriverError, match="torch exchanges tensors in another way"):
         unloaded.load(IMAGE, ctypes.addressof(table))
-    assert unloaded.copy(*step()) == NOT_COPIED
+    assert unloaded.write(*step()) == NOT_COPIED
 
 
 def negated(rows: torch.Tensor) -> torch.Tensor:
@@ -284,8 +305,14 @@ UNSUITED: dict[str, Callable[[Step], Step]] = {
 
 @pytest.mark.parametrize("name", UNSUITED)
 def test_what_the_kernel_is_not_for_is_left_to_torch(copier: RowCopier, fake: FakeCuda, name: str) -> None:
-    assert copier.copy(*UNSUITED[name](step())) == NOT_COPIED
+    assert copier.write(*UNSUITED[name](step())) == NOT_COPIED
     assert fake.num_calls("cuLaunchKernel") == 0
+    assert row_copier(torch.device("cpu")).write(*UNSUITED[name](step())) == NOT_COPIED
+
+
+def test_another_number_of_arguments_copies_nothing(copier: RowCopier) -> None:
+    assert copier.write(*step()[:4]) == NOT_COPIED
+    assert copier.write(*step(), 1) == NOT_COPIED
 
 
 @pytest.mark.parametrize("index", [0, 1, 3, 4])
@@ -294,19 +321,19 @@ def test_tensors_of_another_device_are_left_to_torch(
 ) -> None:
     arguments = step()
     pretended.device_ids = {id(arguments[index]): 1}
-    assert copier.copy(*arguments) == NOT_COPIED
+    assert copier.write(*arguments) == NOT_COPIED
     pretended.device_ids = {}
     assert fake.num_calls("cuLaunchKernel") == 0
 
 
 def test_host_tensors_and_dtypes_without_a_name_are_left_to_torch(unloaded: RowCopier, fake: FakeCuda) -> None:
     unloaded.load(IMAGE, _torch_compat.tensor_exchange())
-    assert unloaded.copy(*step()) == NOT_COPIED
+    assert unloaded.write(*step()) == NOT_COPIED
     keys, values, position, key, value = step(torch.uint8)
     keys, values, key, value = (tensor.view(torch.bits8) for tensor in (keys, values, key, value))
     with pytest.raises(BufferError):
         keys.__dlpack__()
-    assert unloaded.copy(keys, values, position, key, value) == NOT_COPIED
+    assert unloaded.write(keys, values, position, key, value) == NOT_COPIED
     assert fake.num_calls("cuLaunchKernel") == 0
 
 
@@ -326,12 +353,10 @@ def jobs(
 
 
 def test_a_device_has_one_copier_compiled_in_the_background(jobs: list[Callable[[], object]]) -> None:
-    assert row_copier(torch.device("cpu")) is None
     made = row_copier(DEVICE)
-    assert made is not None
     assert made is row_copier(DEVICE) is not row_copier(torch.device("cuda", 1))
     assert len(jobs) == 2
-    assert made.copy(*step()) == NOT_COPIED
+    assert made.write(*step()) == NOT_COPIED
     assert made.why_not == "its kernel is still being compiled"
     jobs[0]()
     assert made.why_not is None
@@ -348,12 +373,11 @@ def test_without_nvrtc_torch_copies(
 
     monkeypatch.setattr(row_copy, "compile_cubin", fail)
     made = row_copier(DEVICE)
-    assert made is not None
     with caplog.at_level("INFO", logger="torch_vtensor"):
         jobs[0]()
     assert made.why_not == f"{type(error).__name__}: {error}"
     assert str(error) in caplog.text
-    assert made.copy(*step()) == NOT_COPIED
+    assert made.write(*step()) == NOT_COPIED
 
 
 def test_torchs_exchange_table_reads_tensors() -> None:
@@ -368,7 +392,12 @@ def test_torchs_exchange_table_reads_tensors() -> None:
 
 
 def test_declarations_agree_with_torchs_dlpack_h(tmp_path: Path) -> None:
-    names = {"DL_CUDA": "kDLCUDA", "DL_COMPLEX": "kDLComplex", "DL_MAJOR_VERSION": "DLPACK_MAJOR_VERSION"}
+    names = {
+        "DL_CPU": "kDLCPU",
+        "DL_CUDA": "kDLCUDA",
+        "DL_COMPLEX": "kDLComplex",
+        "DL_MAJOR_VERSION": "DLPACK_MAJOR_VERSION",
+    }
     layouts = [
         ("dl_tensor", "DLTensor", {
             "data": "data", "device": "device", "num_dims": "ndim", "dtype": "dtype", "shape": "shape",

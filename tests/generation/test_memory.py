@@ -18,6 +18,7 @@ import torch_vtensor
 from torch_vtensor import VTensorCache
 from torch_vtensor.allocator.host_driver import HostDriver
 from torch_vtensor.allocator.pools import default_pool, default_scheduler
+from torch_vtensor.allocator.row_copy import CAPTURED, NOT_COPIED, row_copier
 from torch_vtensor.errors import OutOfPagesError
 
 CPU = torch.device("cpu")
@@ -303,12 +304,20 @@ def test_steady_decoding_makes_no_driver_call_on_its_thread(memory: Memory) -> N
     assert torch_vtensor.stats().devices[CPU].num_device_waits == 0
 
 
-def test_a_captured_append_keeps_its_memory(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_a_captured_append_keeps_its_memory(memory: Memory, by_torch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph replays at the same addresses: as long as it may, nothing is unmapped there."""
+    copier = row_copier(CPU)
+    write = copier.write
+
+    def captured(*arguments: Any) -> int:
+        return NOT_COPIED if by_torch else write(*arguments) | CAPTURED
+
     cache = grown(1000)
     grow(cache, 1)  # from here on nothing but the common step happens
     held: list[object] = []
     monkeypatch.setattr(HostDriver, "retain_in_capture", lambda driver, owner: held.append(owner))
+    monkeypatch.setattr(copier, "write", captured)
     grow(cache, 1)
     memory.settle()
     committed_bytes = cache.memory().committed_bytes

@@ -12,7 +12,7 @@ from torch_vtensor.errors import ClosedError
 
 __all__ = ["Ledger", "LedgerCounts", "Take", "load_library"]
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _INT64_MAX = 2**63 - 1
 
 

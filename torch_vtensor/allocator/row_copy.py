@@ -1,7 +1,7 @@
-"""RowCopier: a step's new keys and values copied to their places by one kernel launch.
+"""RowCopier: a step's new keys and values copied to their places by one call.
 
-torch would take two views and two copies, each with a launch of its own. Here one call into C reads the four tensors
-through DLPack's exchange interface and launches one kernel for both; its source is native/row_copy.cu.
+torch would take two views and two copies, on CUDA each with a launch of its own. Here one call into C reads the four
+tensors through DLPack's exchange interface and, on CUDA, launches one kernel for both (native/row_copy.cu).
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import ctypes
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -22,14 +24,38 @@ from torch_vtensor.allocator.nvrtc import compile_cubin
 from torch_vtensor.allocator.pools import default_scheduler
 from torch_vtensor.errors import DriverError
 
-__all__ = ["CAPTURED", "COPIED", "KERNEL_SOURCE", "NOT_COPIED", "RowCopier", "row_copier"]
+__all__ = ["CAPTURED", "KERNEL_SOURCE", "NOT_COPIED", "RowCopier", "row_copier"]
 
-NOT_COPIED, COPIED, CAPTURED = range(3)
-"""What became of a copy: nothing happened; it runs; each replay of the graph that is being captured will run it."""
+NOT_COPIED = 0
+CAPTURED = 1 << 40
+"""Or-ed to the number of tokens: each replay of the graph that is being captured will copy them."""
 
 KERNEL_SOURCE = Path(native.__file__).with_name("row_copy.cu")
 
+_METH_FASTCALL = 0x80
 _log = logging.getLogger(__name__)
+
+
+class _Python(ctypes.Structure):
+    _fields_ = (
+        ("release_gil", ctypes.c_void_p),
+        ("take_gil", ctypes.c_void_p),
+        ("capsule_pointer", ctypes.c_void_p),
+        ("read_int", ctypes.c_void_p),
+        ("make_int", ctypes.c_void_p),
+        ("clear_error", ctypes.c_void_p),
+        ("call", ctypes.c_void_p),
+        ("on_failure", ctypes.py_object),
+    )
+
+    @classmethod
+    def calling(cls, on_failure: Callable[[], NoReturn]) -> _Python:
+        names = (
+            "PyEval_SaveThread", "PyEval_RestoreThread", "PyCapsule_GetPointer", "PyLong_AsLongLong",
+            "PyLong_FromLongLong", "PyErr_Clear", "PyObject_CallNoArgs",
+        )  # fmt: skip
+        functions = [ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p) for name in names]
+        return cls(*functions, on_failure)
 
 
 class _Config(ctypes.Structure):
@@ -38,91 +64,116 @@ class _Config(ctypes.Structure):
         ("device", ctypes.c_int32),
         ("image", ctypes.c_char_p),
         ("exchange", ctypes.c_void_p),
-        ("release_gil", ctypes.c_void_p),
-        ("take_gil", ctypes.c_void_p),
+        ("python", _Python),
     )
 
 
+class _MethodDef(ctypes.Structure):
+    """PyMethodDef: a function of C as Python's interpreter calls it, with less around it than ctypes puts there."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )
+
+
+_python = ctypes.pythonapi
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", _python)
+)
+_new_function = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.POINTER(_MethodDef), ctypes.py_object, ctypes.c_void_p)(
+    ("PyCFunction_NewEx", _python)
+)
+
+
 class RowCopier:
-    """Copies the new rows of two tensors on one CUDA device with one launch; before `load`, nothing.
+    """Copies the new rows of two tensors on one device by one call; before `load`, nothing.
 
     Args:
-        device: a CUDA device with its index.
+        device: the host, or a CUDA device with its index.
         library: the compiled half of the allocator, which must keep the GIL during calls.
         driver: the CUDA driver's library.
     """
 
+    write: Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor, torch.Tensor], int]
+    """Write key and value to tokens [position, position + T) of keys and values: ``write(keys, values, position, key,
+    value)``.
+
+    As ``copy_`` it runs on torch's current stream, behind the work there, and may be captured into a graph. Unlike
+    ``copy_`` it leaves the tensors' version counters as they are: autograd learns from them that what it saved for
+    a backward pass was overwritten. The caller sees to it that no one else's view shows the rows written here.
+
+    Shapes:  key [B, H, T, D_k], value [B, H, T, D_v]; keys, values [B, H, >= position + T, ...], of their dtypes.
+    Returns: T once they are copied; T | CAPTURED where a graph is being captured; NOT_COPIED where a tensor is not for
+        this copier (another device or shape, rows that are not contiguous, complex numbers, nothing to copy, on the
+        host also much to copy) or nothing is loaded: let torch copy.
+    Raises:  DriverError where the launch fails.
+    """
+
     def __init__(self, device: torch.device, library: ctypes.PyDLL, driver: str = "libcuda.so.1") -> None:
         self.device = device
+        self.write = _write_nothing
         self.why_not: str | None = "its kernel is still being compiled"
         """Why rows are left to torch's own kernels; None once they are not."""
         self._library = library
-        self._driver = driver
-        self._handle: ctypes.c_void_p | None = None  # lives as long as the process, like the kernels in the driver
+        self._driver = driver.encode() if device.type == "cuda" else None
+        self._method: _MethodDef | None = None  # to live as long as the function that it describes
+        self._on_failure: Callable[[], NoReturn] | None = None  # to live as long as C knows it
         library.vtp_rows_open.restype = ctypes.c_void_p
-        self._copy = library.vtp_rows_copy
-        pointer, tensor = ctypes.c_void_p, ctypes.py_object
-        self._copy.argtypes = (pointer, tensor, tensor, ctypes.c_int64, tensor, tensor)
 
-    def load(self, image: bytes, exchange: int) -> None:
+    def load(self, image: bytes | None, exchange: int) -> None:
         """From here on, copy: with the kernels in ``image``, reading tensors through the table at ``exchange``.
 
         Raises: DriverError, with the copier as it was.
         """
-        gil = (ctypes.pythonapi.PyEval_SaveThread, ctypes.pythonapi.PyEval_RestoreThread)
-        release_gil, take_gil = (ctypes.cast(function, ctypes.c_void_p).value for function in gil)
-        config = _Config(self._driver.encode(), self.device.index, image, exchange, release_gil, take_gil)
+        python = _Python.calling(self._fail)
+        config = _Config(self._driver, self.device.index or 0, image, exchange, python)
         handle = self._library.vtp_rows_open(ctypes.byref(config))
         if not handle:
-            raise self._failure()
-        self._handle = ctypes.c_void_p(handle)
+            self._fail()
+        # The handle, like the kernels in the driver, lives as long as the process.
+        self.write = self._function_of(_new_capsule(handle, None, None))
+        self._on_failure = python.on_failure
         self.why_not = None
 
-    def copy(
-        self, keys: torch.Tensor, values: torch.Tensor, position: int, key: torch.Tensor, value: torch.Tensor
-    ) -> int:
-        """Write ``key`` and ``value`` to tokens [``position``, ``position`` + T) of ``keys`` and ``values``.
+    def _function_of(self, capsule: object) -> Callable[..., int]:
+        function = ctypes.cast(self._library.vtp_rows_call, ctypes.c_void_p)
+        self._method = _MethodDef(b"write", function, _METH_FASTCALL, None)
+        made: Callable[..., int] = _new_function(ctypes.byref(self._method), capsule, None)
+        return made
 
-        As ``copy_`` it runs on torch's current stream, behind the work there, and may be captured into a graph. Unlike
-        ``copy_`` it leaves the tensors' version counters as they are: autograd learns from them that what it saved for
-        a backward pass was overwritten. The caller sees to it that no one else's view shows the rows written here.
-
-        Shapes:  key [B, H, T, D_k], value [B, H, T, D_v]; keys, values [B, H, >= position + T, ...], of their dtypes.
-        Returns: NOT_COPIED where a tensor is not for this kernel (another device, rows that are not contiguous, complex
-            numbers) or the kernel is not loaded: let torch copy. COPIED or CAPTURED otherwise.
-        Raises:  DriverError where the launch fails.
-        """
-        if key.is_neg() or value.is_neg():  # not yet negated in memory
-            return NOT_COPIED
-        try:
-            result: int = self._copy(self._handle, keys, values, position, key, value)
-        except (BufferError, RuntimeError):  # DLPack has no name for the dtype
-            return NOT_COPIED
-        if result < 0:
-            raise self._failure()
-        return result
-
-    def _failure(self) -> DriverError:
+    def _fail(self) -> NoReturn:
         failure = read_failure(self._library)
-        return DriverError(failure.call, failure.code, self.device, failure.nbytes)
+        raise DriverError(failure.call, failure.code, self.device, failure.nbytes)
+
+
+def _write_nothing(
+    keys: torch.Tensor, values: torch.Tensor, position: int, key: torch.Tensor, value: torch.Tensor
+) -> int:
+    return NOT_COPIED
 
 
 _lock = threading.Lock()
 _copiers: dict[torch.device, RowCopier] = {}
 
 
-def row_copier(device: torch.device) -> RowCopier | None:
-    """The device's copier; None for devices whose copies cost no launch.
+def row_copier(device: torch.device) -> RowCopier:
+    """The device's copier, which leaves everything to torch where none can be made.
 
-    Effects: the first call has the kernel compiled in the background, which takes about a fifth of a second.
+    Effects: the first call for a CUDA device has the kernel compiled in the background, which takes about a fifth of a
+        second.
     """
-    if device.type != "cuda":
-        return None
     with _lock:
         copier = _copiers.get(device)
         if copier is None:
             copier = _copiers[device] = RowCopier(device, load_library())
-            default_scheduler(device).run_soon(lambda: _prepare(copier))
+            if device.type == "cuda":
+                made = copier
+                default_scheduler(device).run_soon(lambda: _prepare(made))
+            else:
+                copier.load(None, tensor_exchange())
         return copier
 
 

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["has_global_hooks", "is_traced"]
+__all__ = [
+    "functorch_is_active",
+    "has_global_hooks",
+    "is_observed",
+    "is_traced",
+    "jit_is_tracing",
+    "num_dispatch_modes",
+]
 
 _global_hooks = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
-_functorch_is_active = torch._C._are_functorch_transforms_active
-_jit_is_tracing = torch._C._is_tracing
+functorch_is_active = torch._C._are_functorch_transforms_active
+jit_is_tracing = torch._C._is_tracing
+num_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def is_traced() -> bool:
     """Whether a torch.func transform or torch.jit.trace is running, in which tensors are not what they seem."""
-    return _functorch_is_active() or _jit_is_tracing()
+    return functorch_is_active() or jit_is_tracing()
+
+
+def is_observed() -> bool:
+    """Whether a dispatch mode sees torch's operators, and nothing else of what happens to tensors."""
+    return num_dispatch_modes() > 0
 
 
 def has_global_hooks() -> bool:

@@ -90,7 +90,7 @@ def rows_of(cache: Any, num_rows: int) -> CachedRows | str:
         return "layers on several devices"
     layouts, vtensors = [], []
     for store, members in found.values():
-        stop = max(interval[1] for interval in store.intervals if interval)
+        stop = max(used.stop for used in store.written)
         for vtensor in store.vtensors:
             vtensor.length = stop
         lanes = tuple(Lane.of(vtensor) for vtensor in store.vtensors)

@@ -23,7 +23,7 @@ from torch_vtensor.allocator.pools import default_scheduler
 from torch_vtensor.allocator.vtensor import VTensor
 from torch_vtensor.generation.tenant import current_salt
 
-__all__ = ["KVShape", "KVStore", "Place", "capacity_of", "is_token_major", "paging_tokens"]
+__all__ = ["KVShape", "KVStore", "Place", "Written", "capacity_of", "is_token_major", "paging_tokens"]
 
 _CUDA_CAPACITY_TOKENS = 128 * 1024
 _CPU_CAPACITY_TOKENS = 1024
@@ -78,6 +78,17 @@ def paging_tokens(shape: KVShape, num_layers: int) -> int:
     return -(-page_bytes // (max(shape.key_dim, shape.value_dim) * shape.dtype.itemsize))
 
 
+class Written:
+    """What a layer of a store holds: tokens [first, stop), none before its first write; and how often it wrote."""
+
+    __slots__ = ("first", "num_writes", "stop")
+
+    def __init__(self, first: int = 0, stop: int = 0) -> None:
+        self.first = first
+        self.stop = stop
+        self.num_writes = 0
+
+
 class Viewer(Protocol):
     """What holds the newest views of a store."""
 
@@ -117,27 +128,26 @@ class KVStore:
             )
             for outer, row_elements in rows
         ]
-        self._start(shape, [None] * num_layers, vtensors)
+        self._start(shape, [Written() for _ in range(num_layers)], vtensors)
 
     @classmethod
     def over(cls, vtensors: list[VTensor], shape: KVShape, num_layers: int, tokens: int) -> KVStore:
         """A store over VTensors that hold the first ``tokens`` of all of its layers."""
         store = cls.__new__(cls)
-        store._start(shape, [(0, tokens)] * num_layers, vtensors)
+        store._start(shape, [Written(0, tokens) for _ in range(num_layers)], vtensors)
         return store
 
-    def _start(self, shape: KVShape, intervals: list[tuple[int, int] | None], vtensors: list[VTensor]) -> None:
+    def _start(self, shape: KVShape, written: list[Written], vtensors: list[VTensor]) -> None:
         self.shape = shape
-        self.num_layers = len(intervals)
-        self.intervals = intervals
+        self.num_layers = len(written)
+        self.written = written
         self.vtensors = vtensors
         self.pool = vtensors[0].scheduler.pool
         self.viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
-        self._num_writes = [0] * self.num_layers
         self._derived: weakref.WeakValueDictionary[Hashable, KVStore] = weakref.WeakValueDictionary()
         self._num_writes_before: list[int] = []  # of the store that this one was derived from
         self._places: dict[int, tuple[Place, Place]] = {}
-        self._next_head_bytes = vtensors[0].head_bytes + vtensors[0].scheduler.pool.page_bytes
+        self._note_head()
 
     @property
     def committed(self) -> int:
@@ -221,22 +231,22 @@ class KVStore:
 
     def wrote(self, layer: int, first: int, stop: int) -> None:
         """Record that ``layer`` has just written up to token ``stop`` and holds tokens [``first``, ``stop``)."""
-        self.intervals[layer] = (first, stop)
-        self._num_writes[layer] += 1
+        written = self.written[layer]
+        written.first, written.stop = first, stop
+        written.num_writes += 1
 
     def keep_from(self, layer: int, first: int) -> None:
         """Record that ``layer`` needs no token before ``first``; pages that no layer needs any more go back."""
-        interval = self.intervals[layer]
-        assert interval is not None
-        self.intervals[layer] = (first, interval[1])
-        if first * self.vtensors[0].row_bytes >= self._next_head_bytes and layer == self._last_layer():
-            needed = min(used[0] for used in self.intervals if used)
+        written = self.written[layer]
+        written.first = first
+        if first >= self.next_first and layer == self._last_layer():
+            needed = min(used.first for used in self.written if used.stop)
             for vtensor in self.vtensors:
-                vtensor.length = interval[1]
+                vtensor.length = written.stop
                 vtensor.drop_head(needed)
             for viewer in list(self.viewers):
                 viewer.renew()
-            self._next_head_bytes = self.vtensors[0].head_bytes + self.vtensors[0].scheduler.pool.page_bytes
+            self._note_head()
 
     def derive(self, layer: int, request: Hashable, make: Callable[[], KVStore]) -> KVStore:
         """The store that ``make`` makes from this one, made once for all layers that come with the same request.
@@ -244,9 +254,9 @@ class KVStore:
         Layers arrive one by one; one that has written here since the store was derived gets a newer one.
         """
         derived = self._derived.get(request)
-        if derived is None or derived._num_writes_before[layer] != self._num_writes[layer]:
+        if derived is None or derived._num_writes_before[layer] != self.written[layer].num_writes:
             self._derived[request] = derived = make()
-            derived._num_writes_before = list(self._num_writes)
+            derived._num_writes_before = [written.num_writes for written in self.written]
         return derived
 
     def fork(self, select: Sequence[int] | None = None, *, share: int | None = None, capacity: int = 0) -> KVStore:
@@ -260,14 +270,15 @@ class KVStore:
 
         Raises: OutOfPagesError, with this store unchanged.
         """
-        stops = [interval[1] for interval in self.intervals if interval]
+        stops = [used.stop for used in self.written if used.stop]
         share = min(stops) if share is None else min(share, *stops)
         vtensors = []
         for vtensor in self.vtensors:
             vtensor.length = max(stops)
             vtensors.append(vtensor.fork(select, share_rows=share, capacity=max(capacity, self.capacity)))
         forked = KVStore.__new__(KVStore)
-        forked._start(self.shape._replace(batch=vtensors[0].outer_shape[0]), list(self.intervals), vtensors)
+        written = [Written(used.first, used.stop) for used in self.written]
+        forked._start(self.shape._replace(batch=vtensors[0].outer_shape[0]), written, vtensors)
         return forked
 
     @property
@@ -287,7 +298,12 @@ class KVStore:
             vtensor.retain_in_capture()
 
     def _last_layer(self) -> int:
-        return max(layer for layer, interval in enumerate(self.intervals) if interval)
+        return max(layer for layer, used in enumerate(self.written) if used.stop)
+
+    def _note_head(self) -> None:
+        head = self.vtensors[0]
+        self.next_first = -(-(head.head_bytes + head.scheduler.pool.page_bytes) // head.row_bytes)
+        """From which first token on another page can be given back."""
 
     def _place(self, layer: int) -> tuple[Place, Place]:
         shape = self.shape

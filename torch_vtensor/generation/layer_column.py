@@ -1,27 +1,30 @@
 """LayerColumn: one layer's keys and values, which grow in place; ordinary memory while small, pages from then on.
 
 key, value [B, H, T, D] of the new tokens
-      │ one copy                   (the common step: no allocation, no copy of old tokens; on CUDA one launch)
+      │ one copy                   (the common step: no allocation, no copy of old tokens; one call, on CUDA one launch)
       ▼
 [first, stop) written │ [stop, committed) has memory │ ... addresses
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Hashable
 
 import torch
 
 from torch_vtensor.allocator._torch_compat import num_storage_users
-from torch_vtensor.allocator.row_copy import COPIED, NOT_COPIED, row_copier
+from torch_vtensor.allocator.row_copy import CAPTURED, NOT_COPIED, row_copier
 from torch_vtensor.errors import OutOfPagesError
-from torch_vtensor.generation.kv_store import KVShape, KVStore, paging_tokens
+from torch_vtensor.generation._torch_compat import is_observed
+from torch_vtensor.generation.kv_store import KVShape, KVStore, Written, paging_tokens
 from torch_vtensor.generation.slot_history import SlotHistory
 
 __all__ = ["LayerColumn", "LayerGroup"]
 
 _AHEAD_TOKENS = 2
+_NEVER = sys.maxsize
 _SHARED_ANEW_PART = 8  # slots are merged anew when another eighth of their tokens is the same
 
 
@@ -62,6 +65,8 @@ class LayerColumn:
         self.index = index
         self.shape = group.shape
         self._copier = group.copier
+        self._view_of: tuple[int, int, int, int, tuple[int, ...], tuple[int, ...], int, int]  # for as_strided()
+        self._written = Written()  # the store's, once there is one
         self.store: KVStore | None = None
         self._keys: torch.Tensor | None = None  # rows [_origin, _end) of the layer
         self._values: torch.Tensor | None = None
@@ -69,6 +74,7 @@ class LayerColumn:
         self._end = 0
         self._seen = 0  # a view published earlier may show tokens below this
         self._asked_ahead = 0
+        self._ahead_from = _NEVER  # a stop from which on more memory is asked for ahead
         self._history = SlotHistory.unknown(group.shape.batch)
         self._merged = 0  # slots that have tokens before this in common have them in common pages
 
@@ -98,22 +104,44 @@ class LayerColumn:
             self._make_writable(stop)
         if new_stop > self._end:
             self._grow(first, stop, new_stop)
-        keys, values, origin, store = self._keys, self._values, self._origin, self.store
-        assert keys is not None and values is not None
+        if is_observed() or not self.append_next(key, value, first, stop):
+            keys, values, position = self._keys, self._values, stop - self._origin
+            assert keys is not None and values is not None
+            keys.narrow(2, position, num_new).copy_(key)
+            values.narrow(2, position, num_new).copy_(value)
+            if self.store is not None:
+                self.store.retain_in_capture()
+            self._note_written(first, new_stop)
+        return self.views(first, new_stop)
+
+    def append_next(self, key: torch.Tensor, value: torch.Tensor, first: int, stop: int) -> int:
+        """`append`, if all there is to do is to write rows that nobody sees to memory that is there; else nothing.
+
+        Returns: T, or 0 where there is more to do. The caller makes the views.
+        Raises:  DriverError, with everything written before intact.
+        """
+        keys, values, store = self._keys, self._values, self.store
+        if keys is None or values is None or stop < self._seen or (store is not None and store.pool.is_tiered):
+            return 0
         # Nobody's view shows the rows written here (_make_writable), so no one misses a bump of version counters.
-        copied = self._copier.copy(keys, values, stop - origin, key, value) if self._copier else NOT_COPIED
-        if copied == NOT_COPIED:
-            keys.narrow(2, stop - origin, num_new).copy_(key)
-            values.narrow(2, stop - origin, num_new).copy_(value)
-        self._seen = new_stop
-        if store is not None:
-            store.wrote(self.index, first, new_stop)
-            if copied != COPIED:  # that answer says as well that nothing is being captured
+        num_new = self._copier.write(keys, values, stop - self._origin, key, value)
+        if num_new == NOT_COPIED:
+            return 0
+        if num_new >= CAPTURED:
+            num_new -= CAPTURED
+            if store is not None:
                 store.retain_in_capture()
-            if self.index == 0 and self._end - new_stop < _AHEAD_TOKENS and self._asked_ahead != self._end:
-                self._asked_ahead = self._end
-                store.commit_ahead()
-        return keys.narrow(2, first - origin, new_stop - first), values.narrow(2, first - origin, new_stop - first)
+        self._note_written(first, stop + num_new)
+        return num_new
+
+    def _note_written(self, first: int, stop: int) -> None:
+        written = self._written
+        written.first, written.stop = first, stop
+        written.num_writes += 1
+        self._seen = stop
+        if stop >= self._ahead_from and self.store is not None:
+            self._ahead_from, self._asked_ahead = _NEVER, self._end
+            self.store.commit_ahead()
 
     def reach(self, first: int, stop: int, num_new: int, capacity: int) -> KVStore:
         """Make the rows from ``stop`` on this column's own, with addresses up to ``capacity``, for others to write.
@@ -147,7 +175,7 @@ class LayerColumn:
 
     def keep(self, first: int) -> None:
         """Say that tokens before ``first`` are not needed any more (a sliding window)."""
-        if self.store is not None:
+        if self.store is not None and first >= self.store.next_first:
             self.store.keep_from(self.index, first)
 
     def select(self, slots: tuple[int, ...], index: torch.Tensor, first: int, stop: int) -> None:
@@ -213,9 +241,17 @@ class LayerColumn:
 
     def views(self, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of tokens [``first``, ``stop``)."""
-        assert self._keys is not None and self._values is not None
-        start, length = first - self._origin, stop - first
-        return self._keys.narrow(2, start, length), self._values.narrow(2, start, length)
+        keys, values, start = self._keys, self._values, first - self._origin
+        assert keys is not None and values is not None and 0 <= start <= start + stop - first <= keys.shape[2]
+        batch, heads, key_dim, value_dim, key_strides, value_strides, key_offset, value_offset = self._view_of
+        num_tokens = stop - first  # what follows is narrow() in fewer steps
+        key_size, value_size = (batch, heads, num_tokens, key_dim), (batch, heads, num_tokens, value_dim)
+        if not start:
+            return keys.as_strided(key_size, key_strides), values.as_strided(value_size, value_strides)
+        return (
+            keys.as_strided(key_size, key_strides, key_offset + start * key_strides[2]),
+            values.as_strided(value_size, value_strides, value_offset + start * value_strides[2]),
+        )
 
     @property
     def ordinary_bytes(self) -> int:
@@ -304,7 +340,8 @@ class LayerColumn:
             keys = torch.empty(shape.batch, shape.heads, tokens, shape.key_dim, dtype=shape.dtype, device=shape.device)
             values = keys.new_empty(shape.batch, shape.heads, tokens, shape.value_dim)
         self._copy_kept(keys, values, first, stop)
-        self._keys, self._values, self._origin, self._end = keys, values, first, first + tokens
+        self._origin, self._end = first, first + tokens
+        self._use(keys, values)
 
     def _move_to_pages(self, first: int, stop: int, new_stop: int) -> None:
         store = self.group.store(new_stop)
@@ -322,11 +359,23 @@ class LayerColumn:
 
     def _view(self, store: KVStore) -> None:
         """Use ``store`` from now on, as far as it is committed now."""
-        self._keys, self._values = store.views(self.index)
+        keys, values = store.views(self.index)
         self._origin = store.first
-        self._end = self._origin + self._keys.shape[2]
+        self._end = self._origin + keys.shape[2]
+        self._use(keys, values)
         if self.store is not None:
             self.store.viewers.discard(self)
         store.viewers.add(self)
         self.store = store
         self.shape = store.shape
+        self._written = store.written[self.index]
+        asks = self.index == 0 and self._asked_ahead != self._end
+        self._ahead_from = self._end - _AHEAD_TOKENS + 1 if asks else _NEVER
+
+    def _use(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._keys, self._values = keys, values
+        batch, heads, _, key_dim = keys.shape
+        self._view_of = (
+            batch, heads, key_dim, values.shape[3], keys.stride(), values.stride(), int(keys.storage_offset()),
+            int(values.storage_offset()),
+        )  # fmt: skip

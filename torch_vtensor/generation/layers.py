@@ -13,13 +13,10 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import os
-import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -34,6 +31,17 @@ from torch_vtensor.generation._transformers_compat import (
 )
 from torch_vtensor.generation.kv_store import KVShape, KVStore, is_token_major
 from torch_vtensor.generation.layer_column import LayerColumn, LayerGroup
+from torch_vtensor.generation.layer_states import (
+    ALL,
+    NEVER,
+    WINDOW,
+    KeysValues,
+    LayerState,
+    calling,
+    counters,
+    states,
+    take_step,
+)
 
 __all__ = [
     "DEVICE_TYPES",
@@ -50,6 +58,7 @@ __all__ = [
     "reorder_cache",
     "reset",
     "start_empty",
+    "state_behind",
     "state_of",
     "store_behind",
     "update",
@@ -76,52 +85,10 @@ def why_no_driver(device_type: str) -> str | None:
     return None
 
 
-KeysValues = tuple[torch.Tensor, torch.Tensor]
 _FORK = "torch_vtensor.fork"
 
-
-class _Step(NamedTuple):
-    """All that decides whether new keys and values fit a layer that took others before."""
-
-    key: torch.Size
-    value: torch.Size
-    dtype: torch.dtype
-
-
-class LayerState:
-    """What we keep beside a layer: its column, and the tokens [first, stop) that its published views show."""
-
-    __slots__ = ("before", "column", "first", "keys", "lock", "step", "stop", "values")
-
-    def __init__(self, column: LayerColumn) -> None:
-        self.column = column
-        self.lock = threading.Lock()  # held by who changes the layer: another thread may call disable()
-        self.first = 0
-        self.stop = 0
-        self.keys: torch.Tensor | None = None
-        self.values: torch.Tensor | None = None
-        self.before = (0, 0)  # a sliding layer's first and stop before the last append
-        self.step: _Step | None = None  # what the last append looked like; one that looks the same needs no checks
-
-    def publish(
-        self, layer: DynamicLayer, first: int, stop: int, keys: torch.Tensor | None, values: torch.Tensor | None
-    ) -> None:
-        """Make ``keys`` and ``values``, which show tokens [first, stop), the layer's own."""
-        self.first, self.stop, self.keys, self.values = first, stop, keys, values
-        layer.keys, layer.values = keys, values
-
-    def is_of(self, layer: DynamicLayer) -> bool:
-        """Whether the layer's keys and values are the views published last."""
-        return self.keys is layer.keys and self.values is layer.values
-
-
-# Beside the layers and not in their __dict__: exporters flatten that.
-_states: weakref.WeakKeyDictionary[DynamicLayer, LayerState] = weakref.WeakKeyDictionary()
 _members: weakref.WeakKeyDictionary[DynamicLayer, tuple[LayerGroup, int]] = weakref.WeakKeyDictionary()
-_calling = threading.local()
 _leaves: Callable[[DynamicLayer], bool] | None = None  # while disable() runs: the layers that may not come to us
-counters: Counter[str] = Counter()
-"""How often layers appended in place ("zero-copy"), by copy ("import"), and by the stock method, by reason."""
 
 
 def state_of(layer: DynamicLayer) -> LayerState | None:
@@ -129,12 +96,12 @@ def state_of(layer: DynamicLayer) -> LayerState | None:
 
     None if the layer is stock, or its keys and values came from elsewhere.
     """
-    state = _states.get(layer)
+    state = states.get(layer)
     if state is None or state.is_of(layer):
         return state
     part = _part_of(layer.keys, state.keys)
     if part is None or part != _part_of(layer.values, state.values):
-        _states.pop(layer, None)
+        states.discard(layer)
         return None
     state.publish(layer, state.first + part.start, state.first + part.stop, layer.keys, layer.values)
     return state
@@ -146,11 +113,11 @@ def start_empty(cache: Cache, layer: DynamicLayer, shape: KVShape) -> LayerState
     key, value = (
         torch.empty(*size, dim, dtype=shape.dtype, device=shape.device) for dim in (shape.key_dim, shape.value_dim)
     )
-    _calling.cache = cache
+    calling.cache = cache
     try:
         return _adopt(layer, key, value)
     finally:
-        _calling.cache = None
+        calling.cache = None
 
 
 def begin_with(layer: DynamicLayer, column: LayerColumn, stop: int) -> None:
@@ -162,36 +129,35 @@ def begin_with(layer: DynamicLayer, column: LayerColumn, stop: int) -> None:
         layer.cumulative_length = stop
 
 
-def cache_update(
-    stock: Callable[..., KeysValues],
-    cache: Cache,
-    key_states: torch.Tensor,
-    value_states: torch.Tensor,
-    layer_idx: int,
-    *args: Any,
-    **kw: Any,
-) -> KeysValues:
-    """``Cache.update``: one more step of a full-attention layer at once, everything else by the stock method.
+def cache_update(stock: Callable[..., KeysValues]) -> Callable[..., KeysValues]:
+    """``Cache.update``: one more step like the last at once, everything else by the stock method.
 
     The stock method calls ``update`` below, which learns here which layers the one that appends grows together with.
     """
-    if torch.compiler.is_compiling():
-        return stock(cache, key_states, value_states, layer_idx, *args, **kw)
-    if layer_idx < len(cache.layers):
-        layer = cache.layers[layer_idx]
-        state = _states.get(layer)
-        if state is not None:
-            try:
-                with state.lock:
-                    if _is_next_step(layer, state, key_states, value_states):
-                        return _append(layer, state, key_states, value_states)
-            except (DriverError, ForkedProcessError, OutOfPagesError):
-                pass  # below it happens again, and is dealt with
-    _calling.cache = cache
-    try:
-        return stock(cache, key_states, value_states, layer_idx, *args, **kw)
-    finally:
-        _calling.cache = None
+    find, is_compiling = states.by_id.get, torch.compiler.is_dynamo_compiling
+
+    @functools.wraps(stock)
+    def update(
+        self: Cache, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> KeysValues:
+        if is_compiling():
+            return stock(self, key_states, value_states, layer_idx, *args, **kwargs)
+        try:
+            layer = self.layers[layer_idx]
+            state = find(id(layer))
+            if state is not None:
+                views = take_step(state, layer, key_states, value_states)
+                if views is not None:
+                    return views
+        except (IndexError, DriverError):
+            pass  # a layer that is still to be made; or below it happens again, and is dealt with
+        calling.cache = self
+        try:
+            return stock(self, key_states, value_states, layer_idx, *args, **kwargs)
+        finally:
+            calling.cache = None
+
+    return update
 
 
 def update(
@@ -243,8 +209,8 @@ def _update(
                 if state.is_of(layer):
                     views = append(layer, state, key, value)
                     # A subclass may do more in an update() of its own: then every step has to go through that.
-                    if append is _append and getattr(type(layer).update, "__wrapped__", None) is stock:
-                        state.step = _Step(key.shape, value.shape, key.dtype)
+                    if getattr(type(layer).update, "__wrapped__", None) is stock:
+                        state.repeats = ALL if append is _append else WINDOW
                     return views
             reason = "disabled meanwhile"
     except OutOfPagesError:
@@ -253,10 +219,10 @@ def _update(
     except (DriverError, ForkedProcessError) as error:
         reason = f"memory driver: {type(error).__name__}"
     counters[f"stock: {reason or 'keys and values do not fit the tokens before them'}"] += 1
-    state = _states.get(layer)
+    state = states.get(layer)
     if state is not None:
         with state.lock:  # not while disable() copies its tokens
-            _states.pop(layer, None)
+            states.discard(layer)
     return stock(layer, key, value, *args, **kw)
 
 
@@ -288,7 +254,7 @@ def change_batch(stock: Callable[..., None], cache: Any, *args: Any, **kw: Any) 
     """
     parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
     layers = [layer for part in (cache, *parts) for layer in getattr(part, "layers", ())]
-    if not any(layer in _states for layer in layers if isinstance(layer, DynamicLayer)):
+    if not any(layer in states for layer in layers if isinstance(layer, DynamicLayer)):
         return stock(cache, *args, **kw)
     rewinders = [_rewinder(layer) for layer in layers]
     try:
@@ -306,15 +272,15 @@ def _rewinder(layer: Any) -> Callable[[], None]:
     state = state_of(layer) if isinstance(layer, DynamicLayer) else None
     if state is None:
         return lambda: vars(layer).update(attributes)
-    rewind_column, first, stop, step = state.column.rewinder(), state.first, state.stop, state.step
+    rewind_column, first, stop, repeats = state.column.rewinder(), state.first, state.stop, state.repeats
 
     def rewind() -> None:
         with state.lock:
             rewind_column()
             vars(layer).update(attributes)
             state.publish(layer, first, stop, layer.keys, layer.values)
-            state.step = step
-            _states[layer] = state
+            state.repeats = repeats
+            states[layer] = state
 
     return rewind
 
@@ -366,9 +332,8 @@ def leaving(leaves: Callable[[DynamicLayer], bool]) -> Iterator[None]:
     global _leaves
     _leaves = leaves
     try:
-        for reference in _states.keyrefs():  # copied at once: other threads go on generating
-            layer = reference()
-            if layer is not None and leaves(layer):
+        for layer in states.layers():
+            if leaves(layer):
                 _leave(layer)
         yield
     finally:
@@ -376,44 +341,36 @@ def leaving(leaves: Callable[[DynamicLayer], bool]) -> Iterator[None]:
 
 
 def _leave(layer: DynamicLayer) -> None:
-    state = _states.get(layer)
+    state = states.get(layer)
     if state is not None:
         with state.lock:
             if state_of(layer) is state:
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
-            _states.pop(layer, None)
-
-
-def _is_next_step(layer: Any, state: LayerState, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether these tokens look like the last ones, of which every check is known to hold."""
-    step = state.step
-    return (
-        step is not None
-        and state.is_of(layer)
-        and key.shape == step.key
-        and value.shape == step.value
-        and key.dtype is step.dtype
-        and value.dtype is step.dtype
-        and type(key) is torch.Tensor
-        and type(value) is torch.Tensor
-        and not torch.is_grad_enabled()
-        and not is_traced()
-    )
+            states.discard(layer)
 
 
 def _append(layer: DynamicLayer, state: LayerState, key: torch.Tensor, value: torch.Tensor) -> KeysValues:
     keys, values = state.column.append(key, value, state.first, state.stop)
     counters["zero-copy"] += 1
     state.publish(layer, state.first, state.stop + key.shape[2], keys, values)
-    _calling.appended = weakref.ref(layer)
+    calling.appended = state.layer
     return keys, values
+
+
+def state_behind(keys: torch.Tensor) -> LayerState | None:
+    """The state of the layer that this thread appended to last, if ``keys`` are in its memory."""
+    reference = getattr(calling, "appended", None)
+    layer = None if reference is None else reference()
+    state = None if layer is None else states.get(layer)
+    if state is None or state.keys is None or state.keys is keys:
+        return state
+    is_same = state.keys.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
+    return state if is_same else None
 
 
 def store_behind(keys: torch.Tensor) -> KVStore | None:
     """The pages that ``keys`` show from the first token on, if they are what this thread's last append returned."""
-    reference = getattr(_calling, "appended", None)
-    layer = None if reference is None else reference()
-    state = None if layer is None else _states.get(layer)
+    state = state_behind(keys)
     return state.column.store if state is not None and state.keys is keys and state.first == 0 else None
 
 
@@ -441,6 +398,7 @@ def _append_window(
         # Not to state.first: the step may have to be taken back.
         state.column.keep(before[0])
     counters["zero-copy"] += 1
+    calling.appended = state.layer
     layer.cumulative_length += num_new
     state.before = before
     return keys, values
@@ -451,7 +409,7 @@ def _take_back_step(layer: DynamicLayer, num_new: int) -> None:
 
     The model's step fails as a whole: without this, trying it again would append to those layers twice.
     """
-    cache, length = getattr(_calling, "cache", None), layer.get_seq_length()
+    cache, length = getattr(calling, "cache", None), layer.get_seq_length()
     for other in cache.layers if cache is not None else ():
         if other is layer:
             return
@@ -470,7 +428,7 @@ def _take_back_step(layer: DynamicLayer, num_new: int) -> None:
 
 def _why_stock(key: torch.Tensor, value: torch.Tensor) -> str | None:
     """Why these tokens must go through the stock method, or None."""
-    cache = getattr(_calling, "cache", None)
+    cache = getattr(calling, "cache", None)
     if torch.is_grad_enabled():
         return "gradients are enabled (use torch.no_grad())"
     if type(key) is not torch.Tensor or type(value) is not torch.Tensor:
@@ -506,7 +464,7 @@ def _adopt(layer: DynamicLayer, key: torch.Tensor, value: torch.Tensor) -> Layer
         counters["import"] += 1
     else:
         state.keys, state.values = layer.keys, layer.values
-    _states[layer] = state
+    states[layer] = state
     return state
 
 
@@ -530,7 +488,7 @@ def _group_of(layer: DynamicLayer, shape: KVShape) -> tuple[LayerGroup, int]:
     group, index = _members.pop(layer, (None, 0))
     if group is not None and group.shape == shape:
         return group, index
-    cache = getattr(_calling, "cache", None) if is_token_major(shape.device) else None
+    cache = getattr(calling, "cache", None) if is_token_major(shape.device) else None
     siblings = [other for other in cache.layers if _kind(other) == _kind(layer)] if cache is not None else [layer]
     siblings = [other for other in siblings if other is layer or state_of(other) is None]
     group = LayerGroup(shape, len(siblings))
@@ -554,7 +512,7 @@ def _select(layer: DynamicLayer, indices: torch.Tensor | Sequence[int]) -> bool:
     with state.lock:
         is_done = state.is_of(layer) and _select_slots(layer, state, indices)
         if not is_done:
-            _states.pop(layer, None)  # the stock method makes other tensors
+            states.discard(layer)  # the stock method makes other tensors
     return is_done
 
 
@@ -574,7 +532,7 @@ def _select_slots(layer: DynamicLayer, state: LayerState, indices: torch.Tensor 
         finally:
             state.publish(layer, first, stop, *column.views(first, stop))
         if len(slots) != batch:
-            state.step = None
+            state.repeats = NEVER
         counters["reordered"] += 1
     return True
 
@@ -589,9 +547,9 @@ def _slots(indices: Any, batch: int) -> tuple[int, ...] | None:
         if indices.dim() != 1 or indices.dtype not in (torch.int64, torch.int32):
             return None
         version = -1 if indices.is_inference() else indices._version
-        known = getattr(_calling, "slots", None)
+        known = getattr(calling, "slots", None)
         if known is None or known[0]() is not indices or known[1] != version or version < 0:
-            known = _calling.slots = (weakref.ref(indices), version, indices.tolist())
+            known = calling.slots = (weakref.ref(indices), version, indices.tolist())
         indices = known[2]
     if not isinstance(indices, (list, tuple)) or not indices:
         return None
@@ -603,8 +561,4 @@ def _slots(indices: Any, batch: int) -> tuple[int, ...] | None:
 def _publish(layer: DynamicLayer, column: LayerColumn, first: int, stop: int) -> None:
     state = LayerState(column)
     state.publish(layer, first, stop, *column.views(first, stop))
-    _states[layer] = state
-
-
-# In a child made by fork() the memory is the parent's: its layers' tokens are imported by copy at their next append.
-os.register_at_fork(after_in_child=_states.clear)
+    states[layer] = state

@@ -1,7 +1,9 @@
-/* One kernel launch that copies a step's new keys and values to their places, prepared here from the tensors themselves:
- * a call costs less than torch takes to describe one of the two destinations. */
+/* One call that copies a step's new keys and values to their places: by one kernel launch, or on the host by the
+ * processor. It is prepared here from the tensors themselves, and costs less than torch takes to describe one of the two
+ * destinations. */
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "cuda_driver.h"
 #include "tensor_exchange.h"
@@ -15,6 +17,8 @@ enum {
     NUM_DIMS = 4,
     TOKEN_DIM = 2,
     ROW_DIM = 3,
+    NUM_ARGUMENTS = 5,
+    MAX_HOST_BYTES = 256 * 1024, /* more is worth torch's threads */
 };
 
 static const char *const KERNEL_NAMES[NUM_WIDTHS] = {
@@ -23,12 +27,13 @@ static const char *const KERNEL_NAMES[NUM_WIDTHS] = {
 
 struct vtp_row_copier {
     const dl_exchange *exchange;
-    void *(*release_gil)(void);
-    void (*take_gil)(void *state);
-    cuda_context context;
-    int32_t device;
+    vtp_python python;
+    cuda_context context; /* NULL on the host */
+    int32_t device_type, device;
     cuda_function kernels[NUM_WIDTHS]; /* by the logarithm of the bytes that are copied at once */
 };
+
+static void *(*capsule_pointer)(void *capsule, const char *name); /* PyCapsule_GetPointer */
 
 static int load_kernels(vtp_row_copier *copier, const void *image) {
     cuda_module module;
@@ -57,9 +62,14 @@ vtp_row_copier *vtp_rows_open(const vtp_rows_config *config) {
         return NULL;
     }
     copier->exchange = exchange;
-    copier->release_gil = config->release_gil;
-    copier->take_gil = config->take_gil;
+    copier->python = config->python;
+    capsule_pointer = config->python.capsule_pointer;
     copier->device = config->device;
+    if (config->driver == NULL) {
+        copier->device_type = DL_CPU;
+        return copier;
+    }
+    copier->device_type = DL_CUDA;
     int handle, loaded = 0;
     if (cuda_open(config->driver) && CUDA_DO(cuDeviceGet, 0, &handle, config->device) &&
         CUDA_DO(cuDevicePrimaryCtxRetain, 0, &copier->context, handle)) {
@@ -84,10 +94,12 @@ vtp_row_copier *vtp_rows_open(const vtp_rows_config *config) {
 }
 
 static int is_readable(const vtp_row_copier *copier, const dl_tensor *tensor) {
-    /* Complex numbers may be stored conjugated, and those below a byte share it. */
-    return tensor->device.type == DL_CUDA && tensor->device.id == copier->device && tensor->num_dims == NUM_DIMS &&
+    /* Complex numbers may be stored conjugated, and those below a byte share it. Numbers that are stored without their
+     * sign are every second one of complex ones: no row of several of them is contiguous. */
+    return tensor->device.type == copier->device_type &&
+           (copier->device_type == DL_CPU || tensor->device.id == copier->device) && tensor->num_dims == NUM_DIMS &&
            tensor->dtype.code != DL_COMPLEX && tensor->dtype.lanes == 1 && tensor->dtype.bits % 8 == 0 &&
-           (tensor->strides[ROW_DIM] == 1 || tensor->shape[ROW_DIM] == 1);
+           tensor->shape[ROW_DIM] > 1 && tensor->strides[ROW_DIM] == 1;
 }
 
 /* Describe how `rows` go to `whole` from token `position` on, and gather the bits of everything that has to be a
@@ -117,74 +129,96 @@ static int describe(const dl_tensor *whole, const dl_tensor *rows, int64_t posit
     return 1;
 }
 
-static int launch_here(cuda_function kernel, unsigned num_blocks, cuda_stream stream, struct row_copy_job *job) {
-    int capture;
+static int launch_here(cuda_function kernel, unsigned num_blocks, cuda_stream stream, struct row_copy_job *job,
+                       int *capture) {
     void *parameters[] = {job};
-    if (!CUDA_DO(cuStreamIsCapturing, 0, stream, &capture) ||
-        !CUDA_DO(cuLaunchKernel, 0, kernel, num_blocks, 2, 1, BLOCK_THREADS, 1, 1, 0, stream, parameters, NULL)) {
-        return VTP_ROWS_FAILED;
-    }
-    return capture == CUDA_CAPTURE_STATUS_NONE ? VTP_ROWS_COPIED : VTP_ROWS_CAPTURED;
+    return CUDA_DO(cuStreamIsCapturing, 0, stream, capture) &&
+           CUDA_DO(cuLaunchKernel, 0, kernel, num_blocks, 2, 1, BLOCK_THREADS, 1, 1, 0, stream, parameters, NULL);
 }
 
-/* Launch in the kernels' own context, whichever is current. */
+/* Launch in the kernels' own context, whichever is current. 0: the reason is noted. */
 static int launch(const vtp_row_copier *copier, cuda_function kernel, unsigned num_blocks, cuda_stream stream,
-                  struct row_copy_job *job) {
+                  struct row_copy_job *job, int *capture) {
     cuda_context current;
     if (!CUDA_DO(cuCtxGetCurrent, 0, &current)) {
-        return VTP_ROWS_FAILED;
+        return 0;
     }
     /* Another device's is current where a model lies on several, none on a thread that is new to CUDA. */
     int is_foreign = current != copier->context;
     if (is_foreign && !CUDA_DO(cuCtxPushCurrent_v2, 0, copier->context)) {
-        return VTP_ROWS_FAILED;
+        return 0;
     }
-    int result = launch_here(kernel, num_blocks, stream, job);
+    int launched = launch_here(kernel, num_blocks, stream, job, capture);
     if (is_foreign) {
         cuda.cuCtxPopCurrent_v2(&(cuda_context){NULL});
     }
-    return result;
+    return launched;
 }
 
-static int run(const vtp_row_copier *copier, struct row_copy_job *job, int log_width, cuda_stream stream) {
+static int64_t copy_on_device(const vtp_row_copier *copier, struct row_copy_job *job, int log_width) {
     uint64_t num_rows = job->num_slots * job->num_heads * job->num_tokens, most_words = 0;
     for (int i = 0; i < 2; i++) {
         job->parts[i].row_words >>= log_width;
         uint64_t num_words = num_rows * job->parts[i].row_words;
         most_words = num_words > most_words ? num_words : most_words;
     }
-    if (most_words == 0) {
-        return VTP_ROWS_COPIED;
+    void *stream;
+    if (copier->exchange->current_stream(DL_CUDA, copier->device, &stream) != 0) {
+        return VTP_ROWS_RAISED;
     }
     uint64_t num_blocks = (most_words + BLOCK_THREADS - 1) / BLOCK_THREADS;
     num_blocks = num_blocks < MAX_BLOCKS ? num_blocks : MAX_BLOCKS;
     /* A launch waits while the device's queue is full, perhaps for work that waits for a host function in Python. */
-    void *state = copier->release_gil();
-    int result = launch(copier, copier->kernels[log_width], (unsigned)num_blocks, stream, job);
-    copier->take_gil(state);
-    return result;
+    void *state = copier->python.release_gil();
+    int capture = CUDA_CAPTURE_STATUS_NONE;
+    int launched = launch(copier, copier->kernels[log_width], (unsigned)num_blocks, stream, job, &capture);
+    copier->python.take_gil(state);
+    if (!launched) {
+        return VTP_ROWS_FAILED;
+    }
+    return (int64_t)job->num_tokens | (capture == CUDA_CAPTURE_STATUS_NONE ? 0 : VTP_ROWS_CAPTURED);
 }
 
-int vtp_rows_copy(const vtp_row_copier *copier, void *keys, void *values, int64_t position, void *key, void *value) {
-    if (copier == NULL) {
+static int64_t copy_on_host(const struct row_copy_job *job) {
+    uint64_t num_rows = job->num_slots * job->num_heads * job->num_tokens;
+    if (num_rows * (job->parts[0].row_words + job->parts[1].row_words) > MAX_HOST_BYTES) {
         return VTP_ROWS_NOT_COPIED;
     }
-    void *objects[] = {keys, values, key, value};
-    dl_tensor tensors[4];
-    for (int i = 0; i < 4; i++) {
-        if (copier->exchange->read(objects[i], &tensors[i]) != 0) {
-            return VTP_ROWS_FAILED;
+    for (int i = 0; i < 2; i++) {
+        const struct row_copy_part *part = &job->parts[i];
+        for (uint64_t row = 0; row < num_rows; row++) {
+            uint64_t head = row % job->num_heads, token = row / job->num_heads;
+            uint64_t place[] = {token / job->num_tokens, head, token % job->num_tokens}, target = 0, source = 0;
+            for (int dim = 0; dim < ROW_DIM; dim++) {
+                target += place[dim] * part->target_strides[dim];
+                source += place[dim] * part->source_strides[dim];
+            }
+            memcpy(part->target + target, part->source + source, part->row_words);
         }
-        if (!is_readable(copier, &tensors[i])) {
+    }
+    return (int64_t)job->num_tokens;
+}
+
+int64_t vtp_rows_copy(const vtp_row_copier *copier, void *const *tensors, int64_t position) {
+    dl_tensor read[4]; /* keys, values, key, value */
+    for (int i = 0; i < 4; i++) {
+        if (copier->exchange->read(tensors[i], &read[i]) != 0) {
+            copier->python.clear_error(); /* DLPack has no name for the dtype, or there is no memory to read */
+            return VTP_ROWS_NOT_COPIED;
+        }
+        if (!is_readable(copier, &read[i])) {
             return VTP_ROWS_NOT_COPIED;
         }
     }
-    const dl_tensor *rows = &tensors[2];
+    const dl_tensor *rows = &read[2];
     struct row_copy_job job = {
         .num_slots = (uint64_t)rows->shape[0],
         .num_heads = (uint64_t)rows->shape[1],
         .num_tokens = (uint64_t)rows->shape[TOKEN_DIM],
     };
+    if (job.num_slots * job.num_heads * job.num_tokens == 0) {
+        return VTP_ROWS_NOT_COPIED;
+    }
     uint64_t bits = (uint64_t)1 << (NUM_WIDTHS - 1);
     for (int i = 0; i < 2; i++) {
         for (int dim = 0; dim < ROW_DIM; dim++) {
@@ -192,13 +226,22 @@ int vtp_rows_copy(const vtp_row_copier *copier, void *keys, void *values, int64_
                 return VTP_ROWS_NOT_COPIED;
             }
         }
-        if (!describe(&tensors[i], &rows[i], position, &job.parts[i], &bits)) {
+        if (!describe(&read[i], &rows[i], position, &job.parts[i], &bits)) {
             return VTP_ROWS_NOT_COPIED;
         }
     }
-    void *stream;
-    if (copier->exchange->current_stream(DL_CUDA, copier->device, &stream) != 0) {
-        return VTP_ROWS_FAILED;
+    return copier->device_type == DL_CPU ? copy_on_host(&job) : copy_on_device(copier, &job, __builtin_ctzll(bits));
+}
+
+void *vtp_rows_call(void *capsule, void *const *arguments, intptr_t num_arguments) {
+    const vtp_row_copier *copier = capsule_pointer(capsule, NULL);
+    if (num_arguments != NUM_ARGUMENTS) {
+        return copier->python.make_int(VTP_ROWS_NOT_COPIED);
     }
-    return run(copier, &job, __builtin_ctzll(bits), stream);
+    void *tensors[] = {arguments[0], arguments[1], arguments[3], arguments[4]};
+    int64_t result = vtp_rows_copy(copier, tensors, copier->python.read_int(arguments[2]));
+    if (result == VTP_ROWS_FAILED) {
+        return copier->python.call(copier->python.on_failure); /* which raises */
+    }
+    return result == VTP_ROWS_RAISED ? NULL : copier->python.make_int(result);
 }

@@ -7,7 +7,8 @@
 #include <stdint.h>
 
 enum {
-    DL_CUDA = 2,    /* a device type */
+    DL_CPU = 1, /* device types */
+    DL_CUDA = 2,
     DL_COMPLEX = 5, /* a type code */
     DL_MAJOR_VERSION = 1,
 };

@@ -126,33 +126,46 @@ VTP_EXPORT int vtp_torch_wake(int device, uint64_t address);
 VTP_EXPORT void *vtp_torch_alloc(size_t size, int device, void *stream);
 VTP_EXPORT void vtp_torch_free(void *address, size_t size, int device, void *stream);
 
-/* ---- Rows: new keys and values to their places behind the old ones, by one kernel launch. */
+/* ---- Rows: new keys and values to their places behind the old ones, by one kernel launch, or by the processor. */
 
 typedef struct vtp_row_copier vtp_row_copier;
 
+/* What is needed of Python, whose library is not linked. */
 typedef struct {
-    const char *driver; /* as above */
+    void *(*release_gil)(void); /* PyEval_SaveThread and PyEval_RestoreThread */
+    void (*take_gil)(void *state);
+    void *(*capsule_pointer)(void *capsule, const char *name); /* PyCapsule_GetPointer */
+    long long (*read_int)(void *object);                       /* PyLong_AsLongLong */
+    void *(*make_int)(long long number);                       /* PyLong_FromLongLong */
+    void (*clear_error)(void);                                 /* PyErr_Clear */
+    void *(*call)(void *callable);                             /* PyObject_CallNoArgs */
+    void *on_failure; /* a callable that raises this thread's failure */
+} vtp_python;
+
+typedef struct {
+    const char *driver; /* as above; NULL copies tensors of the host */
     int32_t device;
     const void *image;    /* row_copy.cu, compiled for the device */
     const void *exchange; /* torch's DLPackExchangeAPI */
-    void *(*release_gil)(void); /* PyEval_SaveThread and PyEval_RestoreThread */
-    void (*take_gil)(void *state);
+    vtp_python python;
 } vtp_rows_config;
 
-enum {
-    VTP_ROWS_FAILED = -1,    /* the reason is in this thread's failure, or a Python exception is set */
-    VTP_ROWS_NOT_COPIED = 0, /* not tensors for this kernel: let torch copy them */
-    VTP_ROWS_COPIED = 1,
-    VTP_ROWS_CAPTURED = 2, /* will be copied by each replay of the graph that the stream is being captured into */
-};
+/* What became of a copy: the number of tokens that were copied, or one of these. */
+#define VTP_ROWS_RAISED ((int64_t)-2)    /* a Python exception is set */
+#define VTP_ROWS_FAILED ((int64_t)-1)    /* the reason is in this thread's failure */
+#define VTP_ROWS_NOT_COPIED ((int64_t)0) /* not tensors for this copier: let torch copy them */
+/* Or-ed to the tokens: they will be copied by each replay of the graph that the stream is being captured into. */
+#define VTP_ROWS_CAPTURED ((int64_t)1 << 40)
 
 /* Load the kernels into the device's primary context, for the life of the process. NULL, with the reason in this
  * thread's failure, and with nothing left behind. */
 VTP_EXPORT vtp_row_copier *vtp_rows_open(const vtp_rows_config *config);
 /* Copy the torch tensors key and value [B, H, T, D] to keys and values [B, H, >= position + T, D] from token `position`
- * on, behind what was submitted to torch's current stream. Needs the GIL, and lets go of it for the launch. A NULL copier
- * copies nothing. */
-VTP_EXPORT int vtp_rows_copy(const vtp_row_copier *copier, void *keys, void *values, int64_t position, void *key,
-                             void *value);
+ * on, behind what was submitted to torch's current stream; `tensors` are keys, values, key and value. Needs the GIL, and
+ * lets go of it for a launch. */
+VTP_EXPORT int64_t vtp_rows_copy(const vtp_row_copier *copier, void *const *tensors, int64_t position);
+/* The same as a function of Python, for METH_FASTCALL: (keys, values, position, key, value), bound to a capsule without
+ * a name that holds the copier. */
+VTP_EXPORT void *vtp_rows_call(void *capsule, void *const *arguments, intptr_t num_arguments);
 
 #endif
