@@ -4,7 +4,32 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["cudnn_attention", "flash_attention", "flash_attention_cpu"]
+__all__ = [
+    "cudnn_attention",
+    "current_device",
+    "current_raw_stream",
+    "flash_attention",
+    "flash_attention_cpu",
+    "is_capturing",
+]
+
+
+def current_device() -> int:
+    """The index of the calling thread's CUDA device."""
+    index: int = torch._C._cuda_getDevice()
+    return index
+
+
+def current_raw_stream(device_index: int) -> int:
+    """The address of the calling thread's stream on a CUDA device."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device_index)
+    return stream
+
+
+def is_capturing() -> bool:
+    """Whether the calling thread's CUDA stream is being captured into a graph."""
+    captures: bool = torch._C._cuda_isCurrentStreamCapturing()
+    return captures
 
 
 def flash_attention_cpu(

@@ -118,6 +118,7 @@ class Regime(NamedTuple):
 # points in the layout of our caches. FlashAttention-3's: by its times over cuDNN's and flash's on an H200, 2026-11-22.
 # On the host a call of flash takes 60 us and of triton 140, more than a small decode takes on the device. cuDNN plans
 # 50 ms for every length that it has not seen: worth it for the longest prompts alone, where 32 layers save more.
+# An eager decoding step launches triton once more for each layer, for less than either: decode_attention/repeated.py.
 # gluon is taken where it is asked for: it has not been measured yet.
 MEASURED = (
     Regime(

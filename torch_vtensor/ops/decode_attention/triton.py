@@ -15,20 +15,22 @@ outcome of a sequence does not even depend on the others.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from torch_vtensor.ops._torch_compat import current_device, current_raw_stream, is_capturing
 from torch_vtensor.ops.attention_triton import Rows, attend, can_begin_early, finish, slot_pointer
 
-__all__ = ["Prefix", "Workspace", "launch", "launch_rows", "make_workspace"]
+__all__ = ["Again", "Prefix", "Workspace", "launch", "launch_rows", "make_workspace", "start"]
 
 _LOG2E = 1.4426950408889634
 _GRANULE_TOKENS = 16
 _MAX_ROWS = 128
+_ALIGNMENT_BYTES = 16  # of addresses that a kernel was compiled for
 _MAX_PROGRAMS_PER_SM = 2
 
 
@@ -467,6 +469,71 @@ def _config(dtype: torch.dtype, block_d: int, block_m: int, batch: int) -> _Conf
     return _Config(64, 4, 2, 2) if batch == 1 else _Config(64, 4, 3, 2)
 
 
+class Again:
+    """A launch of `start` once more, with other tensors of the same shapes and dtypes, on the same stream.
+
+    The arguments of the kernel are what they were, so Triton need not look at them again; lengths and the workspace,
+    which the launches use in turn, need not be made again.
+    """
+
+    def __init__(self, started: Started, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._launch = started.kernel[started.grid]
+        self._device_index = query.device.index or 0
+        self._stream = current_raw_stream(self._device_index)
+        self._strides = query.stride(), keys.stride(), values.stride()
+        self._out_shape = started.out.transpose(1, 2).shape
+        addresses = [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in started.arguments]
+        names = list(_decode.arg_names)
+        # Those whose addresses follow. Of a call's own tensors none is kept: they would be somebody's view of a cache.
+        counts, workspace = slice(names.index("lengths"), names.index("out")), slice(names.index("partials"), None)
+        tensors = (*started.arguments[counts], *started.arguments[workspace])
+        self._kept = [one for one in tensors if isinstance(one, torch.Tensor)]
+        self._counts, self._rest = addresses[counts], addresses[workspace]
+        self._placeholder = self._counts[0]
+
+    def __call__(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor | None:
+        """The result [B, Q, Hq, Dv]; None, with nothing done, where the launch would have to be another one."""
+        if (query.stride(), keys.stride(), values.stride()) != self._strides:
+            return None
+        index, stream = self._device_index, self._stream
+        if not index == query.get_device() == keys.get_device() == values.get_device() == current_device():
+            return None
+        if current_raw_stream(index) != stream or is_capturing():
+            return None
+        out = query.new_empty(self._out_shape)
+        q, k, v, o = query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr()
+        if (q | k | v | o) % _ALIGNMENT_BYTES:
+            return None
+        none = self._placeholder
+        self._launch(q, k, v, none, none, q, q, q, q, *self._counts, o, *self._rest, stream=stream)
+        return out
+
+
+def start(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    first: torch.Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, Again | None]:
+    """`launch`, with its result as [B, Q, Hq, Dv]; and how to do the like again, or None."""
+    batch, query_heads, num_query, _ = query.shape
+    num_heads, capacity, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
+    out = query.new_empty(batch, num_query, query_heads, value_dim)
+    started = start_rows(
+        query, keys, values, Rows.of(keys, values), lengths, num_heads, value_dim, capacity, first, scale, window,
+        softcap=softcap, out=out.transpose(1, 2),
+    )  # fmt: skip
+    pointers = (one for one in started.arguments if isinstance(one, torch.Tensor))
+    is_aligned = not any(pointer.data_ptr() % _ALIGNMENT_BYTES for pointer in pointers)
+    # A captured launch is replayed when the workspace of this one may be gone.
+    can_repeat = started.kernel is not None and is_aligned and not is_capturing()
+    return out, Again(started, query, keys, values) if can_repeat else None
+
+
 def launch(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -489,7 +556,21 @@ def launch(
     )  # fmt: skip
 
 
-def launch_rows(
+def launch_rows(*arguments: Any, **options: Any) -> torch.Tensor:
+    """``decode_attention`` on rows that lie anywhere: see `start_rows`."""
+    return start_rows(*arguments, **options).out
+
+
+class Started(NamedTuple):
+    """A launch: its result, what was launched (None in the interpreter), and all arguments in the kernel's order."""
+
+    out: torch.Tensor
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+
+
+def start_rows(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -512,7 +593,7 @@ def launch_rows(
     early: bool = False,
     config: _Config | None = None,
     prefix: Prefix | None = None,
-) -> torch.Tensor:
+) -> Started:
     """``decode_attention`` on rows that lie anywhere.
 
     Args:
@@ -562,7 +643,7 @@ def launch_rows(
     placeholder = lengths
     new_keys, new_values = (query, query) if new is None else new
     cos, sin = (query, query) if rotation is None else rotation
-    _decode[(num_programs, row_blocks)](
+    arguments = (
         query,
         keys,
         values,
@@ -610,32 +691,35 @@ def launch_rows(
         value_slot,
         value_head,
         value_token,
-        HEADS=num_heads,
-        GROUP=group,
-        D=dim,
-        DV=value_dim,
-        BLOCK_D=block_d,
-        BLOCK_DV=block_dv,
-        BLOCK_SLOTS=max(2, triton.next_power_of_2(batch)),
-        BLOCK_M=block_m,
-        BLOCK_Q=triton.next_power_of_2(num_query),
-        PARTIAL_M=partial_m,
-        BLOCK_T=config.block_t,
-        MERGE=max(1, min(32, config.num_warps * 2048 // (partial_m * block_dv))),
-        STAGES=config.num_stages,
-        HAS_ADDRESSES=rows.key_addresses is not None,
-        HAS_NEW=new is not None,
-        HAS_ROTATION=rotation is not None,
-        HAS_NUM_NEW=num_new is not None,
-        HAS_FIRSTS=first is not None,
-        HAS_SINKS=sinks is not None,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_WINDOW=window is not None,
-        HAS_PREFIX=prefix is not None,
-        FIXED_SPLIT=split_tokens is not None,
-        PRECISION="ieee" if query.dtype is torch.float32 else "tf32",
-        EARLY=early,
-        num_warps=config.num_warps,
-        **({"launch_pdl": True} if early else {}),
     )
-    return out
+    constants = {
+        "HEADS": num_heads,
+        "GROUP": group,
+        "D": dim,
+        "DV": value_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
+        "BLOCK_SLOTS": max(2, triton.next_power_of_2(batch)),
+        "BLOCK_M": block_m,
+        "BLOCK_Q": triton.next_power_of_2(num_query),
+        "PARTIAL_M": partial_m,
+        "BLOCK_T": config.block_t,
+        "MERGE": max(1, min(32, config.num_warps * 2048 // (partial_m * block_dv))),
+        "STAGES": config.num_stages,
+        "HAS_ADDRESSES": rows.key_addresses is not None,
+        "HAS_NEW": new is not None,
+        "HAS_ROTATION": rotation is not None,
+        "HAS_NUM_NEW": num_new is not None,
+        "HAS_FIRSTS": first is not None,
+        "HAS_SINKS": sinks is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "HAS_WINDOW": window is not None,
+        "HAS_PREFIX": prefix is not None,
+        "FIXED_SPLIT": split_tokens is not None,
+        "PRECISION": "ieee" if query.dtype is torch.float32 else "tf32",
+        "EARLY": early,
+    }
+    grid = num_programs, row_blocks, 1
+    options = {"launch_pdl": True} if early else {}
+    kernel = _decode[grid](*arguments, **constants, num_warps=config.num_warps, **options)
+    return Started(out, kernel, grid, (*arguments, *constants.values()))

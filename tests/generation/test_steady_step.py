@@ -1,0 +1,151 @@
+"""What a step like the one before costs the host: Python's calls and calls into C, counted. Times are benchmarks'."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import sizes
+from transformers import DynamicCache
+
+import torch_vtensor
+from torch_vtensor.generation import attention
+
+NUM_LAYERS = 6
+HEADS, DIM = 2, 16
+PROMPT_TOKENS = 300
+WINDOW = 64
+PACKAGE = str(Path(torch_vtensor.__file__).parent)
+
+
+class Calls(Counter[str]):
+    """Calls by name: those of Python's functions, and those into C, which end in "()"."""
+
+    @property
+    def num_python(self) -> int:
+        return sum(count for name, count in self.items() if not name.endswith("()"))
+
+
+def calls_of(run: Callable[[], object], folder: str = "") -> Calls:
+    """What is called in code that lies in ``folder``."""
+    calls = Calls()
+
+    def count(frame: FrameType, event: str, function: Any) -> None:
+        if not frame.f_code.co_filename.startswith(folder):
+            return
+        if event == "call":
+            calls[frame.f_code.co_qualname] += 1
+        elif event == "c_call":
+            calls[f"{function.__name__}()"] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+def config_of(window: int | None) -> Any:
+    changes = {"num_hidden_layers": NUM_LAYERS, "num_key_value_heads": HEADS, "head_dim": DIM}
+    if window is None:
+        return transformers.LlamaConfig(**sizes(**changes))
+    return transformers.MistralConfig(**sizes(**changes, sliding_window=window))
+
+
+def step_of(cache: Any, num_tokens: int) -> Callable[[], None]:
+    """One more step of every layer, of rows as a model makes them: [B, T, H, D] in memory."""
+    key, value = (torch.randn(2, num_tokens, HEADS, DIM).transpose(1, 2) for _ in range(2))
+
+    def step() -> None:
+        for layer in range(NUM_LAYERS):
+            cache.update(key, value, layer)
+
+    return step
+
+
+def quiet(step: Callable[[], None]) -> Calls:
+    """The calls of the cheapest of some steps: others grow, or give a page back, which is not every step's."""
+    return min((calls_of(step) for _ in range(24)), key=lambda calls: calls.num_python)
+
+
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "window"])
+@pytest.mark.parametrize("explicit", [True, False])
+def test_an_append_is_a_handful_of_calls(explicit: bool, window: int | None) -> None:
+    config = config_of(window)
+    with torch.no_grad(), torch_vtensor.enabled():
+        cache = torch_vtensor.VTensorCache(config=config) if explicit else DynamicCache(config=config)
+        step_of(cache, PROMPT_TOKENS)()
+        step = step_of(cache, 1)
+        step()
+        calls = quiet(step)
+    # A launch a layer, views of keys and values, a window's also of what is kept; nothing else of torch's.
+    num_views = 2 if window is None else 4
+    of_torch = {"as_strided()", "narrow()", "copy_()", "cat()", "slice()", "clone()", "empty()", "set_()"}
+    assert {name: count / NUM_LAYERS for name, count in calls.items() if name in of_torch} == {
+        "as_strided()": num_views
+    }
+    assert calls["write()"] == NUM_LAYERS
+    num_python, num_c = (7, 9 + num_views) if window is None else (9, 11 + num_views)
+    assert calls.num_python <= num_python * NUM_LAYERS, calls.most_common()
+    assert calls.total() - calls.num_python <= num_c * NUM_LAYERS, calls.most_common()
+
+
+def test_attention_of_a_step_is_decided_once() -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config_of(None)).eval()
+    cache, token = torch_vtensor.VTensorCache(config=model.config), torch.ones(1, 1, dtype=torch.int64)
+    with torch.no_grad(), torch_vtensor.enabled(attention="fast"):
+        model(torch.ones(1, PROMPT_TOKENS, dtype=torch.int64), past_key_values=cache)
+        model(token, past_key_values=cache)
+        attention.counters.clear()
+        calls = calls_of(lambda: model(token, past_key_values=cache), f"{PACKAGE}/generation/attention.py")
+        assert attention.counters == {"fast": NUM_LAYERS}
+    assert calls["_attend"] == 1
+    assert calls["Turn.attend"] == NUM_LAYERS - 1
+    # The rest is the way there: the function itself, the look-up and, where a call's details are told, their types.
+    assert calls.num_python <= 3 * NUM_LAYERS + 25, calls.most_common()
+
+
+def test_layers_of_two_kinds_take_turns() -> None:
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)
+    config = transformers.Gemma3TextConfig(
+        **sizes(num_hidden_layers=NUM_LAYERS, layer_types=kinds, sliding_window=WINDOW)
+    )
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    cache, token = torch_vtensor.VTensorCache(config=config), torch.ones(1, 1, dtype=torch.int64)
+    with torch.no_grad(), torch_vtensor.enabled(attention="fast"):
+        model(torch.ones(1, PROMPT_TOKENS, dtype=torch.int64), past_key_values=cache)
+        for num_begun in (2, 1):  # a window's keys look in the second step as they did in the first
+            calls = calls_of(lambda: model(token, past_key_values=cache), f"{PACKAGE}/generation/attention.py")
+            assert (calls["_attend"], calls["Turn.attend"]) == (num_begun, NUM_LAYERS - num_begun)
+
+
+def test_a_turn_ends_with_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    keep = attention.Turns.keep
+
+    def noted(self: attention.Turns, key: torch.Tensor, turn: attention.Turn) -> None:
+        keep(self, key, turn)
+        made.append(self.find(key) is turn)
+        made.append(self)
+
+    monkeypatch.setattr(attention.Turns, "keep", noted)
+    model = transformers.LlamaForCausalLM(config_of(None)).eval()
+    cache, token = torch_vtensor.VTensorCache(config=model.config), torch.ones(1, 1, dtype=torch.int64)
+    with torch.no_grad(), torch_vtensor.enabled(attention="fast"):
+        model(torch.ones(1, 40, dtype=torch.int64), past_key_values=cache)
+        model(token, past_key_values=cache)
+    found, turns = made
+    assert found
+    shape = cache.layers[0].keys.shape
+    assert turns.find(torch.empty(shape)) is not None
+    del cache
+    assert turns.find(torch.empty(shape)) is None
