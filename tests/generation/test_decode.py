@@ -632,6 +632,17 @@ def test_a_budget_too_small_to_begin_with(memory: Memory, num_tokens: int) -> No
     del error, failure
 
 
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_no_memory_is_taken_for_tokens_that_cannot_come(memory: Memory) -> None:
+    """Mapping ahead ends where the call does: a few new tokens take no pages for many."""
+    model = model_of("llama")
+    with torch_vtensor.enabled(compile=True):
+        output = generate(model, prompt(1, 300), new_tokens=5, return_dict_in_generate=True)
+        memory.settle()
+        found = torch_vtensor.memory(output.past_key_values)
+    assert 0 < found.committed_bytes - found.written_bytes < 2 * PAGE_BYTES
+
+
 def test_growing_over_many_pages(memory: Memory) -> None:
     model = model_of("llama")
     theirs = generate(model, prompt(2, 20), new_tokens=250)

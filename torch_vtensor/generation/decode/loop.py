@@ -228,7 +228,7 @@ def _prepare(call: _Call, sequences: torch.Tensor, prompt: _Prompt | None) -> _D
         if placed is None:
             return "a layer of the cache is in stock memory"
         for group in placed.groups:
-            _commit(group, num_rows)  # which takes apart what is written to
+            _commit(group, num_rows, num_rows + max_new)  # which takes apart what is written to
         placements = [group.placement for group in placed.groups]
         if call.model not in _sharing_refused:
             placements = [_sharing(index, placed) for index in range(len(placed.groups))]
@@ -348,6 +348,7 @@ def _run(call: _Call, decoding: _Decoding, sequences: torch.Tensor) -> int:
     program, groups, prompt = decoding.program, decoding.placed.groups, decoding.prompt
     ends = _Ends(program)
     num_chosen, num_rows = 0, 0
+    most_rows = max_new if prompt is None else prompt.tokens.shape[1] + max_new
     num_known = 1 if prompt is None else 0  # new tokens among ``sequences``
     try:
         if prompt is not None:
@@ -358,7 +359,7 @@ def _run(call: _Call, decoding: _Decoding, sequences: torch.Tensor) -> int:
         while ends.look(call.streamer) and num_chosen < max_new and not _out_of_time(call.criteria):
             num_rows += 1
             for group in groups:
-                _commit(group, num_rows)
+                _commit(group, num_rows, most_rows)
             program.run_step()
             decoding.choose()
             num_chosen += 1
@@ -489,13 +490,12 @@ def _sharing(index: int, placed: _Placed) -> Placement:
     )
 
 
-def _commit(group: _Group, num_steps: int) -> None:
-    """Memory for the next step, ahead of need if possible."""
-    needed = group.length + num_steps
-    committed = group.store.committed
+def _commit(group: _Group, num_rows: int, most_rows: int) -> None:
+    """Memory for ``num_rows`` behind what was there, ahead of need if possible, but for no more than ``most_rows``."""
+    needed, committed = group.length + num_rows, group.store.committed
     if needed > committed:
         group.store.commit(needed)
-    elif needed + _AHEAD_TOKENS > committed:
+    elif min(needed + _AHEAD_TOKENS, group.length + most_rows) > committed:
         group.store.commit_ahead()
 
 
