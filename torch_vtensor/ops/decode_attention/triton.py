@@ -561,6 +561,15 @@ def launch_rows(*arguments: Any, **options: Any) -> torch.Tensor:
     return start_rows(*arguments, **options).out
 
 
+def _power_of_2(number: int) -> int:
+    """The least that is no smaller. Triton's own, made for kernels too, takes the host several microseconds."""
+    return 1 << (number - 1).bit_length()
+
+
+def _ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
 class Started(NamedTuple):
     """A launch: its result, what was launched (None in the interpreter), and all arguments in the kernel's order."""
 
@@ -614,10 +623,10 @@ def start_rows(
     batch, query_heads, num_query, dim = query.shape
     group = query_heads // num_heads
     num_rows = num_query * group
-    block_m = min(_MAX_ROWS, max(16, triton.next_power_of_2(num_rows)))
-    row_blocks = triton.cdiv(num_rows, block_m)
-    partial_m = min(block_m, triton.next_power_of_2(num_rows))
-    block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
+    block_m = min(_MAX_ROWS, max(16, _power_of_2(num_rows)))
+    row_blocks = _ceil_div(num_rows, block_m)
+    partial_m = min(block_m, _power_of_2(num_rows))
+    block_d, block_dv = _power_of_2(dim), _power_of_2(value_dim)
     num_sms = _num_sms(query.device.index or 0)
     config = config or _config(query.dtype, max(block_d, block_dv), block_m, batch)
     num_programs = max(1, num_sms * config.programs_per_sm // row_blocks)
@@ -625,12 +634,12 @@ def start_rows(
         out = query.new_empty(batch, query_heads, num_query, value_dim)
     # A part shorter than two steps costs more to merge than it saves.
     split_granules = (
-        triton.cdiv(split_tokens, _GRANULE_TOKENS) if split_tokens else max(1, config.block_t // _GRANULE_TOKENS)
+        _ceil_div(split_tokens, _GRANULE_TOKENS) if split_tokens else max(1, config.block_t // _GRANULE_TOKENS)
     )
     if workspace is None:
         num_partials = 2 * num_programs
         if split_tokens:
-            num_partials = batch * num_heads * triton.cdiv(capacity, split_granules * _GRANULE_TOKENS)
+            num_partials = batch * num_heads * _ceil_div(capacity, split_granules * _GRANULE_TOKENS)
         num_partials *= row_blocks
         workspace = Workspace(
             query.new_empty(num_partials * partial_m * (block_dv + 2), dtype=torch.float32),
@@ -699,9 +708,9 @@ def start_rows(
         "DV": value_dim,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "BLOCK_SLOTS": max(2, triton.next_power_of_2(batch)),
+        "BLOCK_SLOTS": max(2, _power_of_2(batch)),
         "BLOCK_M": block_m,
-        "BLOCK_Q": triton.next_power_of_2(num_query),
+        "BLOCK_Q": _power_of_2(num_query),
         "PARTIAL_M": partial_m,
         "BLOCK_T": config.block_t,
         "MERGE": max(1, min(32, config.num_warps * 2048 // (partial_m * block_dv))),
