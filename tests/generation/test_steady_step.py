@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from paged_memory import Memory
 from tiny_models import sizes
 from transformers import DynamicCache
 
@@ -77,7 +78,7 @@ def quiet(step: Callable[[], None]) -> Calls:
 
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "window"])
 @pytest.mark.parametrize("explicit", [True, False])
-def test_an_append_is_a_handful_of_calls(explicit: bool, window: int | None) -> None:
+def test_an_append_is_a_handful_of_calls(memory: Memory, explicit: bool, window: int | None) -> None:
     config = config_of(window)
     with torch.no_grad(), torch_vtensor.enabled():
         cache = torch_vtensor.VTensorCache(config=config) if explicit else DynamicCache(config=config)
@@ -92,7 +93,9 @@ def test_an_append_is_a_handful_of_calls(explicit: bool, window: int | None) -> 
         "as_strided()": num_views
     }
     assert calls["write()"] == NUM_LAYERS
-    num_python, num_c = (7, 9 + num_views) if window is None else (9, 11 + num_views)
+    num_python, num_c = (7, 6 + num_views) if window is None else (9, 8 + num_views)
+    if memory.layout == "strips":  # where no layer goes by what another one has asked
+        num_c += 3
     assert calls.num_python <= num_python * NUM_LAYERS, calls.most_common()
     assert calls.total() - calls.num_python <= num_c * NUM_LAYERS, calls.most_common()
 

@@ -28,6 +28,7 @@ from torch_vtensor.generation._transformers_compat import (
 )
 from torch_vtensor.generation.attention_masks import Pattern, VisibleTokens, describing
 from torch_vtensor.generation.kv_store import KVStore
+from torch_vtensor.generation.layer_states import noting
 from torch_vtensor.generation.shared_reads import SharedPrefix, SharedTables, shared_prefixes, tables_of
 from torch_vtensor.ops import decode_attention, prefill_attention
 from torch_vtensor.ops.decode_attention import repeated
@@ -132,6 +133,7 @@ def install() -> None:
     """Put our functions into transformers' registries; calling it again changes nothing."""
     if _installed:
         return
+    noting.appended = True
     functions: dict[str, Any] = AttentionInterface._global_mapping
     masks: dict[str, Any] = AttentionMaskInterface._global_mapping
     _replace(functions, "sdpa", _routed(functions["sdpa"], False))
@@ -154,6 +156,7 @@ def install() -> None:
 
 def remove() -> None:
     """Put transformers' own functions back."""
+    noting.appended = False
     while _installed:
         _installed.pop()()
 

@@ -9,6 +9,7 @@ key, value [B, H, T, D] of the new tokens
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 
@@ -41,6 +42,10 @@ class LayerGroup:
         self.num_layers = num_layers
         self.paging_tokens = paging_tokens(shape, num_layers)
         self.copier = row_copier(shape.device)
+        self.lock = threading.Lock()
+        """Held by who changes one of the layers: another thread may call disable()."""
+        self.seen_from: int | None = None
+        """The stop at which the first layer of the running step found that no tracer is at work, for the others too."""
         self._store: weakref.ref[KVStore] | None = None
 
     def store(self, tokens: int) -> KVStore:

@@ -37,6 +37,18 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 calling = threading.local()
 """Of each thread: the ``cache`` whose method is running, and a reference to the layer that ``appended`` last."""
 
+
+class Noting:
+    """Whether anybody asks which layer ``appended`` last; a thread's own variables cost every append."""
+
+    __slots__ = ("appended",)
+
+    def __init__(self) -> None:
+        self.appended = False
+
+
+noting = Noting()
+
 counters: Counter[str] = Counter()
 """How often layers appended in place ("zero-copy"), by copy ("import"), and by the stock method, by reason."""
 
@@ -50,12 +62,13 @@ _is_grad_enabled = torch.is_grad_enabled
 class LayerState:
     """What we keep beside a layer: its column, and the tokens [first, stop) that its published views show."""
 
-    __slots__ = ("before", "column", "first", "keys", "layer", "lock", "repeats", "stop", "turn", "values")
+    __slots__ = ("before", "column", "first", "group", "keys", "layer", "lock", "repeats", "stop", "turn", "values")
 
     def __init__(self, column: LayerColumn) -> None:
         self.column = column
         self.layer: weakref.ref[DynamicLayer] | None = None  # whose state this is, from `LayerStates`
-        self.lock = threading.Lock()  # held by who changes the layer: another thread may call disable()
+        self.group = column.group
+        self.lock = column.group.lock
         self.first = 0
         self.stop = 0
         self.keys: torch.Tensor | None = None
@@ -123,12 +136,13 @@ def take_step(state: LayerState, layer: Any, key: torch.Tensor, value: torch.Ten
             or type(key) is not _Tensor
             or type(value) is not _Tensor
             or _is_grad_enabled()
-            or jit_is_tracing()
-            or functorch_is_active()
-            or num_dispatch_modes()
         ):
             return None
-        column, first, stop = state.column, state.first, state.stop
+        column, first, stop, group = state.column, state.first, state.stop, state.group
+        if group.seen_from != stop:  # a step's layers come from the same stop, and the first asks for all
+            if jit_is_tracing() or functorch_is_active() or num_dispatch_modes():
+                return None
+            group.seen_from = stop
         window = 0
         if state.repeats == WINDOW:
             window = layer.sliding_window
@@ -151,7 +165,8 @@ def take_step(state: LayerState, layer: Any, key: torch.Tensor, value: torch.Ten
         if first:
             column.keep(first)  # not from ``kept`` on: the step may have to be taken back
         counters["zero-copy"] += 1
-        calling.appended = state.layer
+        if noting.appended:
+            calling.appended = state.layer
         return views
 
 

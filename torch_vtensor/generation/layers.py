@@ -352,6 +352,7 @@ def _leave(layer: DynamicLayer) -> None:
 def _append(layer: DynamicLayer, state: LayerState, key: torch.Tensor, value: torch.Tensor) -> KeysValues:
     keys, values = state.column.append(key, value, state.first, state.stop)
     counters["zero-copy"] += 1
+    state.group.seen_from = None
     state.publish(layer, state.first, state.stop + key.shape[2], keys, values)
     calling.appended = state.layer
     return keys, values
@@ -398,6 +399,7 @@ def _append_window(
         # Not to state.first: the step may have to be taken back.
         state.column.keep(before[0])
     counters["zero-copy"] += 1
+    state.group.seen_from = None
     calling.appended = state.layer
     layer.cumulative_length += num_new
     state.before = before
