@@ -86,7 +86,7 @@ class Requests(RuleBasedStateMachine):
 
     @invariant()
     def everything_is_accounted_for(self) -> None:
-        engine, seats = self.served.engine, self.served.engine.program.seats
+        engine, seats = self.served.engine.queues, self.served.engine.program.seats
         assert seats.num_taken == len(engine.seated)
         lengths = [request.rows.num_rows for request in engine.seated if request.rows is not None]
         if len(lengths) == len(engine.seated):

@@ -17,9 +17,11 @@ import torch_vtensor
 from torch_vtensor import VTensorCache
 from torch_vtensor.errors import DriverError
 from torch_vtensor.generation import prefix_cache
-from torch_vtensor.generation.serving import engine as engines
-from torch_vtensor.generation.serving import known, manager
+from torch_vtensor.generation.serving import admission, known, manager
+from torch_vtensor.generation.serving.engine import Engine
+from torch_vtensor.generation.serving.program import Prompt, ServingProgram
 from torch_vtensor.generation.serving.rows import SequenceRows
+from torch_vtensor.generation.serving.step_graphs import StepGraphs
 
 pytestmark = [
     pytest.mark.skipif(WHY_SKIPPED is not None, reason=str(WHY_SKIPPED)),
@@ -94,7 +96,7 @@ def test_a_safety_margin_holds_requests_back_beside_others() -> None:
         served = Served(model, generation_config=config_of(), continuous_batching_config=options)
         served.manager.add_requests(asked)
         served.round()
-        assert len(served.engine.active) == 1
+        assert len(served.engine.queues.active) == 1
         outputs = served.run()
         served.close()
     assert counted("held back: safety margin") > 0
@@ -195,7 +197,7 @@ def test_requests_may_be_cancelled_and_managers_stopped_while_memory_sleeps(memo
         torch_vtensor.sleep()
         served.manager.cancel_request("req_0")
         served.round()
-        assert len(served.engine.active) == 1
+        assert len(served.engine.queues.active) == 1
         served.close()
         torch_vtensor.wake()
 
@@ -203,12 +205,12 @@ def test_requests_may_be_cancelled_and_managers_stopped_while_memory_sleeps(memo
 # Memory
 
 
-@pytest.mark.parametrize("where", ["run_prompt", "first_token", "run_step"])
+@pytest.mark.parametrize("where", ["run_prompts", "first_tokens", "run_step"])
 def test_a_step_without_memory_is_run_again_with_fewer(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = model_to_serve("llama"), prompts(20, 30, 40)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
-    method = failing(getattr(engines.ServingProgram, where), lambda number: number in (2, 3), error)
-    monkeypatch.setattr(engines.ServingProgram, where, method)
+    method = failing(getattr(ServingProgram, where), lambda number: number in (2, 3), error)
+    monkeypatch.setattr(ServingProgram, where, method)
     with torch_vtensor.enabled():
         served = Served(model, generation_config=config_of(max_new_tokens=20))
         ids = served.manager.add_requests(asked)
@@ -222,14 +224,14 @@ def test_a_step_without_memory_is_run_again_with_fewer(where: str, monkeypatch: 
 
 def test_only_what_finds_no_memory_alone_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (fine, huge, also_fine) = model_to_serve("llama"), prompts(20, 90, 30)
-    run_prompt = engines.ServingProgram.run_prompt
+    run_prompts = ServingProgram.run_prompts
 
-    def run(self: Any, tokens: list[int], *args: Any) -> None:
-        if len(tokens) > 80:
+    def run(self: Any, several: list[Prompt], *args: Any) -> None:
+        if any(len(prompt.tokens) > 80 for prompt in several):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        run_prompt(self, tokens, *args)
+        run_prompts(self, several, *args)
 
-    monkeypatch.setattr(engines.ServingProgram, "run_prompt", run)
+    monkeypatch.setattr(ServingProgram, "run_prompts", run)
     with torch_vtensor.enabled():
         served = Served(model, generation_config=config_of())
         for request_id, prompt in (("fine", fine), ("huge", huge), ("also", also_fine)):
@@ -259,7 +261,7 @@ def test_a_request_alone_waits_for_memory_that_others_hold(monkeypatch: pytest.M
         cache = VTensorCache(config=model.config)
         with torch.no_grad():
             model(torch.tensor([held]), past_key_values=cache)
-        monkeypatch.setattr(engines, "_MOST_WAIT_S", 0.0)
+        monkeypatch.setattr(admission, "_MOST_WAIT_S", 0.0)
         served.manager.add_request(prompt, request_id="in vain")
         assert "out of pages" in served.run()["in vain"].error
         del cache
@@ -268,12 +270,12 @@ def test_a_request_alone_waits_for_memory_that_others_hold(monkeypatch: pytest.M
 
 def test_mappings_limit_how_many_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = model_to_serve("llama"), prompts(*[10] * 8)
-    monkeypatch.setitem(engines.MOST_MAPPINGS, "cpu", 20)
+    monkeypatch.setitem(admission.MOST_MAPPINGS, "cpu", 20)
     with torch_vtensor.enabled():
         served = Served(model, generation_config=config_of())
         ids = served.manager.add_requests(asked)
         served.round()
-        assert 1 <= len(served.engine.active) < 8
+        assert 1 <= len(served.engine.queues.active) < 8
         outputs = served.run()
         served.close()
     assert counted("held back: mappings") > 0
@@ -307,8 +309,8 @@ def test_a_capture_that_fails_gives_up_one_size(is_short: bool, monkeypatch: pyt
     monkeypatch.setattr(programs, "_STEPS_UNTIL_RETRIED", 3)
     model, asked = copy.deepcopy(model_to_serve("llama")), prompts(20, 30, 40)
     error: Exception = torch.OutOfMemoryError("CUDA out of memory") if is_short else ValueError("cannot")
-    capture = failing(programs.ServingProgram._capture_step, lambda number: number == 1, error)
-    monkeypatch.setattr(programs.ServingProgram, "_capture_step", capture)
+    capture = failing(StepGraphs._capture, lambda number: number == 1, error)
+    monkeypatch.setattr(StepGraphs, "_capture", capture)
     with torch_vtensor.enabled(compile=True):
         for several in (asked[:1], asked, asked[:1]):
             served = Served(model, generation_config=config_of())
@@ -316,7 +318,7 @@ def test_a_capture_that_fails_gives_up_one_size(is_short: bool, monkeypatch: pyt
             outputs = served.run()
             for request_id, prompt in zip(ids, several, strict=True):
                 assert outputs[request_id].generated_tokens == alone("llama", prompt, 8)
-            captured = set(served.engine.program._steps)
+            captured = served.engine.program.steps.sizes
             served.close()
     assert captured == ({1, 4} if is_short else {4})
     assert counted("uncompiled: the model's step cannot be compiled") == (0 if is_short else 1)
@@ -338,13 +340,13 @@ def test_requests_that_come_together_share_what_the_first_computes() -> None:
 
 def test_a_manager_that_is_made_while_prefixes_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = model_to_serve("llama"), prompts(60, 50)
-    make = engines.Engine.__init__
+    make = Engine.__init__
 
     def disable_meanwhile(self: Any, *args: Any) -> None:
         make(self, *args)
         torch_vtensor.disable()
 
-    monkeypatch.setattr(engines.Engine, "__init__", disable_meanwhile)
+    monkeypatch.setattr(Engine, "__init__", disable_meanwhile)
     torch_vtensor.enable(prefix_cache=True)
     served = Served(model, generation_config=config_of())
     served.manager.add_requests(asked)
@@ -371,7 +373,7 @@ def test_what_was_lent_in_another_layout_is_not_counted(monkeypatch: pytest.Monk
     with torch_vtensor.enabled(prefix_cache=True):
         first = model.generate_batch([prompt], generation_config=config_of())
         served = Served(model, generation_config=config_of())
-        served.engine._stores = ()
+        served.engine.known._stores = ()
         served.manager.add_request(prompt, request_id="again")
         outputs = served.run()
         served.close()
