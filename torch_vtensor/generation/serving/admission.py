@@ -53,35 +53,17 @@ class Admission:
         self._margin = margin
 
     def begin_waiting(self) -> None:
-        """Begin whoever can."""
+        """Begin whoever can; one whose first tokens are just being computed for another waits until they are known."""
         queues = self._queues
         queues.holds_back = queues.holds_back and bool(queues.active)
-        while queues.waiting and not queues.holds_back and len(queues.active) < self._max_batch:
-            request = queues.waiting[0]
+        for request in list(queues.waiting):
+            if queues.holds_back or len(queues.active) >= self._max_batch:
+                break
             try:
-                queues.holds_back = not self._begin(request)
+                if not self._known.knows_more_soon(request, queues.prompts):
+                    queues.holds_back = not self._begin(request)
             except Exception as error:  # this one's alone: the others go on
                 self._results.fail(request, error)
-
-    def begin_with_more(self, request: Request) -> None:
-        """Exchange rows of which none is computed yet for others, if more of the prompt was left since."""
-        if not self._known.knows_more(request):
-            return
-        rows = self._known.begin(request)
-        if rows is None:
-            return
-        try:
-            with prefix_salt(request.salt):
-                rows.commit(len(request.tokens) + 1)
-            is_better = rows.num_rows > request.num_lent
-        except VTensorError:
-            is_better = False
-        if not is_better:
-            rows.close()
-            return
-        assert request.rows is not None
-        request.rows.close()
-        request.rows, request.num_lent = rows, rows.num_rows
 
     def waits_for_others(self, request: Request, rows: SequenceRows | None, num_rows: int) -> bool:
         """Whether a request that is alone, and found no memory, may find some when others give theirs back.
@@ -109,7 +91,7 @@ class Admission:
         num_rows = len(request.tokens) + 1
         self._check_length(request)
         is_alone = not self._queues.active
-        if not is_alone and not self._has_room_for(self._scratch.need(num_rows)):
+        if not is_alone and not self._has_room_for(self._scratch.need(num_rows - self._known.num_known(request))):
             return False
         rows = None
         try:

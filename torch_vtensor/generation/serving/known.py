@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch_vtensor.allocator.page_pool import PagePool
@@ -13,9 +13,9 @@ from torch_vtensor.generation.serving.request import Request
 from torch_vtensor.generation.serving.rows import RowsLayout, SequenceRows
 from torch_vtensor.generation.tenant import prefix_salt
 
-__all__ = ["WORTH_TOKENS", "Known", "Reuse"]
+__all__ = ["Known", "Reuse"]
 
-WORTH_TOKENS = 64  # for rows to be exchanged for others that have so many more
+_WORTH_TOKENS = 64  # for a request to wait until another has computed so many of its tokens
 
 
 class Reuse:
@@ -73,14 +73,20 @@ class Known:
             return None
         return SequenceRows(self._layout, len(tokens) + 1, loan.vtensors, loan.num_rows)
 
-    def knows_more(self, request: Request) -> bool:
-        """Whether more may be known of a request's tokens than it has begun with, and worth to begin once more."""
+    def num_known(self, request: Request) -> int:
+        """How many of a request's tokens are known, but for its last one."""
+        if not self.is_on:
+            return 0
+        known = request.tokens[:-1]
+        return max((tree.match(known, request.salt) for tree in prefix_cache.trees_of(self._model)), default=0)
+
+    def knows_more_soon(self, request: Request, prompts: Iterable[Request]) -> bool:
+        """Whether one of these prompts, which are being taken up, begins as a request does that has not begun."""
         if not self.is_on:
             return False
-        known, least = request.tokens[:-1], request.num_lent + WORTH_TOKENS
-        return len(known) >= least and any(
-            tree.match(known, request.salt) >= least for tree in prefix_cache.trees_of(self._model)
-        )
+        tokens, salt = request.tokens, request.salt
+        alike = [other.tokens for other in prompts if other.salt == salt and _begin_alike(tokens, other.tokens, 0)]
+        return bool(alike) and any(_begin_alike(tokens, other, self.num_known(request)) for other in alike)
 
     def count(self, request: Request) -> None:
         """Count what a request that has begun was lent."""
@@ -103,3 +109,9 @@ class Known:
                 return
             with prefix_salt(request.salt):
                 prefix_cache.record(self._model, request.mark, tokens, found)
+
+
+def _begin_alike(tokens: Sequence[int], other: Sequence[int], num_known: int) -> bool:
+    """Whether two prompts have enough tokens in common, beyond the first ``num_known``, to be run once for both."""
+    num_common = num_known + _WORTH_TOKENS
+    return min(len(tokens) - 1, len(other)) >= num_common and tokens[:num_common] == other[:num_common]

@@ -14,7 +14,8 @@ with little; those that save most are chosen.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -43,47 +44,53 @@ class Beginning(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """Groups, how many tokens need not be read because of them, and of how many sequences they are."""
+    """Groups, who joins a group of more than these sequences, and how many tokens need not be read for all that."""
 
     num_saved: int
-    num_members: int
-    groups: list[SharedPrefix]
+    joined: tuple[int, ...]
+    groups: tuple[SharedPrefix, ...]
 
 
 def shared_beginnings(beginnings: Sequence[Beginning]) -> list[SharedPrefix]:
     """Groups of these sequences, by their indices, which read fewest tokens if each group reads its own once."""
+    if len(beginnings) < 2:
+        return []
     order = sorted(range(len(beginnings)), key=lambda index: beginnings[index].pages)
-    common = [_num_common(beginnings[one].pages, beginnings[other].pages) for one, other in pairwise(order)]
-    return _best(beginnings, order, common).groups if order else []
+    ordered = [beginnings[index].pages for index in order]
+    common = [_num_common(one, other) for one, other in pairwise(ordered)]
+
+    @cache
+    def best(start: int, stop: int, offered: int) -> _Choice:
+        """For sequences [start, stop) in order, who may join a group of more that has so many tokens in common."""
+        if stop - start == 1:
+            return _Choice(offered, (order[start],) if offered else (), ())
+        fewest = min(common[start : stop - 1])
+        own = beginnings[order[start]].ends[fewest - 1] if fewest else 0
+        parts = _split(start, stop, common, fewest)
+        without = _joined([best(*part, offered) for part in parts])
+        if own <= offered:
+            return without
+        inside = _joined([best(*part, own) for part in parts])  # a group of these alone, from which nobody joins others
+        if inside.num_saved - own <= without.num_saved:
+            return without
+        group = SharedPrefix(tuple(sorted(inside.joined)), own)
+        return _Choice(inside.num_saved - own, (), (group, *inside.groups))
+
+    return list(best(0, len(order), 0).groups)
 
 
-def _best(beginnings: Sequence[Beginning], order: list[int], common: list[int]) -> _Choice:
-    """The best groups of sequences in the order of their pages, of which neighbours have so many in common."""
-    if not common:
-        return _Choice(0, 1, [])
-    fewest = min(common)
-    num_tokens = beginnings[order[0]].ends[fewest - 1] if fewest else 0
-    parts = [(part, _best(beginnings, *part)) for part in _split(order, common, fewest)]
-    # Each part stays as it is, or joins the others in what all of them have in common.
-    joins = [best.num_members * num_tokens > best.num_saved for _, best in parts]
-    together = [index for (part, _), is_in in zip(parts, joins, strict=True) if is_in for index in part[0]]
-    apart = [best for (_, best), is_in in zip(parts, joins, strict=True) if not is_in]
-    num_saved = (len(together) - 1) * num_tokens + sum(best.num_saved for best in apart)
-    if len(together) > 1 and num_saved > sum(best.num_saved for _, best in parts):
-        group = SharedPrefix(tuple(sorted(together)), num_tokens)
-        return _Choice(num_saved, len(order), [group, *(group for best in apart for group in best.groups)])
+def _joined(choices: Sequence[_Choice]) -> _Choice:
     return _Choice(
-        sum(best.num_saved for _, best in parts), len(order), [group for _, best in parts for group in best.groups]
+        sum(choice.num_saved for choice in choices),
+        tuple(index for choice in choices for index in choice.joined),
+        tuple(group for choice in choices for group in choice.groups),
     )
 
 
-def _split(order: list[int], common: list[int], fewest: int) -> Iterator[tuple[list[int], list[int]]]:
-    """The parts between neighbours that have no more in common than all have."""
-    start = 0
-    for index, num_common in enumerate([*common, fewest]):
-        if num_common == fewest:
-            yield order[start : index + 1], common[start:index]
-            start = index + 1
+def _split(start: int, stop: int, common: Sequence[int], fewest: int) -> list[tuple[int, int]]:
+    """The parts of [start, stop) between neighbours that have no more in common than all have."""
+    edges = [index + 1 for index in range(start, stop - 1) if common[index] == fewest]
+    return list(pairwise([start, *edges, stop]))
 
 
 def _num_common(one: bytes, other: bytes) -> int:

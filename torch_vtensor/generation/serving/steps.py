@@ -8,16 +8,16 @@ takes up 4,096, and only every fourth round launches a step. Long prompts are ta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from torch_vtensor.errors import VTensorError
 from torch_vtensor.generation.serving.admission import Admission
 from torch_vtensor.generation.serving.choice import Choice
-from torch_vtensor.generation.serving.known import WORTH_TOKENS, Known
+from torch_vtensor.generation.serving.known import Known
 from torch_vtensor.generation.serving.program import Prompt, ServingProgram
-from torch_vtensor.generation.serving.prompts import MOST_PLACES, PromptShape, place_size, shape_alone, together
+from torch_vtensor.generation.serving.prompts import PromptShape, place_size, shape_alone, together
 from torch_vtensor.generation.serving.queues import Queues
 from torch_vtensor.generation.serving.request import Request
 from torch_vtensor.generation.serving.results import Results
@@ -144,43 +144,15 @@ class Steps:
 
     def _next_prompts(self, budget: int) -> tuple[list[Request], PromptShape]:
         """The first prompt, and others that go together with it, if any do."""
-        first, *others = self._queues.prompts
-        num_left = self._num_left(first)
+        prompts = self._queues.prompts
+        num_left = _num_left(prompts[0])
         size = place_size(num_left)
         if size is not None:
-            several = self._alike([first, *others], size)
-            found = together(len(several), size, budget)
+            fitting = [request for request in prompts if _num_left(request) <= size]
+            found = together(len(fitting), size, budget)
             if found is not None:
-                return several[: found[0]], found[1]
-        return [first], shape_alone(num_left, budget, self._program.captures_prompts)
-
-    def _alike(self, requests: Sequence[Request], size: int) -> list[Request]:
-        """Of these requests the first, and those after it that fit into such a place.
-
-        Not those that begin as another one does: once that is known, they have less to run, and share its memory.
-        """
-        found: list[Request] = []
-        beginnings: set[Any] = set()
-        for request in requests:
-            if len(found) == MOST_PLACES:
-                break
-            if found and self._num_left(request) > size:
-                continue
-            assert request.rows is not None
-            beginning = request.salt, tuple(request.tokens[: request.rows.num_rows + WORTH_TOKENS])
-            if self._known.is_on and len(beginning[1]) == request.rows.num_rows + WORTH_TOKENS:
-                if beginning in beginnings:
-                    continue
-                beginnings.add(beginning)
-            found.append(request)
-        return found
-
-    def _num_left(self, request: Request) -> int:
-        """How many tokens of a prompt are to be taken up; less if more of it is known by now."""
-        assert request.rows is not None
-        if request.rows.num_rows == request.num_lent:
-            self._admission.begin_with_more(request)
-        return len(request.tokens) - request.rows.num_rows
+                return fitting[: found[0]], found[1]
+        return [prompts[0]], shape_alone(num_left, budget, self._program.captures_prompts)
 
     def _seat(self, several: list[Request]) -> None:
         """Have the first tokens of requests whose prompts were taken up last, and let them go on with the others."""
@@ -285,3 +257,9 @@ class Steps:
                 self._admission.trim()
             else:
                 counters["uncompiled: the model's step cannot be compiled"] += 1
+
+
+def _num_left(request: Request) -> int:
+    """How many tokens of a prompt are to be taken up."""
+    assert request.rows is not None
+    return len(request.tokens) - request.rows.num_rows
