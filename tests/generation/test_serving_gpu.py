@@ -17,6 +17,7 @@ from serving_models import WHY_SKIPPED, Served, config_of, model_to_serve, promp
 
 import torch_vtensor
 from torch_vtensor.allocator.cuda_driver import CudaDriver
+from torch_vtensor.generation import shared_reads
 from torch_vtensor.generation.serving import support
 
 pytestmark = [
@@ -104,6 +105,56 @@ def test_the_newest_gives_way_and_is_resumed() -> None:
     assert [output.generated_tokens for output in found.values()] == expected
     assert torch_vtensor.stats().serving["gave way"] > 0
     check_all_ours()
+
+
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_steps_read_once_what_requests_share(is_captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two documents with questions, beside one who shares nothing; they come, and leave one after the other."""
+    monkeypatch.setattr(shared_reads, "_LEAST_SAVED_BYTES", 1)
+    model, (first, second, other) = wide(), prompts(700, 400, 90)
+    asked = [first + tail for tail in prompts(7, 12, 9, seed=2)] + [second + tail for tail in prompts(5, 60, seed=3)]
+    asked.append(other)
+    lengths = [120, 20, 90, 60, 100, 120]
+    expected = [alone(model, prompt, length) for prompt, length in zip(asked, lengths, strict=True)]
+    with torch_vtensor.enabled(compile=is_captured, prefix_cache=True):
+        served = Served(model, generation_config=config_of())
+        for index, (prompt, length) in enumerate(zip(asked, lengths, strict=True)):
+            served.manager.add_request(prompt, request_id=str(index), max_new_tokens=length)
+        outputs = served.run()
+        served.close()
+    assert [outputs[str(index)].generated_tokens for index in range(len(asked))] == expected
+    check_all_ours()
+    assert torch_vtensor.stats().serving["steps that read shared tokens once"] > 50
+    assert not [name for name in torch_vtensor.stats().serving if name.startswith("read apart")]
+
+
+def test_other_threads_draw_while_a_manager_warms_up_and_samples() -> None:
+    """Capturing takes possession of a generator, of which it must not be theirs."""
+    model, asked = wide(), prompts(40, 50, 300)
+    config = config_of(do_sample=True, top_k=0, max_new_tokens=60)
+    torch.cuda.manual_seed(7)
+    expected = [torch.rand(1000, device="cuda") for _ in range(300)]
+    torch.cuda.manual_seed(7)
+    found: list[torch.Tensor] = []
+    with torch_vtensor.enabled(compile=True):
+        options = transformers.ContinuousBatchingConfig(max_requests_per_batch=4, seed=3)
+        manager = model.init_continuous_batching(config, options)
+        manager.warmup()
+        manager.start()
+        ids = manager.add_requests(asked)
+        while len(found) < len(expected):
+            found.append(torch.rand(1000, device="cuda"))
+            time.sleep(0.01)
+        outputs: dict[str, Any] = {}
+        while len(outputs) < len(ids):
+            output = manager.get_result(timeout=120)
+            assert output is not None
+            assert output.error is None
+            outputs[output.request_id] = output
+        manager.stop()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    check_all_ours()
+    assert len({tuple(outputs[each].generated_tokens) for each in ids}) == len(ids)
 
 
 def test_no_driver_calls_and_no_waits_on_the_serving_thread(monkeypatch: pytest.MonkeyPatch) -> None:

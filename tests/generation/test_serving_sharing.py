@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import random
 from array import array
@@ -11,7 +10,18 @@ from typing import Any
 
 import pytest
 from paged_memory import PAGE_BYTES
-from serving_models import WHY_SKIPPED, Served, alone, config_of, counted, model_to_serve, prompts, uncompiled
+from serving_models import (
+    READ_APART,
+    WHY_SKIPPED,
+    Served,
+    alone,
+    config_of,
+    counted,
+    model_to_serve,
+    prompts,
+    uncompiled,
+    watch_shared_reads,
+)
 
 import torch_vtensor
 from torch_vtensor.generation import shared_reads
@@ -24,9 +34,6 @@ pytestmark = [
 ]
 
 
-APART = "read apart: the step cannot be made to read once what is shared"
-
-
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield from uncompiled(monkeypatch)
@@ -34,35 +41,9 @@ def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def reads_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[list[int]]]]:
-    """As on a GPU, whatever it saves; the groups of every step that was told of any, whose rows are compared."""
-    monkeypatch.setattr(shared_reads, "_SHARES_READS", {"cpu"})
-    monkeypatch.setattr(shared_reads, "_LEAST_SAVED_BYTES", 1)
-    attend, told = step_module.cached_attention, []
-
-    def checked(*args: Any, groups: Any = None, num_shared: Any = None, **options: Any) -> Any:
-        if groups is not None:
-            members = [row for row in ([slot for slot in row if slot >= 0] for row in groups.tolist()) if row]
-            if members:
-                told.append(members)
-            check_rows(members, num_shared.tolist(), *args)
-        return attend(*args, **options)
-
-    monkeypatch.setattr(step_module, "cached_attention", checked)
-    yield told
-    assert counted(APART) == 0, "what the rows were compared with has failed"
-
-
-def check_rows(members: list[list[int]], num_shared: list[int], *args: Any) -> None:
-    """Assert that the rows that each group reads once are the same for all of its members, and written."""
-    key, addresses, lengths, token_stride = args[1], args[3], args[5], args[13]
-    seen = list(itertools.chain(*members))
-    assert len(seen) == len(set(seen)), "a slot is in one group at most"
-    assert all(num_shared[slot] == 0 for slot in set(range(len(num_shared))) - set(seen))
-    for row in members:
-        (num_rows,) = {num_shared[slot] for slot in row}
-        assert 0 < num_rows <= min(lengths[slot] for slot in row)
-        nbytes = num_rows * token_stride * key.dtype.itemsize
-        assert len({ctypes.string_at(int(addresses[slot]), nbytes) for slot in row}) == 1
+    """The groups of every step that was told of any; their rows are compared."""
+    yield watch_shared_reads(monkeypatch)
+    assert counted(READ_APART) == 0
 
 
 # Which groups
@@ -213,7 +194,7 @@ def test_a_step_that_cannot_read_once_what_is_shared(is_captured: bool, monkeypa
         found = model.generate_batch(asked, generation_config=config_of(max_new_tokens=20))
     assert [output.generated_tokens for output in found.values()] == [alone("llama", each, 20) for each in asked]
     assert len(tries) == 1
-    assert counted(APART) == 1
+    assert counted(READ_APART) == 1
     assert counted("uncompiled: the model's step cannot be compiled") == 0
 
 
