@@ -243,3 +243,16 @@ def test_a_closed_tensor_says_so(scheduler: GrowthScheduler) -> None:
 def test_a_gpu_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match=r"device is 'cuda', but torch .*: use device 'cpu'"):
         VTensor((4,), capacity=4, device="cuda")
+
+
+def test_whole_pages_are_those_of_the_first_rows_alone(scheduler: GrowthScheduler) -> None:
+    """And the same ones in a fork, as far as the two share them."""
+    vtensor = VTensor((PAGE // 8,), capacity=100, scheduler=scheduler)  # two rows a page
+    vtensor.append(rows(21, PAGE // 8))
+    fork = vtensor.fork()
+    for num_rows, num_pages in ((0, 0), (1, 0), (2, 1), (13, 6), (21, 10)):
+        (pages,), (theirs,) = vtensor.whole_pages(num_rows).strips, fork.whole_pages(num_rows).strips
+        assert len(pages) == num_pages
+        assert all(one is other for one, other in zip(pages, theirs, strict=True))
+    vtensor.drop_head(4)
+    assert vtensor.whole_pages(21).strips == ((),)

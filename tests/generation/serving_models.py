@@ -62,6 +62,13 @@ def config_of(**options: Any) -> Any:
     )
 
 
+def batching(**options: Any) -> Any:
+    """transformers' settings of a manager, which older versions lack."""
+    from transformers import ContinuousBatchingConfig
+
+    return ContinuousBatchingConfig(**options)
+
+
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     """Prompts of these lengths."""
     drawn = random.Random(seed)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving_models import WHY_SKIPPED, Served, alone, config_of, counted, model_to_serve, prompts, uncompiled
+from serving_models import WHY_SKIPPED, Served, alone, batching, config_of, counted, model_to_serve, prompts, uncompiled
 
 import torch_vtensor
 from torch_vtensor.generation.decode.prompt import FREE_ROWS
@@ -93,13 +93,12 @@ def test_a_round_takes_up_no_more_than_it_is_given(forwards: list[Any], monkeypa
 
 @pytest.mark.parametrize("is_captured", [False, True])
 def test_numbers_of_each_requests_own_go_with_its_prompt(is_captured: bool, forwards: list[Any]) -> None:
-    from transformers import ContinuousBatchingConfig
-
     model, asked = model_to_serve("llama"), prompts(20, 30, 25)
-    batching = ContinuousBatchingConfig(per_request_processors=True)
     with torch_vtensor.enabled(compile=is_captured):
         config = config_of(do_sample=True, top_k=90)
-        served = Served(model, generation_config=config, continuous_batching_config=batching)
+        served = Served(
+            model, generation_config=config, continuous_batching_config=batching(per_request_processors=True)
+        )
         for index, (prompt, top_k) in enumerate(zip(asked, (90, 1, 1), strict=True)):
             served.manager.add_request(prompt, request_id=str(index), top_k=top_k, max_new_tokens=1 + index)
         outputs = served.run()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from paged_memory import Memory
-from serving_models import WHY_SKIPPED, Served, alone, config_of, counted, model_to_serve, prompts, uncompiled
+from serving_models import WHY_SKIPPED, Served, alone, batching, config_of, counted, model_to_serve, prompts, uncompiled
 from transformers import GenerationConfig
 
 import torch_vtensor
@@ -32,12 +32,6 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield from uncompiled(monkeypatch)
-
-
-def batching(**options: Any) -> Any:
-    from transformers import ContinuousBatchingConfig
-
-    return ContinuousBatchingConfig(**options)
 
 
 def failing(method: Callable[..., Any], fails: Callable[[int], bool], error: Exception) -> Callable[..., Any]:

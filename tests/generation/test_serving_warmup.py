@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from serving_models import WHY_SKIPPED, Served, alone, config_of, counted, model_to_serve, prompts, uncompiled
+from serving_models import WHY_SKIPPED, Served, alone, batching, config_of, counted, model_to_serve, prompts, uncompiled
 
 import torch_vtensor
 from torch_vtensor.generation import shared_reads
@@ -48,12 +48,6 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     monkeypatch.setattr(graphs, "capture", noted("capture", graphs.capture))
     monkeypatch.setattr(ServingProgram, "run_prompts", noted("prompts", ServingProgram.run_prompts))
     return seen
-
-
-def batching(**options: Any) -> Any:
-    from transformers import ContinuousBatchingConfig
-
-    return ContinuousBatchingConfig(**options)
 
 
 def answers(manager: Any, num_answers: int) -> dict[str, Any]:

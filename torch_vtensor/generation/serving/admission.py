@@ -88,7 +88,7 @@ class Admission:
 
     def _begin(self, request: Request) -> bool:
         """Give a request memory for its prompt and the token after it; False if there is none as things are."""
-        num_rows = len(request.tokens) + 1
+        num_rows = request.num_tokens + 1
         self._check_length(request)
         is_alone = not self._queues.active
         if not is_alone and not self._has_room_for(self._scratch.need(num_rows - self._known.num_known(request))):

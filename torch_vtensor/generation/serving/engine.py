@@ -219,7 +219,7 @@ class Engine:
         for request in reversed(under_way):
             if request.rows is None or request in queues.prompts:
                 continue
-            if request in seated and request.rows.num_rows == len(request.tokens) - 1:
+            if request in seated and request.rows.num_rows == request.num_tokens - 1:
                 self._go_on_by_last_token(request)
             else:
                 queues.begin_anew(request)

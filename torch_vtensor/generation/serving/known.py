@@ -84,15 +84,19 @@ class Known:
         """Whether one of these prompts, which are being taken up, begins as a request does that has not begun."""
         if not self.is_on:
             return False
-        tokens, salt = request.tokens, request.salt
-        alike = [other.tokens for other in prompts if other.salt == salt and _begin_alike(tokens, other.tokens, 0)]
-        return bool(alike) and any(_begin_alike(tokens, other, self.num_known(request)) for other in alike)
+        others = [other.tokens for other in prompts if other.salt == request.salt]
+        tokens = request.tokens if others else []
+        alike = [other for other in others if _begin_alike(tokens, other, 0)]
+        if not alike:
+            return False
+        num_known = self.num_known(request)
+        return any(_begin_alike(tokens, other, num_known) for other in alike)
 
     def count(self, request: Request) -> None:
         """Count what a request that has begun was lent."""
         if request.mark is not None:
             prefix_cache.counters["tokens reused"] += request.num_lent
-            prefix_cache.counters["tokens of prompts"] += len(request.tokens)
+            prefix_cache.counters["tokens of prompts"] += request.num_tokens
 
     def record(self, request: Request) -> None:
         """Keep what the rows of a request hold of its tokens, unless they sleep."""

@@ -133,10 +133,10 @@ class Steps:
             rows = request.rows
             assert rows is not None
             if rows.num_rows == request.num_lent:
-                counters["tokens of prompts"] += len(request.tokens) - request.num_lent
+                counters["tokens of prompts"] += request.num_tokens - request.num_lent
                 self._known.count(request)
             rows.wrote(rows.num_rows + len(prompt.tokens))
-        if several[0].rows is not None and several[0].rows.num_rows == len(several[0].tokens):
+        if _num_left(several[0]) == 0:
             for request in several:
                 self._queues.prompts.remove(request)
             self._seat(several)
@@ -262,4 +262,4 @@ class Steps:
 def _num_left(request: Request) -> int:
     """How many tokens of a prompt are to be taken up."""
     assert request.rows is not None
-    return len(request.tokens) - request.rows.num_rows
+    return request.num_tokens - request.rows.num_rows
