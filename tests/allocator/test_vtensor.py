@@ -247,12 +247,15 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
 
 def test_whole_pages_are_those_of_the_first_rows_alone(scheduler: GrowthScheduler) -> None:
     """And the same ones in a fork, as far as the two share them."""
-    vtensor = VTensor((PAGE // 8,), capacity=100, scheduler=scheduler)  # two rows a page
-    vtensor.append(rows(21, PAGE // 8))
-    fork = vtensor.fork()
-    for num_rows, num_pages in ((0, 0), (1, 0), (2, 1), (13, 6), (21, 10)):
-        (pages,), (theirs,) = vtensor.whole_pages(num_rows).strips, fork.whole_pages(num_rows).strips
-        assert len(pages) == num_pages
-        assert all(one is other for one, other in zip(pages, theirs, strict=True))
+    vtensor = VTensor((PAGE // 8,), capacity=100, scheduler=scheduler)  # two rows a page of the smallest size
+    for _ in range(7):
+        vtensor.append(rows(3, PAGE // 8))
+    fork, ends = vtensor.fork(), vtensor.whole_pages(100).bounds
+    assert len(ends) > 3
+    for num_rows in (0, 1, 2, 13, 21):
+        run, theirs = vtensor.whole_pages(num_rows), fork.whole_pages(num_rows)
+        assert run.bounds == tuple(end for end in ends if end <= num_rows * PAGE // 2)
+        assert run.bounds == theirs.bounds
+        assert all(one is other for one, other in zip(run.pages(), theirs.pages(), strict=True))
     vtensor.drop_head(4)
-    assert vtensor.whole_pages(21).strips == ((),)
+    assert list(vtensor.whole_pages(21).pages()) == []
