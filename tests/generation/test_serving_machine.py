@@ -200,7 +200,12 @@ def test_requests_at_random(family: str, is_captured: bool, memory: Memory, monk
         pass
 
     Machine.family, Machine.is_captured, Machine.faults = family, is_captured, Faults(monkeypatch)
-    settings = hypothesis.settings(max_examples=12, stateful_step_count=12, deadline=None)
+    settings = hypothesis.settings(
+        max_examples=12,
+        stateful_step_count=12,
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],  # a step computes while it is drawn
+    )
     with torch.no_grad():
         run_state_machine_as_test(Machine, settings=settings)
     support.counters.clear()

@@ -91,6 +91,18 @@ def test_no_groups_save_more() -> None:
         )
 
 
+def test_many_who_share_in_many_ways() -> None:
+    """Each of 256 has some more in common with the next: there are too many ways to look at all of them."""
+    stem = tuple(range(2048))
+    several = [(*stem[: 8 * index + 8], 10_000 + index) for index in range(256)]
+    found = shared_beginnings([beginning(*pages) for pages in several])
+    seen = [slot for one in found for slot in one.slots]
+    assert len(seen) == len(set(seen))
+    assert all(one.num_tokens <= 10 * num_common([several[slot] for slot in one.slots]) for one in found)
+    saved = sum((len(one.slots) - 1) * one.num_tokens for one in found)
+    assert saved > 0.75 * sum(10 * 8 * index for index in range(256))
+
+
 def num_common(several: list[tuple[int, ...]]) -> int:
     columns = zip(*several, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pages: len(set(pages)) == 1, columns))

@@ -14,6 +14,7 @@ with little; those that save most are chosen.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
@@ -23,6 +24,8 @@ from torch_vtensor.allocator.page_run import PageRun
 from torch_vtensor.generation.shared_reads import SharedPrefix
 
 __all__ = ["Beginning", "shared_beginnings"]
+
+_MOST_LEVELS = 8  # more different numbers of common pages are taken for lower ones: choosing takes time
 
 
 class Beginning(NamedTuple):
@@ -57,7 +60,7 @@ def shared_beginnings(beginnings: Sequence[Beginning]) -> list[SharedPrefix]:
         return []
     order = sorted(range(len(beginnings)), key=lambda index: beginnings[index].pages)
     ordered = [beginnings[index].pages for index in order]
-    common = [_num_common(one, other) for one, other in pairwise(ordered)]
+    common = _at_few_levels([_num_common(one, other) for one, other in pairwise(ordered)])
 
     @cache
     def best(start: int, stop: int, offered: int) -> _Choice:
@@ -77,6 +80,13 @@ def shared_beginnings(beginnings: Sequence[Beginning]) -> list[SharedPrefix]:
         return _Choice(inside.num_saved - own, (), (group, *inside.groups))
 
     return list(best(0, len(order), 0).groups)
+
+
+def _at_few_levels(common: list[int]) -> list[int]:
+    """The same numbers, or where they are many different ones somewhat lower, so that there are few ways to choose."""
+    levels = sorted(set(common))
+    levels = levels[:: -(-len(levels) // _MOST_LEVELS)]
+    return [levels[bisect_right(levels, num_common) - 1] for num_common in common]
 
 
 def _joined(choices: Sequence[_Choice]) -> _Choice:
