@@ -4,6 +4,7 @@ loop.py           the loop that stands for transformers' own: take up the prompt
 support.py        what the loop can do, and why it leaves a call to transformers
 program.py        one batch size of one model as captured graphs, kept for the next call
 prompt_graphs.py  captured parts of prompts
+prompt_parts.py   what stands between the matrix products of prompts, compiled
 graphs.py         inductor's code and captured graphs
 prompt.py         how a prompt is cut into parts of a few sizes
 step.py           how a model runs one step over rows at addresses

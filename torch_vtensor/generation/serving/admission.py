@@ -98,6 +98,7 @@ class Admission:
             rows = self._known.begin(request)
             with prefix_salt(request.salt):
                 rows = rows or SequenceRows(self._layout, num_rows)
+                rows.most_rows = len(request.state.initial_tokens) + request.limit
                 rows.commit(num_rows)
         except BaseException as error:
             may_wait = isinstance(error, VTensorError) and is_out_of_memory(error)

@@ -93,6 +93,8 @@ class SequenceRows:
         waiting = iter(vtensors or ())
         self.layout = layout
         self.num_rows = num_rows
+        self.most_rows = layout.capacity
+        """There will be no more: none is mapped ahead for them."""
         self.stores = []
         for kind in layout.kinds:
             if vtensors is None:
@@ -143,7 +145,7 @@ class SequenceRows:
     @property
     def has_room(self) -> bool:
         """Whether the next row has memory, and the ones after it for a while."""
-        return self.num_rows + 1 + _AHEAD_TOKENS <= self._committed
+        return min(self.num_rows + 1 + _AHEAD_TOKENS, self.most_rows) <= self._committed
 
     def commit(self, num_rows: int) -> None:
         """Give rows [0, ``num_rows``) memory, and have more mapped in the background where they soon need it.
@@ -155,7 +157,7 @@ class SequenceRows:
             for store in self.stores:
                 store.commit(num_rows)
             self._committed = min(store.committed for store in self.stores)
-        if num_rows + _AHEAD_TOKENS > self._committed and self._asked_ahead != self._committed:
+        if min(num_rows + _AHEAD_TOKENS, self.most_rows) > self._committed and self._asked_ahead != self._committed:
             self._asked_ahead = self._committed
             for store in self.stores:
                 store.commit_ahead()
