@@ -26,6 +26,15 @@ WHY_SKIPPED = compat.why_other_interface()
 """Why this version of transformers keeps its own managers, if so."""
 
 
+BATCHES = [
+    pytest.mark.skipif(WHY_SKIPPED is not None, reason=str(WHY_SKIPPED)),
+    pytest.mark.usefixtures("uncompiled_batches"),
+]
+"""Marks of tests of batches: each begins with no counts and no programs."""
+IN_ONE_LAYOUT = [*BATCHES, pytest.mark.parametrize("memory", ["token-major"], indirect=True)]
+"""Of those which do not depend on how memory is laid out."""
+
+
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For a fixture: steps that would be compiled run as they are; counters and programs are the test's alone."""
     monkeypatch.setattr(graphs, "compile_step", lambda forward, **options: forward)

@@ -7,13 +7,12 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from paged_memory import Memory
-from serving_models import WHY_SKIPPED, Served, alone, config_of, counted, model_to_serve, prompts, uncompiled
+from serving_models import BATCHES, Served, alone, config_of, counted, model_to_serve, prompts
 from tiny_models import FAMILIES, SHORT_WINDOW
 from transformers import GenerationMixin
 
@@ -24,15 +23,10 @@ from torch_vtensor.generation.serving import steps as steps_module
 from torch_vtensor.generation.serving.manager import BatchingManager
 from torch_vtensor.generation.serving.program import ServingProgram
 
-pytestmark = pytest.mark.skipif(WHY_SKIPPED is not None, reason=str(WHY_SKIPPED))
+pytestmark = BATCHES
 one_layout = pytest.mark.parametrize("memory", ["token-major"], indirect=True)
 COMPILE_STEP = graphs.compile_step
 LENGTHS = (5, 130, 40, 1, 77, 60)
-
-
-@pytest.fixture(autouse=True)
-def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from uncompiled(monkeypatch)
 
 
 def reasons() -> dict[str, int]:

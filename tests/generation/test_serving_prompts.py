@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving_models import WHY_SKIPPED, Served, alone, batching, config_of, counted, model_to_serve, prompts, uncompiled
+from serving_models import IN_ONE_LAYOUT, Served, alone, batching, config_of, counted, model_to_serve, prompts
 
 import torch_vtensor
 from torch_vtensor.generation.decode.prompt import FREE_ROWS
@@ -15,15 +14,7 @@ from torch_vtensor.generation.serving import steps as steps_module
 from torch_vtensor.generation.serving.program import ServingProgram
 from torch_vtensor.generation.serving.prompts import PromptShape, place_size, shapes_up_to, together
 
-pytestmark = [
-    pytest.mark.skipif(WHY_SKIPPED is not None, reason=str(WHY_SKIPPED)),
-    pytest.mark.parametrize("memory", ["token-major"], indirect=True),
-]
-
-
-@pytest.fixture(autouse=True)
-def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from uncompiled(monkeypatch)
+pytestmark = IN_ONE_LAYOUT
 
 
 @pytest.fixture

@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 from paged_memory import PAGE_BYTES
 from serving_models import (
+    IN_ONE_LAYOUT,
     READ_APART,
-    WHY_SKIPPED,
     Served,
     alone,
     config_of,
     counted,
     model_to_serve,
     prompts,
-    uncompiled,
     watch_shared_reads,
 )
 
@@ -28,15 +27,7 @@ from torch_vtensor.generation import shared_reads
 from torch_vtensor.generation.decode import step as step_module
 from torch_vtensor.generation.serving.sharing import Beginning, shared_beginnings
 
-pytestmark = [
-    pytest.mark.skipif(WHY_SKIPPED is not None, reason=str(WHY_SKIPPED)),
-    pytest.mark.parametrize("memory", ["token-major"], indirect=True),
-]
-
-
-@pytest.fixture(autouse=True)
-def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from uncompiled(monkeypatch)
+pytestmark = IN_ONE_LAYOUT
 
 
 @pytest.fixture

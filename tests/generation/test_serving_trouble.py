@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from paged_memory import Memory
-from serving_models import WHY_SKIPPED, Served, alone, batching, config_of, counted, model_to_serve, prompts, uncompiled
+from serving_models import IN_ONE_LAYOUT, Served, alone, batching, config_of, counted, model_to_serve, prompts
 from transformers import GenerationConfig
 
 import torch_vtensor
@@ -23,15 +23,7 @@ from torch_vtensor.generation.serving.program import Prompt, ServingProgram
 from torch_vtensor.generation.serving.rows import SequenceRows
 from torch_vtensor.generation.serving.step_graphs import StepGraphs
 
-pytestmark = [
-    pytest.mark.skipif(WHY_SKIPPED is not None, reason=str(WHY_SKIPPED)),
-    pytest.mark.parametrize("memory", ["token-major"], indirect=True),
-]
-
-
-@pytest.fixture(autouse=True)
-def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from uncompiled(monkeypatch)
+pytestmark = IN_ONE_LAYOUT
 
 
 def failing(method: Callable[..., Any], fails: Callable[[int], bool], error: Exception) -> Callable[..., Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from serving_models import WHY_SKIPPED, Served, alone, batching, config_of, counted, model_to_serve, prompts, uncompiled
+from serving_models import IN_ONE_LAYOUT, Served, alone, batching, config_of, counted, model_to_serve, prompts
 
 import torch_vtensor
 from torch_vtensor.generation import shared_reads
@@ -16,15 +16,7 @@ from torch_vtensor.generation.decode import graphs
 from torch_vtensor.generation.serving.program import ServingProgram
 from torch_vtensor.generation.serving.prompts import PromptShape
 
-pytestmark = [
-    pytest.mark.skipif(WHY_SKIPPED is not None, reason=str(WHY_SKIPPED)),
-    pytest.mark.parametrize("memory", ["token-major"], indirect=True),
-]
-
-
-@pytest.fixture(autouse=True)
-def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from uncompiled(monkeypatch)
+pytestmark = IN_ONE_LAYOUT
 
 
 class Event(NamedTuple):
