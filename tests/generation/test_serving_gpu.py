@@ -133,26 +133,23 @@ def test_other_threads_draw_while_a_manager_warms_up_and_samples() -> None:
     model, asked = wide(), prompts(40, 50, 300)
     config = config_of(do_sample=True, top_k=0, max_new_tokens=60)
     torch.cuda.manual_seed(7)
-    expected = [torch.rand(1000, device="cuda") for _ in range(300)]
-    torch.cuda.manual_seed(7)
     found: list[torch.Tensor] = []
+    outputs: dict[str, Any] = {}
     with torch_vtensor.enabled(compile=True):
         options = transformers.ContinuousBatchingConfig(max_requests_per_batch=4, seed=3)
         manager = model.init_continuous_batching(config, options)
         manager.warmup()
         manager.start()
         ids = manager.add_requests(asked)
-        while len(found) < len(expected):
-            found.append(torch.rand(1000, device="cuda"))
-            time.sleep(0.01)
-        outputs: dict[str, Any] = {}
         while len(outputs) < len(ids):
-            output = manager.get_result(timeout=120)
-            assert output is not None
-            assert output.error is None
-            outputs[output.request_id] = output
+            found.append(torch.rand(1000, device="cuda"))
+            output = manager.get_result(timeout=0.002)
+            if output is not None:
+                assert output.error is None
+                outputs[output.request_id] = output
         manager.stop()
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    torch.cuda.manual_seed(7)
+    assert all(torch.equal(each, torch.rand(1000, device="cuda")) for each in found)
     check_all_ours()
     assert len({tuple(outputs[each].generated_tokens) for each in ids}) == len(ids)
 
