@@ -18,6 +18,7 @@ from serving_models import WHY_SKIPPED, Served, config_of, model_to_serve, promp
 import torch_vtensor
 from torch_vtensor.allocator.cuda_driver import CudaDriver
 from torch_vtensor.generation import shared_reads
+from torch_vtensor.generation.decode import graphs
 from torch_vtensor.generation.serving import support
 
 pytestmark = [
@@ -128,30 +129,68 @@ def test_steps_read_once_what_requests_share(is_captured: bool, monkeypatch: pyt
     assert not [name for name in torch_vtensor.stats().serving if name.startswith("read apart")]
 
 
-def test_other_threads_draw_while_a_manager_warms_up_and_samples() -> None:
-    """Capturing takes possession of a generator, of which it must not be theirs."""
+def test_other_threads_draw_while_a_graph_is_captured() -> None:
+    """Capturing takes possession of a generator, which must not be the one that they draw from."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    own, noise = torch.Generator(device), torch.zeros(1000, device=device)
+    drawn: list[torch.Tensor | Exception] = []
+
+    def draw() -> None:
+        try:
+            drawn.append(torch.rand(1000, device=device))
+        except Exception as error:
+            drawn.append(error)
+
+    def rehearse() -> None:
+        noise.exponential_(1, generator=own)
+
+    def run() -> None:
+        rehearse()
+        other = threading.Thread(target=draw)
+        other.start()
+        other.join()
+
+    torch.cuda.manual_seed(7)
+    own.manual_seed(3)
+    graph = graphs.Captures(device, own)(run, rehearse)
+    found = []
+    for seed in (3, 3, 4):
+        own.manual_seed(seed)
+        for _ in range(2):
+            graph()
+            found.append(noise.clone())
+    torch.cuda.manual_seed(7)
+    (theirs,) = drawn
+    assert isinstance(theirs, torch.Tensor), theirs
+    assert torch.equal(theirs, torch.rand(1000, device=device)), "nothing else was drawn from it"
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[4])
+
+
+def test_a_manager_warms_up_and_samples() -> None:
     model, asked = wide(), prompts(40, 50, 300)
     config = config_of(do_sample=True, top_k=0, max_new_tokens=60)
-    torch.cuda.manual_seed(7)
-    found: list[torch.Tensor] = []
-    outputs: dict[str, Any] = {}
+    answers = []
     with torch_vtensor.enabled(compile=True):
-        options = transformers.ContinuousBatchingConfig(max_requests_per_batch=4, seed=3)
-        manager = model.init_continuous_batching(config, options)
-        manager.warmup()
-        manager.start()
-        ids = manager.add_requests(asked)
-        while len(outputs) < len(ids):
-            found.append(torch.rand(1000, device="cuda"))
-            output = manager.get_result(timeout=0.002)
-            if output is not None:
+        for _ in range(2):
+            options = transformers.ContinuousBatchingConfig(max_requests_per_batch=4, seed=3)
+            manager = model.init_continuous_batching(config, options)
+            manager.warmup()
+            manager.start()
+            ids = manager.add_requests(asked)
+            outputs: dict[str, Any] = {}
+            while len(outputs) < len(ids):
+                output = manager.get_result(timeout=120)
+                assert output is not None
                 assert output.error is None
                 outputs[output.request_id] = output
-        manager.stop()
-    torch.cuda.manual_seed(7)
-    assert all(torch.equal(each, torch.rand(1000, device="cuda")) for each in found)
+            manager.stop()
+            answers.append([outputs[each].generated_tokens for each in ids])
     check_all_ours()
-    assert len({tuple(outputs[each].generated_tokens) for each in ids}) == len(ids)
+    assert answers[0] == answers[1]
+    assert len(set(map(tuple, answers[0]))) == len(ids)
 
 
 def test_no_driver_calls_and_no_waits_on_the_serving_thread(monkeypatch: pytest.MonkeyPatch) -> None:

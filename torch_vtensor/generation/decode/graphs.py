@@ -128,7 +128,7 @@ def capture(
 
     Args:
         generator: what both draw random numbers from; default: the device's own. While a graph is captured other
-            threads may go on drawing from that one only if this is another.
+            threads can draw from that one only if this is another, and not in the microseconds when capturing begins.
 
     Effects: the generator and the current stream are as before, also after an error.
     """
@@ -162,8 +162,9 @@ def capture(
 class _GraphOfOwnNumbers(torch.cuda.CUDAGraph):
     """A graph that draws from ``own``.
 
-    Every capture takes possession of the default generator, from which no other thread can draw until it ends. So
-    ``own`` stands in for it at the moment when a capture begins, and not while it goes on.
+    Every capture takes possession of the state of the default generator, from which no other thread can draw until it
+    ends: it gets an error. So ``own``'s state stands in for that at the moment when a capture begins. That another
+    thread draws just then torch gives no means to prevent.
     """
 
     default: torch.Generator
