@@ -121,7 +121,7 @@ def parts_are_even_and_few() -> None:
         group, block_m, lines = 4, 128, 64
         num_blocks = -(-num_query * group // block_m)
         num_whole = len(lengths) * num_blocks
-        num_programs = _num_programs(num_whole * heads, sms)
+        num_programs = _num_programs(num_whole * heads, sms, sms)
         assert 2 * num_whole * heads <= num_programs <= 2 * sms
         out = torch.zeros(2, lines, dtype=torch.int32)
         keep_parts[(1,)](
@@ -140,6 +140,7 @@ def parts_are_even_and_few() -> None:
     assert shared_out([3000 + 129], 192)[0] in ([5] * 6, [6] * 6)
     assert shared_out([100], 16) == ([1], 132)
     assert shared_out([0, 1], 16) == ([1, 1], 132)
+    assert _num_programs(132, 132, 264) == 0
     assert shared_out([16384] * 16, 16) == ([1] * 16, 264)  # two parts each would come one after the other
     parts, _ = shared_out([16384, 512, 512, 512], 16)
     assert parts[0] > 10

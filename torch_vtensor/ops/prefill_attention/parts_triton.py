@@ -103,8 +103,9 @@ def share_out(
     parts = tl.cdiv(steps[:, None], part_steps[None, :])
     num_parts = tl.sum(parts, 0) * HEADS
     longest = tl.max(tl.cdiv(steps[:, None], tl.maximum(parts, 1)), 0)
-    # Beside its steps, a part costs about two for its beginning and end, and merging three.
-    time = tl.cdiv(num_parts, num_at_once) * (longest + 2) + tl.where(tl.max(parts, 0) > 1, 3, 0)
+    most = tl.max(parts, 0)
+    # Beside its steps, a part costs about two for its beginning and end; merging costs two, and one for eight parts.
+    time = tl.cdiv(num_parts, num_at_once) * (longest + 2) + tl.where(most > 1, 2 + tl.cdiv(most, 8), 0)
     time = tl.where(num_parts <= num_programs, time, 2**24)
     best = tl.min(time * 32 + trial, 0) % 32
     parts = tl.cdiv(steps, shortest + tl.cdiv(3 * shortest * best, 31))

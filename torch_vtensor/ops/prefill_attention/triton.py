@@ -261,8 +261,9 @@ def launch_rows(
     config = config or _config(query.dtype, max(block_d, block_dv), num_rows)
     num_blocks = triton.cdiv(num_rows, config.block_m)
     device = query.device.index or 0
-    num_at_once = (_num_sms(device) if num_sms is None else num_sms) * config.programs_per_sm
-    num_programs = _num_programs(batch * num_heads * num_blocks, num_at_once)
+    num_sms = _num_sms(device) if num_sms is None else num_sms
+    num_at_once = num_sms * config.programs_per_sm
+    num_programs = _num_programs(batch * num_heads * num_blocks, num_sms, num_at_once)
     partials = out
     if num_programs:
         partials = query.new_empty(num_programs * config.block_m * (block_dv + 2), dtype=torch.float32)
@@ -336,9 +337,9 @@ def _num_sms(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-def _num_programs(num_whole: int, num_at_once: int) -> int:
+def _num_programs(num_whole: int, num_sms: int, num_at_once: int) -> int:
     """Programs that share out the parts of ``num_whole`` blocks, two to a block or more; 0 where these stay whole."""
-    if num_whole >= num_at_once:
+    if num_whole >= num_sms:
         return 0
     return num_at_once if 4 * num_whole <= num_at_once else 2 * num_at_once
 
@@ -351,6 +352,6 @@ def _config(dtype: torch.dtype, block_d: int, num_rows: int) -> _Config:
         return _Config(min(block_m, 32), 32, 4, 2, 1) if row_bytes <= 512 else _Config(16, 16, 4, 1, 1)
     if row_bytes <= 256:
         if block_m <= 64:
-            return _Config(block_m, 64, 4, 3, 2 if block_m <= 32 else 1)
+            return _Config(block_m, 64, 4, 3, 2)
         return _Config(128, 64, 8 if row_bytes > 128 else 4, 3, 1)
     return _Config(min(block_m, 64), 32, 4, 2, 1) if row_bytes <= 512 else _Config(min(block_m, 32), 16, 4, 2, 1)
