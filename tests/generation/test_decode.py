@@ -841,7 +841,8 @@ def test_compiled_by_inductor(family: str, memory: Memory, captures: list[Any]) 
         theirs = generate(model, prompt(batch))
         for _ in range(2):
             assert torch.equal(compiled(model, prompt(batch)), theirs)
-    assert len(captures) == 6
+    # Of each batch size a step and a choice, and a prompt if it fits into the windows and goes through no experts.
+    assert len(captures) == (6 if family == "llama" else 4)
     assert reasons(memory) == {}
 
 

@@ -7,6 +7,7 @@ or a sliding window would drop some of it at once.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
 import weakref
@@ -53,7 +54,8 @@ def sample(
     Raises: OutOfPagesError, with the tokens so far in its ``sequences``; the cache keeps all of them but the last.
     """
     given, model_kwargs = model_kwargs, with_cache(model, model_kwargs)
-    reason = why_stock(model, input_ids, stopping_criteria, generation_config, synced_gpus, model_kwargs)
+    windows_once = functools.cache(functools.partial(windows_of, model))
+    reason = why_stock(model, windows_once, input_ids, stopping_criteria, generation_config, synced_gpus, model_kwargs)
     sampling: Sampling | str = ""
     if reason is None:
         end_tokens = end_tokens_of(stopping_criteria)
@@ -69,9 +71,8 @@ def sample(
             model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
             **given,
         )  # fmt: skip
-    assert isinstance(sampling, Sampling) and firsts is not None
-    windows = windows_of(model)
-    assert windows is not None
+    windows = windows_once()
+    assert isinstance(sampling, Sampling) and firsts is not None and windows is not None
     call = _Call(model, stopping_criteria, sampling, streamer, firsts, windows, model_kwargs)
     if _takes_prompt(call, input_ids):
         with torch.inference_mode(False), torch.no_grad(), _current(model.device):

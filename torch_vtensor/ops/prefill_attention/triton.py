@@ -345,13 +345,13 @@ def _num_programs(num_whole: int, num_sms: int, num_at_once: int) -> int:
 
 
 def _config(dtype: torch.dtype, block_d: int, num_rows: int) -> _Config:
-    """What shared memory and registers hold. Few rows wait for memory, and two programs wait for more of it."""
+    """What shared memory and registers hold; of four warps two programs, so that one multiplies while one waits."""
     row_bytes = block_d * dtype.itemsize
     block_m = max(16, triton.next_power_of_2(num_rows))
     if dtype is torch.float32:
         return _Config(min(block_m, 32), 32, 4, 2, 1) if row_bytes <= 512 else _Config(16, 16, 4, 1, 1)
     if row_bytes <= 256:
-        if block_m <= 64:
-            return _Config(block_m, 64, 4, 3, 2)
-        return _Config(128, 64, 8 if row_bytes > 128 else 4, 3, 1)
-    return _Config(min(block_m, 64), 32, 4, 2, 1) if row_bytes <= 512 else _Config(min(block_m, 32), 16, 4, 2, 1)
+        if block_m > 64 and row_bytes > 128:
+            return _Config(128, 64, 8, 3, 1)
+        return _Config(min(block_m, 128), 64, 4, 3, 2)
+    return _Config(min(block_m, 64), 32, 4, 2, 2) if row_bytes <= 512 else _Config(min(block_m, 32), 16, 4, 2, 1)
