@@ -25,7 +25,7 @@ from transformers.generation import EosTokenCriteria
 import torch_vtensor
 from torch_vtensor.errors import OutOfPagesError
 from torch_vtensor.generation import shared_reads
-from torch_vtensor.generation.decode import graphs, loop, program
+from torch_vtensor.generation.decode import graphs, loop, program, prompt_parts
 from torch_vtensor.generation.decode import step as step_module
 
 
@@ -34,7 +34,7 @@ def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """The step as it is, except in slow tests; and programs of this test alone."""
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setattr(graphs, "compile_step", lambda forward: forward)
-        monkeypatch.setattr(graphs, "compile_parts", lambda twin: None)
+        monkeypatch.setattr(prompt_parts, "compile_parts", lambda twin: None)
     monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
     monkeypatch.setattr(loop, "_refused", weakref.WeakSet())
     monkeypatch.setattr(loop, "_prompts_refused", weakref.WeakSet())
