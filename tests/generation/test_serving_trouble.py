@@ -17,6 +17,7 @@ import torch_vtensor
 from torch_vtensor import VTensorCache
 from torch_vtensor.errors import DriverError
 from torch_vtensor.generation import prefix_cache
+from torch_vtensor.generation.decode import graphs
 from torch_vtensor.generation.serving import admission, known, manager
 from torch_vtensor.generation.serving.engine import Engine
 from torch_vtensor.generation.serving.program import Prompt, ServingProgram
@@ -309,6 +310,28 @@ def test_a_capture_that_fails_gives_up_one_size(is_short: bool, monkeypatch: pyt
     assert captured == ({1, 4} if is_short else {4})
     assert counted("uncompiled: the model's step cannot be compiled") == (0 if is_short else 1)
     assert counted("uncompiled for now: out of memory") == (1 if is_short else 0)
+
+
+def test_experts_that_ask_the_host_are_run_as_for_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their kernels for many tokens may not be captured in every precision."""
+    several: list[Any] = []
+
+    def compile_step(forward: Any, of_any_batch: bool = False) -> Any:
+        several.extend([forward] if of_any_batch else [])
+        if len(several) == 1:
+            return failing(forward, lambda number: True, RuntimeError("copies to the host"))
+        return forward
+
+    monkeypatch.setattr(graphs, "compile_step", compile_step)
+    model, asked = copy.deepcopy(model_to_serve("mixtral")), prompts(20, 30, 40)
+    with torch_vtensor.enabled(compile=True):
+        served = Served(model, generation_config=config_of())
+        ids = served.manager.add_requests(asked)
+        outputs = served.run()
+        served.close()
+    assert [outputs[each].generated_tokens for each in ids] == [alone("mixtral", prompt, 8) for prompt in asked]
+    assert len(several) == 2
+    assert counted("uncompiled: the model's step cannot be compiled") == 0
 
 
 # Prefixes

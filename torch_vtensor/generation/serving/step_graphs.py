@@ -136,6 +136,17 @@ class StepGraphs:
         log.info("what sequences share is read for each of them: %s", reason, exc_info=error)
 
     def _capture(self, size: int, shares: tuple[bool, ...]) -> Graph:
+        try:
+            return self._capture_forward(size, shares)
+        except Exception as error:
+            if size == 1 or self._twin_for_many is self._twin or is_out_of_memory(error):
+                raise
+            # Experts' kernels for many tokens may ask the host how many each has; those for few copy weights instead.
+            log.info("experts are run as for few tokens: %s", type(error).__name__, exc_info=error)
+            self._twin_for_many, self._several = self._twin, None
+            return self._capture_forward(size, shares)
+
+    def _capture_forward(self, size: int, shares: tuple[bool, ...]) -> Graph:
         if size == 1:
             forward = graphs.compile_step(step_forward(self._twin))
         else:
