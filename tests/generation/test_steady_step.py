@@ -12,6 +12,7 @@ import torch
 import transformers
 from paged_memory import Memory
 from tiny_models import sizes
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import torch_vtensor
@@ -98,6 +99,34 @@ def test_an_append_is_a_handful_of_calls(memory: Memory, explicit: bool, window:
         num_c += 3
     assert calls.num_python <= num_python * NUM_LAYERS, calls.most_common()
     assert calls.total() - calls.num_python <= num_c * NUM_LAYERS, calls.most_common()
+
+
+class Seen(TorchDispatchMode):
+    """Counts the operators that a mode is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_what_is_written() -> None:
+    """As one may be tracing; it sees operators alone, and nothing of a call into C."""
+    caches = [make(config=config_of(None)) for make in (DynamicCache, torch_vtensor.VTensorCache)]
+    with torch.no_grad():
+        prompt, step = (torch.randn(2, HEADS, tokens, DIM) for tokens in (PROMPT_TOKENS, 1))
+        for layer in range(NUM_LAYERS):
+            for cache in caches:
+                cache.update(prompt, prompt, layer)
+        for layer in range(NUM_LAYERS):
+            caches[0].update(step, step, layer)
+            with Seen() as seen:
+                caches[1].update(step, step, layer)
+            assert seen.operators["copy_"] == 2
+            assert torch.equal(caches[0].layers[layer].keys, caches[1].layers[layer].keys)
 
 
 def test_attention_of_a_step_is_decided_once() -> None:
