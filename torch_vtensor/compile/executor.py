@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_vtensor.compile.communication import Assemble, Buffer, Collective, Transfer
 from torch_vtensor.compile.program import Add, Backward, Forward, Move, Program
+from torch_vtensor.compile.random_numbers import begin_stream
 from torch_vtensor.compile.schedules.action import Schedule
 from torch_vtensor.compile.schedules.job import JobKind
 from torch_vtensor.compile.segment import Segment
@@ -72,9 +73,14 @@ class Executor:
         self._rank = rank
         self._transport = transport
         self._code = code
+        self._streams = {segment: stream for segment, stream in program.streams.items() if segment.rank == rank}
 
-    def run(self, values: dict[str, Any], device: torch.device) -> Generator[Pending, None, None]:
+    def run(
+        self, values: dict[str, Any], device: torch.device, seed: int | None = None
+    ) -> Generator[Pending, None, None]:
         """Run all actions over these values, which hold the arguments before and the results after.
+
+        With a seed, segments that draw random numbers seed torch's generators first.
 
         Yields what it is about to wait for: whoever runs several ranks in one process lets the others go on until that
         is there.
@@ -91,6 +97,8 @@ class Executor:
                     values[key].settle(values)
             # In functions of their own, so that nothing outlives its FREE in a variable here.
             if isinstance(work, Forward):
+                if seed is not None and (stream := self._streams.get(work.segment)) is not None:
+                    begin_stream(seed, stream, device)
                 self._run_forward(work, values)
             elif isinstance(work, Backward):
                 self._run_backward(work, values)

@@ -20,6 +20,7 @@ from torch_vtensor.compile.dataflow import Dataflow
 from torch_vtensor.compile.exchange import Exchange, GradientGroup
 from torch_vtensor.compile.footprint import Measure, estimate
 from torch_vtensor.compile.pass_costs import pass_seconds
+from torch_vtensor.compile.random_numbers import find_streams
 from torch_vtensor.compile.schedules.job import Job, JobKind, Result, Value, ValueKind
 from torch_vtensor.compile.segment import Arrival, Segment
 from torch_vtensor.compile.tensor_view import LogicalTensor, Mask, TensorView
@@ -96,6 +97,11 @@ class Program:
     gradients: Mapping[tuple[int, LogicalTensor], tuple[str, Mask]]
     results: tuple[Result, ...]
     again: frozenset[str]
+
+    @cached_property
+    def streams(self) -> Mapping[Segment, int]:
+        """The stream of random numbers of each segment that draws some; none where there is one rank."""
+        return find_streams(self.flow.plan, self.segments)
 
     @cached_property
     def sent_bytes(self) -> Mapping[str, Counter[int]]:

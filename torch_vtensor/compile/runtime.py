@@ -13,6 +13,7 @@ from torch_vtensor.compile.executor import Code, Executor, Transport
 from torch_vtensor.compile.parameters import gradient_like, part_of
 from torch_vtensor.compile.passes import Passes
 from torch_vtensor.compile.program import Program
+from torch_vtensor.compile.random_numbers import apart_from_the_caller
 from torch_vtensor.compile.segment import Segment
 from torch_vtensor.compile.tensor_view import LogicalTensor
 
@@ -35,10 +36,12 @@ class Runtime:
         rank: int,
         code: Callable[[Segment], Code],
         transport: Transport,
+        seeds: Callable[[], int] | None = None,
     ) -> None:
         self._captured = captured
         self._program = program
         self._rank = rank
+        self._seeds = seeds
         codes = {segment: code(segment) for segment in program.segments if segment.rank == rank}
         self._forward = Executor(program, passes.forward, rank, codes, transport)
         self._backward = None if passes.backward is None else Executor(program, passes.backward, rank, codes, transport)
@@ -79,7 +82,12 @@ class Runtime:
             device = _device(given)
             ones = {tensor: torch.ones((), dtype=tensor.dtype, device=device) for tensor in self._seed_of}
             self._put_seeds(values, ones, given)
-        self._run(self._forward, values, given)
+        if self._seeds is None:
+            self._run(self._forward, values, given)
+        else:
+            seed = self._seeds()
+            with apart_from_the_caller(_device(given)):
+                self._run(self._forward, values, given, seed)
         returned = {tensor: values[key] for tensor, key in self._returned.items()}
         for overwritten, new in self._program.flow.plan.graph.mutations.items():
             given[overwritten].copy_(returned[new])
@@ -118,8 +126,8 @@ class Runtime:
                 torch.zeros(tensor.shape, dtype=tensor.dtype, device=device) if zeros else of_output[tensor].to(device)
             )
 
-    def _run(self, executor: Executor, values: dict[str, Any], given: Given) -> None:
-        for pending in executor.run(values, _device(given)):
+    def _run(self, executor: Executor, values: dict[str, Any], given: Given, seed: int | None = None) -> None:
+        for pending in executor.run(values, _device(given), seed):
             pending.wait()
 
 

@@ -1,8 +1,9 @@
 """Worlds of gloo processes that train models with plans next to copies without one, and say how it went.
 
 Run as ``python -m distributed.train folder world …`` with worlds such as ``2:dp2@gpt2@eager,die@dp2``: a number of
-ranks, and tasks that each of them does in turn: ``plan@model@codegen``, or ``die@plan``. Rank 1 of the first world
-prints to folder/0/rank1.txt. The last line printed here lists the exit codes by world and rank.
+ranks, and tasks that each of them does in turn: ``plan@model@codegen``, ``draw@plan@codegen``, or ``die@plan``.
+Rank 1 of the first world prints to folder/0/rank1.txt. The last line printed here lists the exit codes by world and
+rank.
 
 Ranks are forks of one process that has imported everything: importing it for each would take longer than their work.
 """
@@ -81,6 +82,40 @@ def train(plan: str, model: str, codegen: str, device: str = "cpu") -> None:
             close(parameter.detach(), whole, msg=lambda text, name=name: f"{name}: {text}")
 
 
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(Block(), nn.Dropout(0.5)) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def draw(plan: str, codegen: str, device: str = "cpu") -> None:
+    """Dropout by the seed of rank 0: losses, and gradients of what every rank keeps, are the same on all ranks."""
+    torch.manual_seed(0)
+    model = Dropping().double().to(device)
+    x, y = torch.randn(2, 8, 4, 8, dtype=torch.double).to(device)
+    options = {"plan": plan, "codegen": codegen}
+    step = torch.compile(lambda x, y: F.mse_loss(model(x), y), backend="superscaler", options=options, dynamic=False)
+    losses = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed + 100 * dist.get_rank())
+        loss = step(x, y)
+        loss.backward()
+        replicated = [p.grad.cpu() for p in model.parameters() if not isinstance(p, ShardedTensor)]
+        made: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(made, (loss.item(), replicated))
+        for other, gradients in made:
+            assert other == loss.item(), f"losses differ between ranks: {made}"
+            assert all(map(torch.equal, gradients, replicated)), "gradients differ between ranks"
+        losses.append(loss.item())
+        model.zero_grad()
+    assert losses[0] == losses[1] != losses[2], losses
+
+
 def die(plan: str, device: str = "cpu") -> None:
     """Train until, in the middle of a step, the last rank ends as if it had been killed."""
     if dist.get_rank() == dist.get_world_size() - 1:
@@ -111,6 +146,8 @@ def run_tasks(tasks: Sequence[str], device: str) -> None:
         name, *rest = task.split("@")
         if name == "die":
             die(*rest, device)
+        elif name == "draw":
+            draw(*rest, device)
         else:
             train(name, *rest, device)
         torch.compiler.reset()
