@@ -338,3 +338,33 @@ def test_a_name_that_means_nothing_is_refused(name: str, world: int, message: st
 
 def test_a_named_plan_says_its_name() -> None:
     assert str(named("1f1b+dp2", 8)) == "1f1b+dp2 over pp 4 × dp 2"
+
+
+class HalfBlock(nn.Module):
+    """A perceptron that casts its weights as it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = nn.functional.linear(x, self.up.weight.double(), self.up.bias.double()).relu()
+        return x + nn.functional.linear(inner, self.down.weight.double(), self.down.bias.double())
+
+
+def test_weights_that_are_cast_in_forward_are_cut() -> None:
+    model = nn.Sequential(HalfBlock(), HalfBlock())
+    x = torch.randn(4, 4, dtype=torch.double)
+    compilation = assert_plan_is_right(
+        model, lambda x: model(x).square().mean(), (x,), named("tp2", 2), Mesh((0, 1), {"tp": 2}), 1e-5
+    )
+    kept = {tensor.name: parts[0].shape for tensor, parts in compilation.program.flow.storage.items()}
+    assert (kept["0.up.weight"], kept["0.down.weight"]) == ((4, 4), (4, 4))
+
+
+def test_a_model_without_anything_to_cut_is_not_tensor_parallel() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    call = capture_call(lambda x: model(x).sum(), torch.ones(4, 4))
+    for plan in (named("tp2", 2), named("sp2", 2)):
+        with pytest.raises(ValueError, match=r"none of the 2 layers has heads or a hidden dimension"):
+            compile_plan(call.captured, plan, Mesh((0, 1), {"tp": 2}), trains=True)
