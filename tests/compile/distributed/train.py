@@ -2,7 +2,7 @@
 
 Run as ``python -m distributed.train folder world …`` with worlds such as ``2:dp2@gpt2@eager,die@dp2``: a number of
 ranks, and tasks that each of them does in turn: ``plan@model@codegen``, ``draw@plan@codegen``,
-``scale@plan@codegen``, or ``die@plan``.
+``scale@plan@codegen``, ``begin@plan@codegen``, or ``die@plan``.
 Rank 1 of the first world prints to folder/0/rank1.txt. The last line printed here lists the exit codes by world and
 rank.
 
@@ -166,6 +166,57 @@ def scale(plan: str, codegen: str, device: str = "cpu") -> None:
         optimizer.zero_grad()
 
 
+def begin(plan: str, codegen: str, device: str = "cpu") -> None:
+    """A model made on meta has, in parts, what one process gets from rank 0's seed, and no rank ever holds it whole."""
+
+    def make() -> nn.Module:
+        with torch.device("meta"):
+            return nn.Sequential(*(Block() for _ in range(6)))
+
+    x, y = torch.randn(2, 8, 4, 8, generator=torch.Generator().manual_seed(1)).to(device)
+    ours, theirs = make(), make().to_empty(device=device)
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(ours(x), y)
+
+    held = []
+
+    def fill(module: nn.Module) -> None:
+        there = [p.local if isinstance(p, ShardedTensor) else p for p in ours.parameters()]
+        held.append(sum(parameter.nbytes for parameter in there if not parameter.is_meta))
+        module.reset_parameters()
+
+    torch.manual_seed(7 + 100 * dist.get_rank())
+    ss.initialize(ours, loss_of, x, y, plan=plan, init=fill, device=device)
+    torch.manual_seed(7)
+    torch.manual_seed(int(torch.randint(2**62, ())))
+    theirs.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
+    expected = dict(theirs.named_parameters())
+    kept = 0
+    for name, parameter in ours.named_parameters():
+        whole = expected[name].detach()
+        if isinstance(parameter, ShardedTensor):
+            assert torch.equal(parameter.local.detach(), parameter.keeps.cut(whole)), name
+            kept += parameter.local.untyped_storage().nbytes()
+        else:
+            assert torch.equal(parameter.detach(), whole), name
+            kept += whole.nbytes
+    num_bytes = sum(parameter.nbytes for parameter in expected.values())
+    assert kept < 0.65 * num_bytes, f"{kept} of {num_bytes} bytes are kept"
+    assert max(held) < 0.8 * num_bytes, f"{max(held)} of {num_bytes} bytes were there at once"
+    step = torch.compile(loss_of, backend="superscaler", options={"plan": plan, "codegen": codegen}, dynamic=False)
+    loss, wanted = step(x, y), F.mse_loss(theirs(x), y)
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    wanted.backward()
+    for name, parameter in ours.named_parameters():
+        gradient = expected[name].grad
+        if isinstance(parameter, ShardedTensor):
+            torch.testing.assert_close(parameter.grad.local, parameter.keeps.cut(gradient))
+        else:
+            torch.testing.assert_close(parameter.grad, gradient)
+
+
 def die(plan: str, device: str = "cpu") -> None:
     """Train until, in the middle of a step, the last rank ends as if it had been killed."""
     if dist.get_rank() == dist.get_world_size() - 1:
@@ -200,6 +251,8 @@ def run_tasks(tasks: Sequence[str], device: str) -> None:
             draw(*rest, device)
         elif name == "scale":
             scale(*rest, device)
+        elif name == "begin":
+            begin(*rest, device)
         else:
             train(name, *rest, device)
         torch.compiler.reset()
