@@ -205,17 +205,20 @@ class _Replay:
 
 def _check_results(schedule: Schedule, flow: Dataflow, live: Mapping[int, Mapping[str, Value]]) -> None:
     contributors: dict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)
-    for job in schedule.jobs.values():
-        for name in job.contributes:
-            contributors[name][job.name] = job.addends.get(name, (job.name,))
-    checked: set[tuple[str, int, str | None]] = set()
+    for one in schedule.jobs.values():
+        for name in one.contributes:
+            contributors[name][one.name] = one.addends.get(name, (one.name,))
+    checked: set[tuple[str, int, str | None, int]] = set()
     for result in schedule.results:
         if result.key not in live.get(result.rank, {}):
             declared = result.place in schedule.values
             why = "it was freed. Remove that FREE, and pin the value" if declared else "nothing makes it. Add its job"
             raise PlanError(f"result {result.name!r} is not at {result.place} in the end: {why}.", rank=result.rank)
         # Of replicas that one collective writes, what went into one went into all.
-        sum_of = result.name, result.num_addends, flow.writer.get(result.place)
+        writer = flow.writer.get(result.place)
+        job = None if writer is None else flow.jobs[writer]
+        number = job.writes[result.rank].index(result.key) if job is not None and job.one_by_one else 0
+        sum_of = result.name, result.num_addends, writer, number
         if sum_of not in checked:
             checked.add(sum_of)
             _check_addends(result, flow, contributors[result.name])
@@ -227,11 +230,13 @@ def _check_addends(result: Result, flow: Dataflow, contributors: Mapping[str, tu
     seen = {result.place}
     ahead = [result.place]
     while ahead:
-        name = flow.writer.get(ahead.pop())
+        made = ahead.pop()
+        name = flow.writer.get(made)
         if name is None:
             continue
         found.update(contributors.get(name, ()))
-        for place in flow.reads[name]:
+        job = flow.jobs[name]
+        for place in job.sources(made) if job.one_by_one else flow.reads[name]:
             if place not in seen and flow.values[place].kind == "gradient":
                 seen.add(place)
                 ahead.append(place)

@@ -108,7 +108,8 @@ class Job:
     ``addends`` names it, or several, by result.
     Units: ``seconds`` on its ranks, estimated; ``wire_bytes`` sent by all ranks together; ``workspace_bytes`` that each
     of its ranks needs while it runs, besides what it reads and writes; negative where it frees some of what it reads
-    before it makes some of what it writes.
+    before it makes some of what it writes. With ``one_by_one``, the values that it writes depend each on those alone
+    that stand in the same place among what it reads, on any rank.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Job:
     workspace_bytes: int = 0
     contributes: tuple[str, ...] = ()
     addends: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _ITS_OWN)
+    one_by_one: bool = False
 
     @property
     def computes(self) -> bool:
@@ -141,6 +143,13 @@ class Job:
     def written_places(self) -> tuple[Place, ...]:
         """All that it writes, by rank."""
         return tuple([Place(rank, key) for rank, keys in self.writes.items() for key in keys])
+
+    def sources(self, place: Place) -> tuple[Place, ...]:
+        """What a value that it writes depends on."""
+        if not self.one_by_one:
+            return self.read_places()
+        index = self.writes[place.rank].index(place.key)
+        return tuple(Place(rank, keys[index]) for rank, keys in self.reads.items())
 
     def __str__(self) -> str:
         """Kind, name and ranks: ``transfer 'h0' (ranks 0, 1)``."""
