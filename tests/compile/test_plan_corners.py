@@ -9,11 +9,9 @@ from plan_models import Case, capture_case
 from plan_worlds import plan_case, run_steps
 from torch import Tensor, nn
 from torch.nn import functional as F
-from virtual import capture_call
 
 from torch_vtensor.compile.mesh import Mesh
 from torch_vtensor.compile.pieces import cut, replicate, split_value
-from torch_vtensor.compile.plan import record
 from torch_vtensor.compile.primitives import Graph, PlanFunction, Tasks, op_assign, op_order, op_trans, store
 from torch_vtensor.compile.task_graph import Task
 from torch_vtensor.compile.tensor_view import Interval
@@ -191,20 +189,3 @@ def test_replicas_that_are_cut_differently_are_refused(differently: Callable[[Gr
 
     with pytest.raises(ValueError, match=r"replicas of linear .* are cut differently.*Cut all replicas alike"):
         plan_case(the_case(), plan, 2)
-
-
-def test_replicas_of_what_draws_random_numbers_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
-    call = capture_call(lambda x: model(x).sum(), torch.ones(4, 4))
-
-    def everywhere(graph: Graph, mesh: Mesh) -> None:
-        op_assign(graph.tasks, mesh)
-
-    def apart(graph: Graph, mesh: Mesh) -> None:
-        op_assign(op_trans(graph.tasks, "batch", 2), mesh.ranks)
-
-    with pytest.raises(ValueError, match=r"dropout.*module '1'.*ranks 0, 1, which would each draw others"):
-        record(everywhere, call.captured.graph, Mesh((0, 1)))
-    record(apart, call.captured.graph, Mesh((0, 1)))
-    model.eval()
-    record(everywhere, capture_call(lambda x: model(x).sum(), torch.ones(4, 4)).captured.graph, Mesh((0, 1)))

@@ -12,6 +12,7 @@ from plan_models import find_case
 from plan_strategies import RandomPlan
 from plan_worlds import Planned, interpret, parts_at_start, plan_case, run_once, run_steps
 
+from torch_vtensor.compile.buckets import Bucket
 from torch_vtensor.compile.communication import Assemble, Collective, Transfer
 from torch_vtensor.compile.mesh import Mesh
 from torch_vtensor.compile.primitives import Graph, op_assign, op_trans, store
@@ -44,6 +45,13 @@ def _plans() -> Iterator[Planned]:
             yield planned
     for seed in range(8, 14):
         yield plan_case(find_case(seed), sharded, 2)
+    for seed in range(8, 20):
+        yield plan_case(find_case(seed), in_two, 2)
+
+
+def in_two(graph: Graph, mesh: Mesh) -> None:
+    """Data parallel."""
+    op_assign(op_trans(graph.tasks, "batch", 2), mesh.ranks)
 
 
 def sharded(graph: Graph, mesh: Mesh) -> None:
@@ -228,6 +236,26 @@ def gather_in_reverse(planned: Planned, choose: random.Random) -> Planned | None
     )
 
 
+def mix_up_a_bucket(planned: Planned, choose: random.Random) -> Planned | None:
+    """Two gradients of a shape that move together change places."""
+
+    def pairs(work: Bucket) -> list[tuple[int, int]]:
+        shapes = [move.step.outputs[0].mask.shape for move in work.moves]
+        numbers = range(len(shapes))
+        return [(a, b) for a in numbers for b in numbers if a < b and shapes[a] == shapes[b]]
+
+    def mixed_up(work: Bucket) -> Bucket:
+        a, b = choose.choice(pairs(work))
+        moves = list(work.moves)
+        for one, other in ((a, b), (b, a)):
+            theirs = zip(work.moves[one].step.outputs, work.moves[other].step.outputs, strict=True)
+            keys = {mine: work.moves[other].keys[other_] for mine, other_ in theirs}
+            moves[one] = work.moves[one]._replace(keys={**work.moves[one].keys, **keys})
+        return work._replace(moves=tuple(moves))
+
+    return with_changed(planned, choose, lambda work: isinstance(work, Bucket) and bool(pairs(work)), mixed_up)
+
+
 def is_caught(planned: Planned) -> str | None:
     """How the mistake shows: None if it does not."""
     try:
@@ -265,6 +293,7 @@ OF_PROGRAMS = [
     forget_a_part,
     shift_a_message_by_one,
     gather_in_reverse,
+    mix_up_a_bucket,
 ]
 
 

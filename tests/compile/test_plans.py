@@ -11,9 +11,11 @@ from ready_models import Example, captured, deep_gpt2, evoformer, gpt2, llama, s
 from torch import nn
 from virtual import assert_plan_is_right, capture_call, run_plan
 
-from torch_vtensor.compile import Compilation, Graph, Mesh
+from torch_vtensor.compile import Compilation, Graph, Mesh, buckets
 from torch_vtensor.compile.backend import compile_plan
+from torch_vtensor.compile.buckets import Bucket
 from torch_vtensor.compile.communication import Assemble, Transfer
+from torch_vtensor.compile.explanation import Explanation
 from torch_vtensor.compile.plans import (
     coshard,
     cuts_classes,
@@ -26,7 +28,7 @@ from torch_vtensor.compile.plans import (
 )
 from torch_vtensor.compile.plans.zero import zero1
 from torch_vtensor.compile.primitives import PlanFunction
-from torch_vtensor.compile.program import Forward, Move
+from torch_vtensor.compile.program import Forward, Move, Work
 
 Make = Callable[[], Example]
 
@@ -103,13 +105,41 @@ def moved(compilation: Compilation, kind: str) -> Counter[str]:
     """How often tensors of a kind are communicated, by way and direction; tensors of one number do not count."""
     count: Counter[str] = Counter()
     for job in compilation.program.jobs:
-        work = compilation.program.work[job.name]
-        if isinstance(work, Move) and not isinstance(work.step, Assemble) and work.tensor.shape:
-            backward = any(key.startswith("d ") for keys in job.writes.values() for key in keys)
-            way = "transfer" if isinstance(work.step, Transfer) else work.step.kind
-            if work.tensor.kind == kind:
-                count[f"{way} {'backward' if backward else 'forward'}"] += 1
+        for work in moves_of(compilation.program.work[job.name]):
+            if not isinstance(work.step, Assemble) and work.tensor.shape:
+                backward = any(key.startswith("d ") for keys in job.writes.values() for key in keys)
+                way = "transfer" if isinstance(work.step, Transfer) else work.step.kind
+                if work.tensor.kind == kind:
+                    count[f"{way} {'backward' if backward else 'forward'}"] += 1
     return count
+
+
+def moves_of(work: Work) -> tuple[Move, ...]:
+    """The steps of communication that a job takes."""
+    return work.moves if isinstance(work, Bucket) else (work,) if isinstance(work, Move) else ()
+
+
+def test_gradients_of_a_pass_move_in_buckets_that_hold_so_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    example, call = captured(llama, False)
+    collectives = {}
+    for limit in (buckets.BUCKET_BYTES, 16 * 1024, 0):
+        monkeypatch.setattr(buckets, "BUCKET_BYTES", limit)
+        for name in ("dp2", "zero2/2"):
+            plan = named(name, 2)
+            compilation = assert_plan_is_right(
+                example.model, example.loss_of, example.arguments, plan, Mesh((0, 1)), example.tolerance, call=call
+            )
+            for bucket in compilation.program.buckets:
+                assert bucket.step.inputs[0].mask.num_elements * 8 <= limit
+            kinds = ("all_reduce", "reduce_scatter")
+            jobs = [job.name for job in compilation.program.jobs if job.name.startswith(kinds)]
+            collectives[name, limit] = len(jobs)
+            if limit:
+                assert f"in {len(compilation.program.buckets)} buckets" in str(Explanation(compilation))
+    assert collectives["dp2", 25 * 2**20] == 3  # of the loss, of the count of its rows, and of all gradients
+    for name in ("dp2", "zero2/2"):
+        most, some, one = (collectives[name, limit] for limit in (25 * 2**20, 16 * 1024, 0))
+        assert most < some < one
 
 
 def test_data_parallel_moves_gradients_of_parameters_only() -> None:
@@ -338,3 +368,33 @@ def test_a_name_that_means_nothing_is_refused(name: str, world: int, message: st
 
 def test_a_named_plan_says_its_name() -> None:
     assert str(named("1f1b+dp2", 8)) == "1f1b+dp2 over pp 4 × dp 2"
+
+
+class HalfBlock(nn.Module):
+    """A perceptron that casts its weights as it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = nn.functional.linear(x, self.up.weight.double(), self.up.bias.double()).relu()
+        return x + nn.functional.linear(inner, self.down.weight.double(), self.down.bias.double())
+
+
+def test_weights_that_are_cast_in_forward_are_cut() -> None:
+    model = nn.Sequential(HalfBlock(), HalfBlock())
+    x = torch.randn(4, 4, dtype=torch.double)
+    compilation = assert_plan_is_right(
+        model, lambda x: model(x).square().mean(), (x,), named("tp2", 2), Mesh((0, 1), {"tp": 2}), 1e-5
+    )
+    kept = {tensor.name: parts[0].shape for tensor, parts in compilation.program.flow.storage.items()}
+    assert (kept["0.up.weight"], kept["0.down.weight"]) == ((4, 4), (4, 4))
+
+
+def test_a_model_without_anything_to_cut_is_not_tensor_parallel() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    call = capture_call(lambda x: model(x).sum(), torch.ones(4, 4))
+    for plan in (named("tp2", 2), named("sp2", 2)):
+        with pytest.raises(ValueError, match=r"none of the 2 layers has heads or a hidden dimension"):
+            compile_plan(call.captured, plan, Mesh((0, 1), {"tp": 2}), trains=True)

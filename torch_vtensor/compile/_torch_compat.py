@@ -425,17 +425,34 @@ def random_state(values: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Te
     return torch.get_rng_state(), None if cuda is None else torch.cuda.get_rng_state(cuda)
 
 
+def set_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
+    """Put the generators of the CPU and of a device into a state that `random_state` gave."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators of the CPU and of a device; those of other devices stay."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 @contextlib.contextmanager
 def from_random_state(state: tuple[torch.Tensor, torch.Tensor | None] | None) -> Iterator[None]:
     """Draw random numbers from a state on, and go on afterwards as if none had been drawn; None changes nothing."""
     if state is None:
         yield
         return
-    with torch.random.fork_rng():
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1])
+    device = torch.device("cpu" if state[1] is None else "cuda")
+    before = random_state([torch.empty(0, device=device)])
+    set_random_state(state, device)
+    try:
         yield
+    finally:
+        set_random_state(before, device)
 
 
 def called_with_leaves(function: Callable[..., Any]) -> Callable[..., Any]:

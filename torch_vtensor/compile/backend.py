@@ -105,7 +105,8 @@ def superscaler(
         asked.inspect(compilation)
     transport, rank = worlds.join(compilation.program)
     code = CodeGenerator(asked.codegen, asked.config_patches)
-    runtime = Runtime(captured, compilation.program, compilation.passes, rank, code, transport)
+    seeds = worlds.find_seeds(compilation.program, _torch_compat.device_of(examples))
+    runtime = Runtime(captured, compilation.program, compilation.passes, rank, code, transport, seeds)
     shard_parameters(captured.arguments, examples, compilation.program.flow.storage, mesh.ranks, rank)
     return _torch_compat.called_with_leaves(runtime)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from torch_vtensor.compile.buckets import Bucket
 from torch_vtensor.compile.communication import Assemble, Buffer, Collective, Transfer
 from torch_vtensor.compile.program import Add, Backward, Forward, Move, Program
+from torch_vtensor.compile.random_numbers import begin_stream
 from torch_vtensor.compile.schedules.action import Schedule
 from torch_vtensor.compile.schedules.job import JobKind
 from torch_vtensor.compile.segment import Segment
@@ -72,9 +74,14 @@ class Executor:
         self._rank = rank
         self._transport = transport
         self._code = code
+        self._streams = {segment: stream for segment, stream in program.streams.items() if segment.rank == rank}
 
-    def run(self, values: dict[str, Any], device: torch.device) -> Generator[Pending, None, None]:
+    def run(
+        self, values: dict[str, Any], device: torch.device, seed: int | None = None
+    ) -> Generator[Pending, None, None]:
         """Run all actions over these values, which hold the arguments before and the results after.
+
+        With a seed, segments that draw random numbers seed torch's generators first.
 
         Yields what it is about to wait for: whoever runs several ranks in one process lets the others go on until that
         is there.
@@ -91,11 +98,15 @@ class Executor:
                     values[key].settle(values)
             # In functions of their own, so that nothing outlives its FREE in a variable here.
             if isinstance(work, Forward):
+                if seed is not None and (stream := self._streams.get(work.segment)) is not None:
+                    begin_stream(seed, stream, device)
                 self._run_forward(work, values)
             elif isinstance(work, Backward):
                 self._run_backward(work, values)
             elif isinstance(work, Add):
                 self._run_add(work, values)
+            elif isinstance(work, Bucket):
+                self._communicate_bucket(action.name, work, values, device)
             elif isinstance(work.step, Assemble):
                 values[work.keys[work.step.output]] = assemble(work.step, work.keys, values, work.tensor.dtype, device)
             else:
@@ -131,6 +142,13 @@ class Executor:
             total = total.add_(addend) if work.in_place else total + addend
         values[work.output] = total
 
+    def _communicate_bucket(self, name: str, work: Bucket, values: dict[str, Any], device: torch.device) -> None:
+        given = work.put_together([values[key] for key in work.keys(self._rank, written=False)])
+        pending = self._transport.collective(name, work.step, self._rank, [given], work.tensor.dtype, device)
+        keys = work.keys(self._rank, written=True)
+        for key in keys:
+            values[key] = _Arriving(pending, keys, lambda made: work.take_apart(made[0], self._rank))
+
     def _communicate(
         self, name: str, work: Move, values: dict[str, Any], sent: list[Pending], device: torch.device
     ) -> None:
@@ -156,13 +174,20 @@ class Executor:
 class _Arriving:
     """Stands for a value that communication will bring."""
 
-    def __init__(self, pending: Pending, keys: Sequence[str]) -> None:
+    def __init__(
+        self,
+        pending: Pending,
+        keys: Sequence[str],
+        take_apart: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda made: made,
+    ) -> None:
         self.pending = pending
         self._keys = keys
+        self._take_apart = take_apart
 
     def settle(self, values: dict[str, Any]) -> None:
-        for key, tensor in zip(self._keys, self.pending.wait(), strict=True):
-            values[key] = tensor
+        for key, tensor in zip(self._keys, self._take_apart(self.pending.wait()), strict=True):
+            if isinstance(values.get(key), _Arriving):  # not what nobody reads and has been freed
+                values[key] = tensor
 
 
 def assemble(

@@ -85,6 +85,9 @@ class Explanation:
             yield f"  {kind:14} {readable_bytes(most):>12} by rank {rank}, {readable_bytes(by_rank.total())} by all"
         if not self.sent_bytes:
             yield "  none"
+        if buckets := self.compilation.program.buckets:
+            count = sum(len(bucket.moves) for bucket in buckets)
+            yield f"  {count} collectives of gradients, with all ranks, move in {len(buckets)} buckets"
         yield "\nmemory at its peak, predicted:"
         yield from self._memory_lines()
         bubble = self.timelines[0].bubble_fraction

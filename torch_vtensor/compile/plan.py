@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from torch_vtensor.compile.mesh import Mesh, name_ranks
 from torch_vtensor.compile.primitives import Graph, Pipeline, PlanFunction, Storage, op_assign
-from torch_vtensor.compile.random_numbers import draws_random_numbers
 from torch_vtensor.compile.rules import find_rule
 from torch_vtensor.compile.task_graph import Operator, OperatorGraph, Task
 from torch_vtensor.compile.tensor_view import LogicalTensor
@@ -59,7 +58,7 @@ class Plan:
 def record(plan: PlanFunction, graph: OperatorGraph, mesh: Mesh) -> Plan:
     """Run a plan over a program and keep what it decides.
 
-    Raises:  ValueError if it places nothing on a mesh of several ranks, or the same random numbers on several.
+    Raises:  ValueError if it places nothing on a mesh of several ranks.
     """
     view = Graph(graph, mesh)
     plan(view, mesh)
@@ -71,7 +70,6 @@ def record(plan: PlanFunction, graph: OperatorGraph, mesh: Mesh) -> Plan:
     tasks = tuple(view.tasks)
     _place_the_rest(view, tasks)
     merged = _merge_replicas(view, tasks)
-    _check_random_numbers(merged)
     turn = {
         task: (number, position)
         for number, chain in enumerate(view.chains)
@@ -189,25 +187,6 @@ def _computes(task: Task) -> tuple[object, ...]:
         known["computes"] = frozenset(task.cuts.items()), task.chunk, chunks
     computes: tuple[object, ...] = known["computes"]
     return computes
-
-
-def _check_random_numbers(ranks_of_task: Mapping[Task, tuple[int, ...]]) -> None:
-    """Refuse replicas of what draws random numbers: each rank would draw its own, and train on something else."""
-    ranks: defaultdict[tuple[object, ...], set[int]] = defaultdict(set)
-    random = {
-        operator for operator in {task.operator: None for task in ranks_of_task} if draws_random_numbers(operator)
-    }
-    for task, own in ranks_of_task.items():
-        if task.operator in random:
-            same = ranks[task.operator, tuple(task.cuts.items()), task.chunk]
-            same.update(own)
-            if len(same) > 1:
-                raise ValueError(
-                    f"{task} ({task.operator.target} of module {task.operator.module!r}) draws random numbers, and the "
-                    f"plan runs it on {name_ranks(sorted(same))}, which would each draw others. Cut it so that every "
-                    f"rank has a piece of its own, as sequence parallel does, run it on one rank, or set its "
-                    f"probability to 0."
-                )
 
 
 def _check_replicas(operator: Operator, pieces: Sequence[Task]) -> None:

@@ -7,12 +7,13 @@ too: ``x[0:4]`` is a part of x, ``d x[0:4]`` its gradient.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
+from torch_vtensor.compile.buckets import Bucket, fill_buckets
 from torch_vtensor.compile.communication import Assemble, Buffer, Communication, Placed, Step, StepFacts, Transfer
 from torch_vtensor.compile.contributions import Contributions
 from torch_vtensor.compile.cost import memory_seconds
@@ -20,6 +21,7 @@ from torch_vtensor.compile.dataflow import Dataflow
 from torch_vtensor.compile.exchange import Exchange, GradientGroup
 from torch_vtensor.compile.footprint import Measure, estimate
 from torch_vtensor.compile.pass_costs import pass_seconds
+from torch_vtensor.compile.random_numbers import find_streams
 from torch_vtensor.compile.schedules.job import Job, JobKind, Result, Value, ValueKind
 from torch_vtensor.compile.segment import Arrival, Segment
 from torch_vtensor.compile.tensor_view import LogicalTensor, Mask, TensorView
@@ -73,7 +75,7 @@ class Add(NamedTuple):
     in_place: bool = False
 
 
-Work = Forward | Backward | Move | Add
+Work = Forward | Backward | Move | Add | Bucket
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +99,31 @@ class Program:
     results: tuple[Result, ...]
     again: frozenset[str]
 
+    @property
+    def moves(self) -> Iterator[Move]:
+        """Every step of every communication, also of those that move in buckets."""
+        for work in self.work.values():
+            if isinstance(work, Move):
+                yield work
+            elif isinstance(work, Bucket):
+                yield from work.moves
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Gradients that move together."""
+        return tuple(work for work in self.work.values() if isinstance(work, Bucket))
+
+    @cached_property
+    def streams(self) -> Mapping[Segment, int]:
+        """The stream of random numbers of each segment that draws some; none where there is one rank."""
+        return find_streams(self.flow.plan, self.segments)
+
     @cached_property
     def sent_bytes(self) -> Mapping[str, Counter[int]]:
         """Bytes that each rank sends in a step, by the kind of communication."""
         sent: defaultdict[str, Counter[int]] = defaultdict(Counter)
         for work in self.work.values():
-            if isinstance(work, Move) and not isinstance(work.step, Assemble):
+            if isinstance(work, Move | Bucket) and not isinstance(work.step, Assemble):
                 for rank in work.step.ranks:
                     sent[_kind_of(work.step)][rank] += work.step.bytes_sent(rank, work.tensor.dtype.itemsize)
         return dict(sent)
@@ -161,13 +182,14 @@ class _Builder:
             self._add_exchange(exchange, again=True)
         again = frozenset(job.name for job in self._jobs[before_again:])
         results = [Result(self._label[tensor], rank, key) for (rank, tensor), key in outputs.items()]
-        of_gradients, jobs = self._contributions.results(gradients, self._label, self._jobs)
+        filled, work = fill_buckets(self._jobs, self._work, self._topology)
+        of_gradients, jobs = self._contributions.results(gradients, self._label, filled)
         return Program(
             self._flow,
             self._segments,
             tuple(jobs),
             tuple(self._values.values()),
-            MappingProxyType(self._work),
+            MappingProxyType(work),
             self._arguments,
             self._seeds,
             outputs,

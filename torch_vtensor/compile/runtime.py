@@ -13,6 +13,7 @@ from torch_vtensor.compile.executor import Code, Executor, Transport
 from torch_vtensor.compile.parameters import gradient_like, part_of
 from torch_vtensor.compile.passes import Passes
 from torch_vtensor.compile.program import Program
+from torch_vtensor.compile.random_numbers import apart_from_the_caller
 from torch_vtensor.compile.segment import Segment
 from torch_vtensor.compile.tensor_view import LogicalTensor
 
@@ -35,10 +36,12 @@ class Runtime:
         rank: int,
         code: Callable[[Segment], Code],
         transport: Transport,
+        seeds: Callable[[], int] | None = None,
     ) -> None:
         self._captured = captured
         self._program = program
         self._rank = rank
+        self._seeds = seeds
         codes = {segment: code(segment) for segment in program.segments if segment.rank == rank}
         self._forward = Executor(program, passes.forward, rank, codes, transport)
         self._backward = None if passes.backward is None else Executor(program, passes.backward, rank, codes, transport)
@@ -52,6 +55,9 @@ class Runtime:
         self._seed_of = {tensor: key for (owner, key), tensor in program.seeds.items() if owner == rank}
         self.wanting = tuple(tensor for tensor in graph.inputs if tensor in program.flow.active)
         self.flowing = tuple(tensor in program.flow.active for tensor in self._outputs)
+        # Gradients in float16 vanish unless they are scaled on their way, not after: as the last backward asked.
+        self._keeps_scale = any(tensor.dtype == torch.float16 for tensor in program.flow.active)
+        self.scale: Tensor | None = None
 
     def __call__(self, *arguments: Any) -> tuple[Any, ...]:
         """Run the function on this rank; what it returns is what one process would."""
@@ -67,7 +73,7 @@ class Runtime:
 
     @torch.no_grad()
     def run_forward(self, given: Given) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """Run the forward pass, or the whole step with gradients for gradients of one.
+        """Run the forward pass, or the whole step with gradients for gradients of one, or of ``scale``.
 
         Returns the outputs, and every value that is left.
         """
@@ -77,9 +83,16 @@ class Runtime:
             values[key] = part_of(there[view.tensor], view.mask)
         if self._backward is None:
             device = _device(given)
-            ones = {tensor: torch.ones((), dtype=tensor.dtype, device=device) for tensor in self._seed_of}
-            self._put_seeds(values, ones, given)
-        self._run(self._forward, values, given)
+            seeds = {tensor: torch.ones((), dtype=tensor.dtype, device=device) for tensor in self._seed_of}
+            if self.scale is not None:
+                seeds = {tensor: self.scale.to(seed) for tensor, seed in seeds.items()}
+            self._put_seeds(values, seeds, given)
+        if self._seeds is None:
+            self._run(self._forward, values, given)
+        else:
+            seed = self._seeds()
+            with apart_from_the_caller(_device(given)):
+                self._run(self._forward, values, given, seed)
         returned = {tensor: values[key] for tensor, key in self._returned.items()}
         for overwritten, new in self._program.flow.plan.graph.mutations.items():
             given[overwritten].copy_(returned[new])
@@ -104,6 +117,12 @@ class Runtime:
             for tensor, argument, gradient in zip(self.wanting, wanting, gradients, strict=True)
         ]
 
+    def remember(self, scale: Tensor) -> None:
+        """Have later steps compute float16 gradients at a scale that backward was asked for, if it is one."""
+        if self._keeps_scale:
+            before = torch.ones_like(scale) if self.scale is None else self.scale
+            self.scale = torch.where(scale.isfinite() & (scale != 0), scale, before)
+
     def gradients(self, values: Mapping[str, Any]) -> list[Tensor | None]:
         """The gradient of each argument that wants one, of the part that is here."""
         found = self._gradients
@@ -118,8 +137,8 @@ class Runtime:
                 torch.zeros(tensor.shape, dtype=tensor.dtype, device=device) if zeros else of_output[tensor].to(device)
             )
 
-    def _run(self, executor: Executor, values: dict[str, Any], given: Given) -> None:
-        for pending in executor.run(values, _device(given)):
+    def _run(self, executor: Executor, values: dict[str, Any], given: Given, seed: int | None = None) -> None:
+        for pending in executor.run(values, _device(given), seed):
             pending.wait()
 
 
@@ -128,6 +147,7 @@ class _WholeStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, runtime: Runtime, given: Given, *wanting: Tensor) -> tuple[Any, ...]:
+        ctx.scale = runtime.scale
         outputs, values = runtime.run_forward(given)
         ctx.gradients = runtime.gradients(values)
         ctx.runtime, ctx.wanting = runtime, wanting
@@ -143,7 +163,9 @@ class _WholeStep(torch.autograd.Function):
                 "compiled function again for each backward pass; retain_graph has nothing to keep."
             )
         gradients, ctx.gradients = ctx.gradients, None
-        scale = next(tangent for tangent in tangents if tangent is not None)
+        asked = next(tangent for tangent in tangents if tangent is not None)
+        scale = asked if ctx.scale is None else asked / ctx.scale
+        ctx.runtime.remember(asked)
         for position, gradient in enumerate(gradients):
             # One after the other: each takes the memory of the one before. They may share memory: not in place.
             gradients[position] = None if gradient is None else gradient * scale

@@ -24,9 +24,10 @@ from torch_vtensor.compile.communication import Placed
 from torch_vtensor.compile.dataflow import Dataflow
 from torch_vtensor.compile.exchange import Exchange, GradientGroup, Input, Instance
 from torch_vtensor.compile.pieces import backward_reads
+from torch_vtensor.compile.random_numbers import find_random, find_unlike
 from torch_vtensor.compile.schedules.job import JobKind
 from torch_vtensor.compile.stages import find_stages
-from torch_vtensor.compile.task_graph import Task
+from torch_vtensor.compile.task_graph import Operator, Task
 from torch_vtensor.compile.tensor_view import LogicalTensor, Mask, TensorView
 
 
@@ -93,10 +94,18 @@ class _Common(NamedTuple):
     unit: int | None
     flows: bool
     before: bool
+    drawn: Task | None
 
 
 def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
-    """Put tasks into segments, as few as communication, recomputation and what the plan asks for allow."""
+    """Put tasks into segments, as few as communication, recomputation, random numbers and the plan allow."""
+    segments = _find_segments(flow, frozenset())
+    random = find_random(flow.plan)
+    unlike = find_unlike(segments, random) if random else None
+    return _find_segments(flow, unlike) if unlike else segments
+
+
+def _find_segments(flow: Dataflow, drawn_alone: frozenset[Operator]) -> tuple[Segment, ...]:
     plan = flow.plan
     stages = find_stages(plan).of_task
     level_of: dict[Instance, int] = {}
@@ -137,7 +146,8 @@ def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
         before = is_free and not has_gradient and is_before(task)
         unit = plan.unit.get(task.operator)
         flows = index is None or has_gradient
-        own = _Common(index, stages[task], recomputed, apart, turn, unit, flows, before)
+        drawn = task if task.operator in drawn_alone else None
+        own = _Common(index, stages[task], recomputed, apart, turn, unit, flows, before, drawn)
         own = common[task] = known.setdefault(own, own)
         number, settled_above = commons.setdefault(own, len(commons)), above[before]
         for rank in plan.ranks[task]:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torch_vtensor.compile.buckets import Bucket
 from torch_vtensor.compile.communication import Collective, Transfer
 from torch_vtensor.compile.executor import Transport
 from torch_vtensor.compile.mesh import name_ranks
@@ -21,7 +22,7 @@ class ProcessGroups(Transport):
     """
 
     def __init__(self, program: Program) -> None:
-        steps = [work.step for work in program.work.values() if isinstance(work, Move)]
+        steps = [work.step for work in program.work.values() if isinstance(work, Move | Bucket)]
         sets = sorted({tuple(sorted(step.ranks)) for step in steps if isinstance(step, Collective)})
         everyone = tuple(range(dist.get_world_size()))
         self._groups = {ranks: _group(None if ranks == everyone else ranks) for ranks in sets}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_vtensor.compile.communication import Collective, Transfer
-from torch_vtensor.compile.executor import Code, Executor, Transport
+from torch_vtensor.compile.executor import Code, Executor, Pending, Transport
 from torch_vtensor.compile.program import Program
+from torch_vtensor.compile.random_numbers import apart_from_the_caller, draw_seed
 from torch_vtensor.compile.schedules.action import Schedule
 from torch_vtensor.compile.segment import Segment
 
@@ -28,9 +30,19 @@ def run_all(
     """
     world = Mailboxes()
     made = {segment: code(segment) for segment in program.segments}
+    seed = draw_seed() if program.streams else None
     running = {
-        rank: Executor(program, schedule, rank, made, world).run(values[rank], device) for rank in schedule.actions
+        rank: Executor(program, schedule, rank, made, world).run(values[rank], device, seed)
+        for rank in schedule.actions
     }
+    with apart_from_the_caller(device) if program.streams else contextlib.nullcontext():
+        _run(running)
+    left = [str(box) for box in world.boxes.values() if not box.is_full]
+    if left:
+        raise RuntimeError(f"sent and never received: {', '.join(left)}")
+
+
+def _run(running: dict[int, Generator[Pending, None, None]]) -> None:
     waits_for: dict[int, _Box | None] = dict.fromkeys(running)
     while running:
         moved = False
@@ -46,9 +58,6 @@ def run_all(
         if not moved:
             stuck = ", ".join(f"rank {rank} for {waits_for[rank]}" for rank in running)
             raise RuntimeError(f"every rank waits: {stuck}")
-    left = [str(box) for box in world.boxes.values() if not box.is_full]
-    if left:
-        raise RuntimeError(f"sent and never received: {', '.join(left)}")
 
 
 class Mailboxes(Transport):

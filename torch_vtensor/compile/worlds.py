@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from torch_vtensor.compile.executor import Transport
 from torch_vtensor.compile.program import Program
+from torch_vtensor.compile.random_numbers import draw_seed
 
 
 def num_ranks() -> int:
@@ -40,3 +43,26 @@ def join(program: Program) -> tuple[Transport, int]:
     from torch_vtensor.compile.transport import ProcessGroups
 
     return ProcessGroups(program), dist.get_rank()
+
+
+def find_seeds(program: Program, device: torch.device) -> Callable[[], int] | None:
+    """What draws a seed for each call, that of rank 0 on every rank; None for a program that needs none.
+
+    Every rank has to call this, and what it returns, in the same order.
+    """
+    if not program.streams:
+        return None
+    group, where = None, torch.device("cpu")
+    if dist.get_backend() == "nccl":
+        # A seed that came by NCCL would have to be waited for on the device.
+        if dist.is_gloo_available():
+            group = dist.new_group(backend="gloo")
+        else:
+            where = device
+
+    def draw() -> int:
+        seed = torch.tensor(draw_seed(), device=where)
+        dist.broadcast(seed, src=0, group=group)
+        return int(seed)
+
+    return draw

@@ -14,6 +14,7 @@ NUM_GPUS = torch.cuda.device_count()
 PLANS = (
     *("dp2@gpt2@eager", "tp2@tied_llama@eager", "interlaced/2@tied_llama@eager", "sp2@mlp@eager", "1f1b/4@mlp@eager"),
     *("zb/4@mlp@eager", "zero3/2@mlp@eager", "gpipe/2@gpt2@eager", "dp2@mlp@inductor", "zero2/2@gpt2@inductor"),
+    *("draw@tp2@eager", "draw@dp2@inductor", "scale@zero2/2@inductor"),
 )
 
 pytestmark = [

@@ -142,13 +142,14 @@ def inner_cuts(layer: Tasks) -> tuple[Cut, ...]:
     operators = list(dict.fromkeys(task.operator for task in layer))
     read = {tensor for operator in operators for tensor in operator.inputs}
     handed_on = {made for operator in operators for made in operator.outputs if made is not None} - read
+    weights = _weights(operators)
     found = [
         dimension
         for dimension in find_dimensions(operators)
         if dimension.size > 1
         and not any(tensor in handed_on for tensor, _ in dimension.tensor_dims)
-        and any(_sums(operator, dimension) for operator in dimension.identifiers)
-        and any(_makes(operator, dimension) for operator in dimension.identifiers)
+        and any(_sums(operator, dimension, weights) for operator in dimension.identifiers)
+        and any(_makes(operator, dimension, weights) for operator in dimension.identifiers)
     ]
     return _apart(layer, found)
 
@@ -166,22 +167,31 @@ def vocabulary_cuts(graph: Graph, layers: Sequence[Tasks]) -> tuple[Cut, ...]:
     return _apart(outside, found)
 
 
-def _sums(operator: Operator, dimension: Dimension) -> bool:
+def _weights(operators: Sequence[Operator]) -> frozenset[LogicalTensor]:
+    """Parameters, and what is made of these alone: their casts, their transposes."""
+    found = {tensor for operator in operators for tensor in operator.inputs if tensor.kind == "parameter"}
+    for operator in operators:
+        if operator.inputs and found.issuperset(operator.inputs):
+            found.update(made for made in operator.outputs if made is not None)
+    return frozenset(found)
+
+
+def _sums(operator: Operator, dimension: Dimension, weights: frozenset[LogicalTensor]) -> bool:
     """Whether the operator is a product with a parameter that sums over the dimension."""
     identifier = identifier_to_cut(operator, dimension)
-    return identifier in find_rule(operator).summed and _has_parameter(operator, dimension)
+    return identifier in find_rule(operator).summed and _has_weight(operator, dimension, weights)
 
 
-def _makes(operator: Operator, dimension: Dimension) -> bool:
+def _makes(operator: Operator, dimension: Dimension, weights: frozenset[LogicalTensor]) -> bool:
     if identifier_to_cut(operator, dimension) in find_rule(operator).summed:
         return False
     is_attention = any(word in str(operator.target) for word in ("attention", "softmax"))
-    return is_attention or _has_parameter(operator, dimension)
+    return is_attention or _has_weight(operator, dimension, weights)
 
 
-def _has_parameter(operator: Operator, dimension: Dimension) -> bool:
+def _has_weight(operator: Operator, dimension: Dimension, weights: frozenset[LogicalTensor]) -> bool:
     lies_along = {tensor for tensor, _ in dimension.tensor_dims}
-    return any(tensor.kind == "parameter" and tensor in lies_along for tensor in operator.inputs)
+    return any(tensor in weights and tensor in lies_along for tensor in operator.inputs)
 
 
 def _extent(dimension: Dimension) -> int:

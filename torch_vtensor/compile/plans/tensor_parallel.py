@@ -15,14 +15,19 @@ def tensor_parallel(graph: Graph, mesh: Mesh, *, layers: str | None = None, voca
         rank 1 | norm ─ heads 2, 3 ─┘ reduce └ add, norm ─ hidden 24:48 ─┘ reduce  …
 
     Source:  Megatron-LM (arXiv 1909.08053).
-    Raises:  ValueError for fewer heads, of keys and values where they are fewer, than the axis has parts.
+    Raises:  ValueError for fewer heads, of keys and values where they are fewer, than the axis has parts, and for a
+             model in which there is nothing to cut.
     """
     place_everywhere(graph, mesh)
     parts = parts_of(mesh, "tp")
     found = find_layers(graph, layers)
-    for layer in found:
-        for cut in inner_cuts(layer):
-            cut_over(cut, parts, "tp")
-    if vocabulary:
-        for cut in vocabulary_cuts(graph, found):
-            cut_over(cut, parts, "tp")
+    cuts = [cut for layer in found for cut in inner_cuts(layer)]
+    cuts += vocabulary_cuts(graph, found) if vocabulary else ()
+    if not cuts:
+        raise ValueError(
+            f"none of the {len(found)} layers has heads or a hidden dimension, that weights make and weights sum up "
+            f"again, and nothing looks up a vocabulary: every rank would compute everything. Leave out tensor and "
+            f"sequence parallel, or cut what there is with op_trans."
+        )
+    for cut in cuts:
+        cut_over(cut, parts, "tp")

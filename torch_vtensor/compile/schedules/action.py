@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -42,7 +43,7 @@ class Action(NamedTuple):
             kind: ActionKind = "SEND" if rank == job.ranks[0] else "RECV"
         else:
             kind = _KIND_OF[job.kind]
-        peers = tuple([peer for peer in job.ranks if peer != rank]) if len(job.ranks) > 1 else ()
+        peers = _peers(job.ranks, rank) if len(job.ranks) > 1 else ()
         return cls(kind, rank, job.name, job.stage, job.microbatch, peers)
 
     @classmethod
@@ -59,6 +60,11 @@ class Action(NamedTuple):
         """``F 'layer0.3'``, ``SEND 'h0.3' to rank 1``, ``FREE 'h0.3'``."""
         to = {"SEND": " to rank", "RECV": " from rank", "COLLECTIVE": " with ranks"}.get(self.kind, "")
         return f"{self.kind} {self.name!r}{to}{to and ' '}{', '.join(map(str, self.peers))}"
+
+
+@functools.lru_cache(1 << 16)
+def _peers(ranks: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    return tuple([peer for peer in ranks if peer != rank])
 
 
 @dataclass(frozen=True)

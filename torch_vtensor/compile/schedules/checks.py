@@ -72,7 +72,7 @@ def check(schedule: Schedule, limit_bytes: int | Mapping[int, int] | None = None
     memory, live_at_end = {}, {}
     for rank, row in schedule.actions.items():
         replay = _Replay(schedule, rank, there_at_start[rank])
-        memory[rank] = replay.peak()
+        memory[rank] = replay.peak
         live_at_end[rank] = replay.live_at_end
         limit = limit_bytes.get(rank) if isinstance(limit_bytes, Mapping) else limit_bytes
         if limit is not None and memory[rank].peak_bytes > limit:
@@ -83,9 +83,10 @@ def check(schedule: Schedule, limit_bytes: int | Mapping[int, int] | None = None
 
 def _check_complete(schedule: Schedule) -> None:
     """Every action is its job's on that rank, and every job is on all its ranks once."""
-    seen: set[tuple[str, int]] = set()
     jobs, values = schedule.jobs, schedule.values
+    num_found = 0
     for rank, row in schedule.actions.items():
+        seen: set[str] = set()
         for action in row:
             if action.kind == "FREE":
                 if action.rank != rank or action.peers or (rank, action.name) not in values:
@@ -94,21 +95,27 @@ def _check_complete(schedule: Schedule) -> None:
             job = jobs.get(action.name)
             if job is None or rank not in job.ranks or action != Action.of(job, rank):
                 raise _misplaced(schedule, rank, action)
-            if (action.name, rank) in seen:
+            if action.name in seen:
                 raise PlanError(
                     f"{job} occurs twice on rank {rank}. Remove one of the two {action.kind}.",
                     rank=rank,
                     job=action.name,
                 )
-            seen.add((action.name, rank))
-    for job in jobs.values():
-        for rank in job.ranks:
-            if (job.name, rank) not in seen:
-                raise PlanError(
-                    f"{job} is missing on rank {rank}. Add {Action.of(job, rank)} to its list.",
-                    rank=rank,
-                    job=job.name,
-                )
+            seen.add(action.name)
+        num_found += len(seen)
+    if num_found < sum([len(job.ranks) for job in jobs.values()]):
+        raise _missing(schedule)
+
+
+def _missing(schedule: Schedule) -> PlanError:
+    """Which job is not on one of its ranks."""
+    there = {(action.name, rank) for rank, row in schedule.actions.items() for action in row if action.kind != "FREE"}
+    job, rank = next(
+        (job, rank) for job in schedule.jobs.values() for rank in job.ranks if (job.name, rank) not in there
+    )
+    return PlanError(
+        f"{job} is missing on rank {rank}. Add {Action.of(job, rank)} to its list.", rank=rank, job=job.name
+    )
 
 
 def _misplaced(schedule: Schedule, rank: int, action: Action) -> PlanError:
@@ -137,32 +144,26 @@ class _Replay:
     def __init__(self, schedule: Schedule, rank: int, there_at_start: Iterable[Value]) -> None:
         self._schedule = schedule
         self._rank = rank
-        self._there_at_start = tuple(there_at_start)
-        self._live: dict[str, Value] = {}
         self._freed: dict[str, int] = {}
-        self._peak, self._at, self._workspace = self._replay(len(schedule.actions[rank]))
-        self.live_at_end = self._live
+        self.live_at_end = {value.key: value for value in there_at_start}
+        self.peak = self._replay()
 
-    def peak(self) -> RankMemory:
-        """Replay up to the peak, and see what is live there."""
-        self._replay(self._at + 1)
-        return RankMemory(self._peak, self._at, self._workspace, tuple(self._live.values()))
-
-    def _replay(self, num_actions: int) -> tuple[int, int, int]:
-        """Replay the first actions; returns the most bytes held, during which action, and how much is workspace."""
-        live = self._live = {value.key: value for value in self._there_at_start}
-        freed = self._freed = {}
+    def _replay(self) -> RankMemory:
+        """Go through all actions, and back to what is live at the peak."""
         rank, jobs, values = self._rank, self._schedule.jobs, self._schedule.values
-        held = sum(value.num_bytes for value in self._there_at_start)
+        live, freed = self.live_at_end, self._freed
+        made = [(-1, value) for value in live.values()]
+        held = sum([value.num_bytes for value in live.values()])
         most, at, workspace = held, -1, 0
-        for number, action in enumerate(self._schedule.actions[rank][:num_actions]):
+        for number, action in enumerate(self._schedule.actions[rank]):
             name = action.name
             if action.kind == "FREE":
                 if name not in live:
                     raise self._absent(number, action, name, "frees")
-                if live[name].pinned:
+                value = live.pop(name)
+                if value.pinned:
                     raise self._pinned(action)
-                held -= live.pop(name).num_bytes
+                held -= value.num_bytes
                 freed[name] = number
                 continue
             job = jobs[name]
@@ -170,11 +171,14 @@ class _Replay:
                 if key not in live:
                     raise self._absent(number, action, key, "reads")
             for key in job.writes.get(rank, ()):
-                value = live[key] = values[Place(rank, key)]
+                value = live[key] = values[rank, key]  # type: ignore[index]  # as good as the Place, quicker made
+                made.append((number, value))
                 held += value.num_bytes
             if held + job.workspace_bytes > most:
                 most, at, workspace = held + job.workspace_bytes, number, job.workspace_bytes
-        return most, at, workspace
+        never = len(self._schedule.actions[rank])
+        there = tuple([value for number, value in made if number <= at < freed.get(value.key, never)])
+        return RankMemory(most, at, workspace, there)
 
     def _absent(self, number: int, action: Action, key: str, verb: str) -> PlanError:
         if key in self._freed:
@@ -201,15 +205,23 @@ class _Replay:
 
 def _check_results(schedule: Schedule, flow: Dataflow, live: Mapping[int, Mapping[str, Value]]) -> None:
     contributors: dict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)
-    for job in schedule.jobs.values():
-        for name in job.contributes:
-            contributors[name][job.name] = job.addends.get(name, (job.name,))
+    for one in schedule.jobs.values():
+        for name in one.contributes:
+            contributors[name][one.name] = one.addends.get(name, (one.name,))
+    checked: set[tuple[str, int, str | None, int]] = set()
     for result in schedule.results:
         if result.key not in live.get(result.rank, {}):
             declared = result.place in schedule.values
             why = "it was freed. Remove that FREE, and pin the value" if declared else "nothing makes it. Add its job"
             raise PlanError(f"result {result.name!r} is not at {result.place} in the end: {why}.", rank=result.rank)
-        _check_addends(result, flow, contributors[result.name])
+        # Of replicas that one collective writes, what went into one went into all.
+        writer = flow.writer.get(result.place)
+        job = None if writer is None else flow.jobs[writer]
+        number = job.writes[result.rank].index(result.key) if job is not None and job.one_by_one else 0
+        sum_of = result.name, result.num_addends, writer, number
+        if sum_of not in checked:
+            checked.add(sum_of)
+            _check_addends(result, flow, contributors[result.name])
 
 
 def _check_addends(result: Result, flow: Dataflow, contributors: Mapping[str, tuple[str, ...]]) -> None:
@@ -218,11 +230,13 @@ def _check_addends(result: Result, flow: Dataflow, contributors: Mapping[str, tu
     seen = {result.place}
     ahead = [result.place]
     while ahead:
-        name = flow.writer.get(ahead.pop())
+        made = ahead.pop()
+        name = flow.writer.get(made)
         if name is None:
             continue
         found.update(contributors.get(name, ()))
-        for place in flow.reads[name]:
+        job = flow.jobs[name]
+        for place in job.sources(made) if job.one_by_one else flow.reads[name]:
             if place not in seen and flow.values[place].kind == "gradient":
                 seen.add(place)
                 ahead.append(place)

@@ -108,7 +108,8 @@ class Job:
     ``addends`` names it, or several, by result.
     Units: ``seconds`` on its ranks, estimated; ``wire_bytes`` sent by all ranks together; ``workspace_bytes`` that each
     of its ranks needs while it runs, besides what it reads and writes; negative where it frees some of what it reads
-    before it makes some of what it writes.
+    before it makes some of what it writes. With ``one_by_one``, the values that it writes depend each on those alone
+    that stand in the same place among what it reads, on any rank.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Job:
     workspace_bytes: int = 0
     contributes: tuple[str, ...] = ()
     addends: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _ITS_OWN)
+    one_by_one: bool = False
 
     @property
     def computes(self) -> bool:
@@ -141,6 +143,13 @@ class Job:
     def written_places(self) -> tuple[Place, ...]:
         """All that it writes, by rank."""
         return tuple([Place(rank, key) for rank, keys in self.writes.items() for key in keys])
+
+    def sources(self, place: Place) -> tuple[Place, ...]:
+        """What a value that it writes depends on."""
+        if not self.one_by_one:
+            return self.read_places()
+        index = self.writes[place.rank].index(place.key)
+        return tuple(Place(rank, keys[index]) for rank, keys in self.reads.items())
 
     def __str__(self) -> str:
         """Kind, name and ranks: ``transfer 'h0' (ranks 0, 1)``."""
@@ -171,12 +180,13 @@ class Dataflow:
         jobs, values = tuple(jobs), tuple(values)
         by_name = _by("name", jobs, lambda job: job.name)
         by_place = _by("key and rank", values, lambda value: value.place)
+        # One object for each place: a pair is equal to the place that it names, and quicker made.
+        places: dict[tuple[int, str], Place] = {place: place for place in by_place}
         reads, writes, writer = {}, {}, dict[Place, str]()
         for job in jobs:
-            reads[job.name], writes[job.name] = job.read_places(), job.written_places()
+            reads[job.name] = _declared_places(job, "reads", job.reads, places)
+            writes[job.name] = _declared_places(job, "writes", job.writes, places)
             _check_shape(job)
-            _check_places(job, reads[job.name], "reads", by_place)
-            _check_places(job, writes[job.name], "writes", by_place)
             for place in writes[job.name]:
                 if place in writer:
                     raise PlanError(
@@ -223,15 +233,21 @@ def _check_shape(job: Job) -> None:
             )
 
 
-def _check_places(job: Job, places: Iterable[Place], verb: str, values: Mapping[Place, Value]) -> None:
-    for place in places:
-        if place not in values:
-            why = "is not declared. Add its Value"
-        elif place.rank not in job.ranks:
-            why = "is not one of its ranks. Send the value there first, or add the rank"
-        else:
-            continue
-        raise PlanError(f"{job} {verb} {place}, which {why}.", rank=place.rank, job=job.name)
+def _declared_places(job: Job, verb: str, keys_of: Keys, places: Mapping[tuple[int, str], Place]) -> tuple[Place, ...]:
+    """Where a job reads or writes, by rank."""
+    found: list[Place] = []
+    for rank, keys in keys_of.items():
+        for key in keys:
+            place = places.get((rank, key))
+            if place is None:
+                why = "is not declared. Add its Value"
+            elif rank not in job.ranks:
+                why = "is not one of its ranks. Send the value there first, or add the rank"
+            else:
+                found.append(place)
+                continue
+            raise PlanError(f"{job} {verb} {Place(rank, key)}, which {why}.", rank=rank, job=job.name)
+    return tuple(found)
 
 
 def readable_bytes(num_bytes: int) -> str:

@@ -185,21 +185,29 @@ def _computations(graph: JobGraph, starts: list[_Start]) -> dict[int, tuple[list
 
 def _growth_bytes(job: Job, flow: Dataflow) -> int:
     """Bytes by which a job's memory grows if it is the last reader of all that it reads."""
-    read = [flow.values[place] for place in flow.reads[job.name]]
-    written = [flow.values[place] for place in flow.writes[job.name]]
-    return sum(value.num_bytes for value in written) - sum(value.num_bytes for value in read if not value.pinned)
+    values, growth = flow.values, 0
+    for place in flow.writes[job.name]:
+        growth += values[place].num_bytes
+    for place in flow.reads[job.name]:
+        value = values[place]
+        if not value.pinned:
+            growth -= value.num_bytes
+    return growth
 
 
 def _actions(in_order: Sequence[Job], flow: Dataflow, kept: set[Place]) -> Mapping[int, tuple[Action, ...]]:
     """What the global order says about each rank, and FREE behind the last use of every value that is not kept."""
-    seen = kept | {place for place, value in flow.values.items() if value.pinned}
-    ranks = {rank for job in in_order for rank in job.ranks} | {place.rank for place in flow.values}
+    values, reads, writes = flow.values, flow.reads, flow.writes
+    # What is met for the first time from the end is used for the last time.
+    unseen = {place: value for place, value in values.items() if not value.pinned and place not in kept}
+    ranks = {rank for job in in_order for rank in job.ranks} | {place.rank for place in values}
     actions: dict[int, list[Action]] = {rank: [] for rank in sorted(ranks)}
-    for job in reversed(in_order):  # what is met for the first time from the end is used for the last time
-        for place in (*flow.writes[job.name], *flow.reads[job.name]):
-            if place not in seen:
-                seen.add(place)
-                actions[place.rank].append(Action.free(flow.values[place]))
+    for job in reversed(in_order):
+        name = job.name
+        for places in (writes[name], reads[name]):
+            for place in places:
+                if (value := unseen.pop(place, None)) is not None:
+                    actions[place.rank].append(Action.free(value))
         for rank in job.ranks:
             actions[rank].append(Action.of(job, rank))
     return MappingProxyType({rank: tuple(reversed(row)) for rank, row in actions.items()})

@@ -80,14 +80,19 @@ def check_meeting_order(schedule: Schedule) -> None:
     """
     orders: dict[tuple[str, tuple[int, ...]], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     jobs = schedule.jobs
+    ordered: dict[tuple[int, ...], tuple[int, ...]] = {}
     for rank, row in schedule.actions.items():
         for action in row:
             if action.peers:
                 job = jobs[action.name]
-                group = job.ranks if job.kind == "transfer" else tuple(sorted(job.ranks))
+                group = job.ranks
+                if job.kind != "transfer":
+                    group = ordered.get(job.ranks) or ordered.setdefault(job.ranks, tuple(sorted(job.ranks)))
                 orders[job.kind, group][rank].append(job.name)
     for (kind, group), by_rank in orders.items():
         for (one, names), (other, others) in pairwise(by_rank.items()):
+            if names == others:
+                continue
             for first, second in zip(names, others, strict=True):
                 if first != second:
                     what = (
