@@ -203,7 +203,7 @@ class GrowthScheduler:
         """
         if self.pool.is_foreign:
             return 0
-        with tiers.between_rounds(self.pool):
+        with tiers.between_uses(self.pool, tags):
             tiers.check_can_move(self.pool)
             committed_bytes = self.pool.ledger.committed_bytes
             self._empty_parked()
@@ -237,7 +237,7 @@ class GrowthScheduler:
         """
         if self.pool.is_foreign:
             return 0
-        with tiers.between_rounds(self.pool):
+        with tiers.between_uses(self.pool, tags):
             tiers.check_can_move(self.pool)
             used_bytes = self.pool.ledger.committed_bytes - self.pool.ledger.free_bytes
             for sleeper in self.pool.sleepers:

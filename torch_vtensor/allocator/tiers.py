@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PREFIX_TAG",
+    "Leases",
     "Rounds",
     "Sleeper",
-    "between_rounds",
+    "between_uses",
     "check_can_move",
     "has_tag",
     "offload",
@@ -72,17 +73,41 @@ class Rounds:
 
 
 @contextmanager
-def between_rounds(pool: PagePool) -> Iterator[None]:
-    """Hold the pool's lock while nobody is in a round."""
+def between_uses(pool: PagePool, tags: Collection[str] | None) -> Iterator[None]:
+    """Hold the pool's lock while nobody is in a round, or has a lease on a range with these tags (None: any)."""
     while True:
         with ExitStack() as held:
             several = list(pool.rounds)
             for rounds in several:
                 held.enter_context(rounds.lock)
             held.enter_context(pool.lock)
-            if all(rounds in several for rounds in pool.rounds):  # nobody began meanwhile
+            leases = Leases(held)
+            busy = [it for it in list(pool.ranges.values()) if has_tag(it.tag, tags) and not leases.take(it)]
+            if not busy and all(rounds in several for rounds in pool.rounds):  # nobody began meanwhile
                 yield
                 return
+        for range_ in busy[:1]:  # with no lock held that its user may be waiting for
+            with range_.lease:
+                pass
+
+
+class Leases:
+    """The leases of ranges that nobody else uses, until ``held`` ends. Who takes some holds the pool's lock.
+
+    Never waits: users take the pool's lock while they have a lease.
+    """
+
+    def __init__(self, held: ExitStack) -> None:
+        self._held = held
+        self._taken: dict[AddressRange, bool] = {}
+
+    def take(self, range_: AddressRange) -> bool:
+        """Whether the range stays as it is until then, as far as users go."""
+        if range_ not in self._taken:
+            self._taken[range_] = range_.lease.acquire(blocking=False)
+            if self._taken[range_]:
+                self._held.callback(range_.lease.release)
+        return self._taken[range_]
 
 
 _Places = dict[Page, list[tuple[AddressRange, int]]]
@@ -126,12 +151,13 @@ def wake(scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
     Raises:  OutOfPagesError or DriverError, with every range as it was, or awake.
     """
     pool = scheduler.pool
-    with pool.lock:
+    with pool.lock, ExitStack() as held:
+        leases = Leases(held)
         coming = [
             page
             for page, at in _places_of(pool).items()
             if page.tier in (Tier.ASLEEP, Tier.DISCARDED)
-            and _may_move(at)
+            and _may_move(at, leases)
             and (
                 any(_wakes(range_, ptr, tags) for range_, ptr in at)
                 if at
@@ -144,21 +170,21 @@ def wake(scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
 def offload(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> int:
     """Move the pages of idle ranges to outside the device, at the same addresses; returns the bytes that left it.
 
-    Pages that a range maps which is not idle stay.
+    Pages that a range maps which is not idle, or in use by another thread, stay.
 
     Effects: waits for the device.
     Raises:  OffloadLimitError or DriverError, with every row where it was, or outside the device.
     """
     pool = scheduler.pool
-    with pool.lock:
+    with pool.lock, ExitStack() as held:
         check_can_move(pool)
-        places = _places_of(pool)
+        places, leases = _places_of(pool), Leases(held)
         pages = [
             page
             for page, at in places.items()
             if page.tier is Tier.DEVICE
             and any(range_ in ranges for range_, _ in at)
-            and all(range_.is_idle and not range_.is_asleep for range_, _ in at)
+            and all(range_.is_idle and not range_.is_asleep and leases.take(range_) for range_, _ in at)
         ]
         unmapped = [(range_, ptr, page) for page in pages for range_, ptr in places[page]]
         new = pool.outside([page.nbytes for page in pages], Tier.OFFLOADED)
@@ -175,12 +201,13 @@ def prefetch(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> in
     Raises:  OutOfPagesError or DriverError, with every row where it was, or on the device.
     """
     pool = scheduler.pool
-    with pool.lock:
+    with pool.lock, ExitStack() as held:
         check_can_move(pool)
+        leases = Leases(held)
         wanted = [
             page
             for page, at in _places_of(pool).items()
-            if page.is_outside and any(range_ in ranges for range_, _ in at) and _may_move(at, ranges)
+            if page.is_outside and any(range_ in ranges for range_, _ in at) and _may_move(at, leases, ranges)
         ]
         _bring_back(scheduler, wanted, lambda range_, ptr: False)
         return sum(page.nbytes for page in wanted)
@@ -227,9 +254,9 @@ def _wakes(range_: AddressRange, ptr: int, tags: Collection[str] | None) -> bool
     return range_.is_vacant(ptr) and has_tag(range_.tag, tags)
 
 
-def _may_move(at: list[tuple[AddressRange, int]], own: Collection[AddressRange] = ()) -> bool:
+def _may_move(at: list[tuple[AddressRange, int]], leases: Leases, own: Collection[AddressRange] = ()) -> bool:
     """Whether a page may be unmapped for a moment wherever it is mapped: nobody but the caller uses it there."""
-    return all(range_ in own or range_.is_idle or range_.is_vacant(ptr) for range_, ptr in at)
+    return all(range_ in own or range_.is_vacant(ptr) or (range_.is_idle and leases.take(range_)) for range_, ptr in at)
 
 
 def _is_discarded(page: Page, at: list[tuple[AddressRange, int]], discard: Collection[str] | None) -> bool:

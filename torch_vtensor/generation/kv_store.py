@@ -13,6 +13,7 @@ sequence of a Llama-3-8B wastes less than 16 tokens, where a strip per layer and
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Protocol
@@ -131,6 +132,8 @@ class KVStore:
         self.num_layers = len(intervals)
         self.intervals = intervals
         self.vtensors = vtensors
+        for vtensor in vtensors[1:]:
+            vtensor.stay_with(vtensors[0])
         self.pool = vtensors[0].scheduler.pool
         self.viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
         self._num_writes = [0] * self.num_layers
@@ -161,6 +164,10 @@ class KVStore:
         """
         for vtensor in self.vtensors:
             vtensor.commit(tokens)
+
+    def in_place(self) -> threading.RLock:
+        """A lock: while a thread holds it, no other one moves these rows; see ``VTensor.in_place``."""
+        return self.vtensors[0].in_place()
 
     def use(self) -> None:
         """What every use begins with: rows that were offloaded come back, if there is room.

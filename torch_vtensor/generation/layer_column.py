@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ from torch_vtensor.generation.slot_history import SlotHistory
 
 __all__ = ["LayerColumn", "LayerGroup"]
 
+_IN_ORDINARY_MEMORY = nullcontext()
 _AHEAD_TOKENS = 2
 _SHARED_ANEW_PART = 8  # slots are merged anew when another eighth of their tokens is the same
 
@@ -90,14 +93,24 @@ class LayerColumn:
             captured into keeps the memory.
         Raises:  OutOfPagesError or DriverError, with everything written before intact.
         """
+        new_stop = stop + key.shape[2]
+        while True:
+            store = self.store
+            with self.in_place():
+                if store is not None and store.pool.is_tiered:
+                    store.use()
+                if stop < self._seen:
+                    self._make_writable(stop)
+                if new_stop > self._end:
+                    self._grow(first, stop, new_stop)
+                if self.store is store:  # otherwise once more, with the rows where they are now held in place
+                    return self._write(key, value, first, stop)
+
+    def _write(
+        self, key: torch.Tensor, value: torch.Tensor, first: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         num_new = key.shape[2]
         new_stop = stop + num_new
-        if self.store is not None and self.store.pool.is_tiered:
-            self.store.use()
-        if stop < self._seen:
-            self._make_writable(stop)
-        if new_stop > self._end:
-            self._grow(first, stop, new_stop)
         keys, values, origin, store = self._keys, self._values, self._origin, self.store
         assert keys is not None and values is not None
         # Nobody's view shows the rows written here (_make_writable), so no one misses a bump of version counters.
@@ -114,6 +127,10 @@ class LayerColumn:
                 self._asked_ahead = self._end
                 store.commit_ahead()
         return keys.narrow(2, first - origin, new_stop - first), values.narrow(2, first - origin, new_stop - first)
+
+    def in_place(self) -> AbstractContextManager[Any]:
+        """A block during which no other thread moves the rows that the column has now."""
+        return _IN_ORDINARY_MEMORY if self.store is None else self.store.in_place()
 
     def reach(self, first: int, stop: int, num_new: int, capacity: int) -> KVStore:
         """Make the rows from ``stop`` on this column's own, with addresses up to ``capacity``, for others to write.
@@ -281,7 +298,11 @@ class LayerColumn:
             start = stop if share is None else max(first, share)
             if len(set(sources)) < len(sources):
                 self._merged = history.num_donated
-        if start < stop:
+        if start == stop:
+            return
+        with self.in_place():
+            if self.store is not None:
+                self.store.use()
             for tensor, old in zip(self.views(start, stop), (old_keys, old_values), strict=True):
                 tensor.copy_(old.narrow(2, start - first, stop - start).index_select(0, index.to(old.device)))
 
