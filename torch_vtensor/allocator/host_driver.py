@@ -111,6 +111,7 @@ class HostDriver:
 
     growth_fraction = 0.125
     zeroes_pages = True
+    fences_break_captures = False
 
     def __init__(self, page_bytes: int = 64 * 1024, offload_folder: str = "/var/tmp") -> None:
         if page_bytes < mmap.PAGESIZE or page_bytes & (page_bytes - 1):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import threading
+import weakref
+from collections.abc import Iterator
 
 import torch
 
 from torch_vtensor.allocator.driver import Driver
-from torch_vtensor.allocator.growth import GrowthScheduler
+from torch_vtensor.allocator.growth import GrowthScheduler, is_ahead_of_need
+from torch_vtensor.allocator.neighbours import idle_memory_of_others
 from torch_vtensor.allocator.page_pool import PagePool, check_budget
+from torch_vtensor.allocator.watcher import Watcher
 from torch_vtensor.settings import load_settings, status_folder
-from torch_vtensor.status import StatusFile, StatusRecord
+from torch_vtensor.status import StatusFile
 
 __all__ = ["all_schedulers", "default_pool", "default_scheduler", "set_default_budget"]
 
@@ -20,6 +25,8 @@ _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _schedulers: dict[torch.device, GrowthScheduler] = {}
 _status_file: StatusFile | None = None
+_watcher: Watcher | None = None
+_watcher_lock = threading.Lock()  # taken behind a pool's
 _budget_bytes: int | None = None  # set_default_budget's; before it is called, the settings' one counts
 
 
@@ -44,7 +51,7 @@ def default_scheduler(device: torch.device) -> GrowthScheduler:
             pool.driver.marks_ranges = load_settings().nvtx and device.type == "cuda"
             scheduler = GrowthScheduler(pool)
             if load_settings().status:
-                pool.status = _status_of(device)
+                _show(pool)
             _schedulers[device] = scheduler
         return scheduler
 
@@ -74,16 +81,52 @@ def all_schedulers() -> dict[torch.device, GrowthScheduler]:
         return dict(_schedulers)
 
 
-def _status_of(device: torch.device) -> StatusRecord | None:
-    """A place in this process's status file; None where none can be made: nothing else depends on it."""
+def _show(pool: PagePool) -> None:
+    """Give a pool a place in this process's status file, if there can be one: nothing else depends on it."""
     global _status_file
+    folder, device = status_folder(), pool.device
     try:
         if _status_file is None:
-            _status_file = StatusFile(status_folder())
-        return _status_file.record(str(device))
+            _status_file = StatusFile(folder)
+        identity = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
+        pool.show(_status_file.record(str(device), identity), _watch)
     except OSError as error:
         _log.info("no status file, so `torch_vtensor top` will not list this process: %s", error)
-        return None
+        return
+    own = weakref.ref(pool)
+
+    def ask(nbytes: int) -> Iterator[None]:
+        alive = own()
+        if alive is not None and not is_ahead_of_need():
+            yield from idle_memory_of_others(folder, identity, nbytes, alive.heed)
+
+    pool.ask_others = ask
+
+
+def _watch() -> None:
+    """Have what other processes ask for done at once, and not only when this one needs memory."""
+    global _watcher
+    with _watcher_lock:
+        if _watcher is None and _status_file is not None:
+            try:
+                _watcher = Watcher(_status_file.path, _heed)
+            except (OSError, RuntimeError) as error:
+                _log.info("what other processes ask for is done when memory is needed next: %s", error)
+
+
+def _heed() -> None:
+    for scheduler in all_schedulers().values():
+        scheduler.pool.driver.prepare_thread()
+        scheduler.pool.heed()
+
+
+def _hide() -> None:
+    """Nobody writes to the status file while the interpreter ends, and the file's mapping with it."""
+    for scheduler in all_schedulers().values():
+        scheduler.pool.ledger.show(None)
+
+
+atexit.register(_hide)
 
 
 def _make_driver(device: torch.device) -> Driver:
@@ -102,10 +145,12 @@ def _make_driver(device: torch.device) -> Driver:
 def _start_afresh_in_child() -> None:
     # The child shares the parent's pages through its inherited mappings and must take none of them: it gets pools of
     # its own. The lock may have been held by a thread that does not exist here.
-    global _lock, _status_file
-    _lock = threading.Lock()
+    global _lock, _watcher_lock, _status_file, _watcher
+    _lock, _watcher_lock = threading.Lock(), threading.Lock()
     _schedulers.clear()
-    _status_file = None
+    if _watcher is not None:
+        _watcher.forsake()
+    _status_file = _watcher = None
 
 
 os.register_at_fork(after_in_child=_start_afresh_in_child)

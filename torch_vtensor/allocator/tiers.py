@@ -139,7 +139,7 @@ def put_to_sleep(scheduler: GrowthScheduler, tags: Collection[str] | None, disca
         lost = dict.fromkeys(page for page in leaving if _is_discarded(page, places[page], discard))
         kept = [page for page in leaving if page.tier is Tier.DEVICE and page not in lost]
         new = pool.outside([page.nbytes for page in kept], Tier.ASLEEP)
-        new += pool.discarded(page.nbytes for page in lost)
+        new += pool.discarded([page.nbytes for page in lost])
         _move(scheduler, [*kept, *lost], new, unmapped, [], places)
 
 

@@ -198,6 +198,7 @@ class FakeDriver:
     page_sizes = (PAGE, LARGE_PAGE)
     growth_fraction = 0.0
     zeroes_pages = False
+    fences_break_captures = True
 
     def __init__(self, fake: FakeCuda) -> None:
         self._fake = fake
