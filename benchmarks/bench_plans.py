@@ -1,18 +1,16 @@
 """A training step on one GPU: what plans save and cost, against torch.compile with and without its own means.
 
-    python benchmarks/bench_plans.py [--models qwen3 swin evoformer] [--batch N] [--layers N] [--quick] [--out FOLDER]
+    python benchmarks/bench_plans.py [--models qwen3 swin evoformer] [--modes …] [--batch N] [--layers N] [--quick]
 
 bfloat16 parameters, fused AdamW. Every point runs in a process of its own: one that fails or runs out of memory is a
 row of the table. Before a time counts, the first step's gradients have to be about as near as torch.compile's to those
-of the same weights in float32, eager and row by row.
-Writes benchmarks/results/plans_<device>_<date>.md.
+of the same weights in float32, eager and row by row. Plans on several GPUs: bench_parallel_plans.py.
+Writes benchmarks/results/plans-<model>_<device>_<date>.md, anew after each point.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,12 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import points
 import report
 import torch
 from plan_models import DEFAULT_BATCH, DEFAULT_LAYERS, SUBJECTS, Subject
 from torch import Tensor, nn
 
-BASELINES = ("compile", "activation_memory_budget=0.5", "activation_memory_budget=0.2", "checkpoint")
+BASELINES = ("compile", "activation_memory_budget=0.5", "activation_memory_budget=0.2")
+CHECKPOINT = {"qwen3": "checkpoint", "swin": "checkpoint_blocks", "evoformer": "checkpoint"}
 OURS = {
     "qwen3": ("uncut", "chunked_loss4", "accumulate2+layerwise", "recompute+layerwise", "memory_budget=0.7"),
     "swin": ("uncut", "accumulate4+layerwise", "accumulate4+recompute+layerwise", "memory_budget=0.3"),
@@ -35,6 +35,10 @@ GIB = 2**30
 # Roundings to bfloat16 add up over layers, differently in every correct implementation.
 MOST_OF_BASELINE = 1.25
 _SAMPLES = 1 << 16
+HEADER = (
+    *("mode", "speed", "of compile", "peak GiB", "of compile", "predicted GiB", "compile s", "loss"),
+    *("gradients off by", "what was chosen"),
+)
 
 
 def main() -> None:
@@ -47,46 +51,44 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="blocks; by default the published model's, 8 of the Evoformer")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--timeout", type=int, default=900, help="seconds that a point may take")
+    parser.add_argument("--seconds", type=int, default=36_000, help="what all points may take; later ones are not run")
+    parser.add_argument(
+        "--codegen", choices=("inductor", "eager"), default="inductor", help="eager: to see that it runs"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that it runs")
-    parser.add_argument("--out", type=Path, help="folder of the result file")
+    parser.add_argument("--out", type=Path, help="folder of the result files")
     parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)  # model, mode, file of the baseline's gradients
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.point:
         model, mode, reference = arguments.point
-        print(json.dumps(point(model, mode, Path(reference), arguments)))
-        return
-    device = torch.device(arguments.device)
-    body = "\n\n".join(section(model, arguments, device) for model in arguments.models)
-    print(report.write("plans", device, body, arguments.out).read_text())
+        points.leave(arguments.result, lambda: point(model, mode, Path(reference), arguments))
+    clock = points.Clock(arguments.seconds)
+    for model in arguments.models:
+        print(measure(model, arguments, torch.device(arguments.device), clock))
 
 
-def section(model: str, arguments: argparse.Namespace, device: torch.device) -> str:
-    """All points of a model, as a table."""
+def measure(model: str, arguments: argparse.Namespace, device: torch.device, clock: points.Clock) -> Path:
+    """Run all points of a model; the file that has them."""
     batch, layers = sizes(model, arguments)
-    rows, base = [], None
+    title = f"{SUBJECTS[model].__doc__}\n\nBatch {batch}, {layers} layers, bfloat16, fused AdamW."
+    unit = {"qwen3": "tokens", "swin": "images", "evoformer": "residues"}[model]
+    header = [f"{unit}/s (10th-90th)" if name == "speed" else name for name in HEADER]
+    rows: list[list[str]] = []
+    base = None
     with tempfile.TemporaryDirectory() as folder:
-        run(model, "reference", Path(folder) / "gradients.pt", arguments)
-        for mode in arguments.modes or (*BASELINES, *OURS[model]):
-            found = run(model, mode, Path(folder) / "gradients.pt", arguments)
+        reference = Path(folder) / "gradients.pt"
+        found = run(model, "reference", reference, arguments, clock)
+        if "error" in found:
+            title += f"\n\nThere are no gradients to compare with: {found['error']}."
+        for mode in arguments.modes or (*BASELINES, CHECKPOINT[model], *OURS[model]):
+            found = run(model, mode, reference, arguments, clock)
             if mode == "compile":
                 base = found
             rows.append(row(mode, found, base))
             print(model, *rows[-1], sep=" | ", flush=True)
-    unit = {"qwen3": "tokens", "swin": "images", "evoformer": "residues"}[model]
-    title = f"## {model}: {SUBJECTS[model].__doc__}\n\nBatch {batch}, {layers} layers, bfloat16, fused AdamW."
-    header = (
-        "mode",
-        f"{unit}/s (10th-90th)",
-        "of compile",
-        "peak GiB",
-        "of compile",
-        "predicted GiB",
-        "compile s",
-        "loss",
-        "gradients off by",
-        "what was chosen",
-    )
-    return f"{title}\n\n" + report.table(header, rows)
+            path = report.write(f"plans-{model}", device, f"{title}\n\n" + report.table(header, rows), arguments.out)
+    return path
 
 
 def row(mode: str, found: dict[str, Any], base: dict[str, Any] | None) -> list[str]:
@@ -96,8 +98,8 @@ def row(mode: str, found: dict[str, Any], base: dict[str, Any] | None) -> list[s
     speed = found["tokens"] / found["seconds"][0]
     low, high = (found["tokens"] / seconds for seconds in reversed(found["seconds"][1:]))
     has_base = base is not None and "error" not in base
-    if has_base and found["error_of_gradients"] > MOST_OF_BASELINE * base["error_of_gradients"] + 1e-3:
-        error, usual = found["error_of_gradients"], base["error_of_gradients"]
+    error, usual = (one.get("error_of_gradients", 0.0) for one in (found, base if has_base else found))
+    if error > MOST_OF_BASELINE * usual + 1e-3:
         return [
             mode,
             f"wrong: gradients are off by {error:.4f} of their norm, torch.compile's by {usual:.4f}",
@@ -115,28 +117,18 @@ def row(mode: str, found: dict[str, Any], base: dict[str, Any] | None) -> list[s
         predicted,
         f"{found['compile']:.0f}",
         f"{found['loss']:.4f}",
-        f"{found['error_of_gradients']:.4f}" if "error_of_gradients" in found else "",
+        f"{error:.4f}" if "error_of_gradients" in found else "not compared",
         found["chosen"],
     ]
 
 
-def run(model: str, mode: str, reference: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def run(model: str, mode: str, reference: Path, arguments: argparse.Namespace, clock: points.Clock) -> dict[str, Any]:
     """A point in a process of its own; what went wrong, where something did."""
-    command = [sys.executable, __file__, "--point", model, mode, str(reference), "--device", arguments.device]
-    command += ["--repeats", str(arguments.repeats)]
-    command += [f"--{name}={value}" for name in ("batch", "layers") if (value := getattr(arguments, name))]
-    command += ["--quick"] if arguments.quick else []
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done after {arguments.timeout} s"}
-    if done.returncode == 0:
-        print("".join(line for line in done.stderr.splitlines(True) if "GiB" in line), file=sys.stderr)
-        return json.loads(done.stdout.splitlines()[-1])
-    print(done.stderr[-3000:], file=sys.stderr)
-    if "OutOfMemoryError" in done.stderr:
-        return {"error": "out of memory"}
-    return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:200].replace("|", "/")}
+    given = ["--point", model, mode, str(reference)]
+    passed = ("device", "repeats", "codegen", "batch", "layers")
+    given += [f"--{name}={value}" for name in passed if (value := getattr(arguments, name))]
+    given += ["--quick"] if arguments.quick else []
+    return points.run(__file__, given, clock.left(arguments.timeout))
 
 
 def sizes(model: str, arguments: argparse.Namespace) -> tuple[int, int]:
@@ -152,7 +144,7 @@ def point(model: str, mode: str, reference: Path, arguments: argparse.Namespace)
     if mode == "reference":
         return exact(subject, reference)
     made: list[Any] = []
-    step = compiled(subject, mode, made)
+    step = compiled(subject, mode, made, arguments.codegen)
     optimizer = torch.optim.AdamW(subject.model.parameters(), 1e-4, fused=True)
     begin = time.perf_counter()
     loss = step(*subject.arguments)
@@ -160,7 +152,7 @@ def point(model: str, mode: str, reference: Path, arguments: argparse.Namespace)
     report.synchronize(device)
     compile_seconds = time.perf_counter() - begin
     found: dict[str, Any] = {"loss": loss.item(), "compile": compile_seconds, "tokens": subject.num_tokens}
-    found |= compare(subject.model, loss, reference)
+    found |= compare(subject.model, loss, reference) if reference.exists() else {}
     optimizer.step()
     optimizer.zero_grad()
 
@@ -186,22 +178,33 @@ def point(model: str, mode: str, reference: Path, arguments: argparse.Namespace)
     return found
 
 
-def compiled(subject: Subject, mode: str, made: list[Any]) -> Callable[..., Tensor]:
+def compiled(subject: Subject, mode: str, made: list[Any], codegen: str) -> Callable[..., Tensor]:
     """The step in a mode: a baseline's name, "uncut", "memory_budget=…" or the name of a plan."""
+    stock = "inductor" if codegen == "inductor" else "aot_eager"
     if mode == "compile":
-        return torch.compile(subject.loss_of)
+        return torch.compile(subject.loss_of, backend=stock)
     if mode == "checkpoint":
         checkpoint_layers(subject.model, subject.layer)
-        return torch.compile(subject.loss_of)
+        return torch.compile(subject.loss_of, backend=stock)
+    if mode == "checkpoint_blocks":
+        # Dynamo traces no checkpoint of a layer that changes itself, as Swin's do: each is compiled, then checkpointed.
+        torch._dynamo.config.recompile_limit = 64
+        for module in subject.model.modules():
+            if isinstance(module, subject.layer):
+                module.compile(backend=stock)
+        checkpoint_layers(subject.model, subject.layer)
+        return subject.loss_of
     name, _, value = mode.partition("=")
     if name == "activation_memory_budget":
-        torch._functorch.config.activation_memory_budget = float(value)
-        return torch.compile(subject.loss_of)
-    options: dict[str, Any] = {}
+        from torch._functorch import config
+
+        config.activation_memory_budget = float(value)
+        return torch.compile(subject.loss_of, backend=stock)
+    options: dict[str, Any] = {"codegen": codegen}
     if mode != "uncut":
         # Any budget has memory predicted from traced passes, also for a plan by name.
         budget = {"memory_budget": float(value) if "." in value else int(value)} if value else {}
-        options = budget or {"plan": mode, "memory_budget": 1 << 50}
+        options |= budget or {"plan": mode, "memory_budget": 1 << 50}
         options["inspect"] = made.append
     return torch.compile(subject.loss_of, backend="superscaler", options=options)
 

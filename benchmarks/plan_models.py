@@ -43,7 +43,7 @@ def qwen3(batch: int, layers: int, device: torch.device, *, tiny: bool = False) 
         tie_word_embeddings=True,
         use_cache=False,
     )
-    model = _built(lambda: Qwen3ForCausalLM(config), device)
+    model = built(lambda: Qwen3ForCausalLM(config), device)
     tokens = torch.randint(config.vocab_size, (batch, length), device=device)
     return Subject(model, lambda x: model(input_ids=x, labels=x).loss, (tokens,), tokens.numel(), Qwen3DecoderLayer)
 
@@ -63,7 +63,7 @@ def swin(batch: int, layers: int, device: torch.device, *, tiny: bool = False) -
         drop_path_rate=0.0,
         num_labels=1000,
     )
-    model = _built(lambda: SwinForImageClassification(config), device)
+    model = built(lambda: SwinForImageClassification(config), device)
     images = torch.randn(batch, 3, config.image_size, config.image_size, device=device, dtype=torch.bfloat16)
     labels = torch.randint(1000, (batch,), device=device)
 
@@ -77,7 +77,7 @@ def evoformer(batch: int, layers: int, device: torch.device, *, tiny: bool = Fal
     """AlphaFold 2's Evoformer at the sizes of its initial training: 128 sequences of 256 residues, 48 blocks."""
     sequences, residues = (4, 6) if tiny else (128, 256)
     m, z = (16, 8) if tiny else (256, 128)
-    model = _built(lambda: Evoformer(layers, m, z), device)
+    model = built(lambda: Evoformer(layers, m, z), device)
     msa = torch.randn(batch, sequences, residues, m, device=device, dtype=torch.bfloat16)
     pair = torch.randn(batch, residues, residues, z, device=device, dtype=torch.bfloat16)
 
@@ -93,7 +93,8 @@ DEFAULT_BATCH = {"qwen3": 16, "swin": 16, "evoformer": 4}
 DEFAULT_LAYERS = {"qwen3": 28, "swin": 18, "evoformer": 8}
 
 
-def _built(make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+def built(make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """Make a model in bfloat16 on a device, with the same random weights in every process."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:

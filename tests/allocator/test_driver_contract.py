@@ -61,13 +61,16 @@ def taken_bytes(driver: Driver, free_before: int = 0) -> int:
     """Physical memory in use, since ``free_before`` where only the device's own figure can be had."""
     if isinstance(driver, HostDriver):
         return driver.physical_bytes()
-    # Loading a kernel takes some too, on its first launch.
-    taken = free_before - torch.cuda.mem_get_info(driver.device)[0]
+    taken = free_before - free_bytes(driver)  # loading a kernel takes some too, on its first launch
     return round(taken / driver.page_sizes[-1]) * driver.page_sizes[-1]
 
 
 def free_bytes(driver: Driver) -> int:
-    return 0 if isinstance(driver, HostDriver) else torch.cuda.mem_get_info(driver.device)[0]
+    """What the device has, without what torch keeps of tensors that are gone."""
+    if isinstance(driver, HostDriver):
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(driver.device)[0]
 
 
 def test_page_sizes_ascend_and_each_divides_the_next(driver: Driver) -> None:

@@ -1,10 +1,12 @@
 """A captured program is described in the names that the user gave."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from virtual import capture_call
 
@@ -94,6 +96,35 @@ def test_two_models_keep_their_variable_names() -> None:
     generator, judge = nn.Linear(2, 2), nn.Linear(2, 2)
     graph = capture_call(lambda x: judge(generator(x)), torch.randn(1, 2)).captured.graph
     assert named(graph, "parameter") == {"generator.weight", "generator.bias", "judge.weight", "judge.bias"}
+
+
+def test_a_model_in_a_closure_s_closure_or_an_attribute_has_the_names_of_its_state_dict() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    def inner(x: Tensor) -> Tensor:
+        return model(x)
+
+    def outer(x: Tensor) -> Tensor:
+        return inner(x).sum()
+
+    holder = SimpleNamespace(trained=SimpleNamespace(model=model))
+    for function in (outer, lambda x: holder.trained.model(x)):
+        graph = capture_call(function, torch.randn(3, 2)).captured.graph
+        assert named(graph, "parameter") == set(model.state_dict())
+        assert {"0", "1"} <= {operator.module for operator in graph.operators}
+
+
+def test_two_models_in_closures_have_no_numbers_for_names() -> None:
+    models = [nn.Linear(2, 2), nn.Linear(2, 2)]
+
+    def wrap(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: model(x)
+
+    first, second = map(wrap, models)
+    graph = capture_call(lambda x: second(first(x)), torch.randn(3, 2)).captured.graph
+    assert named(graph, "parameter") == {
+        f"{function}.cell0.{name}" for function in ("first", "second") for name in ("weight", "bias")
+    }
 
 
 def test_a_mean_over_rows_becomes_a_sum_and_a_count() -> None:

@@ -35,9 +35,12 @@ WHERE = {"gluon": None, "cudnn": None, "flash": None, "fa3": "flash_attn_interfa
         (DECODE, "flash"),
         (DECODE._replace(num_tokens=65536), "triton"),
         (DECODE._replace(dim=64), "triton"),  # unlike the values
-        (EXTEND, "triton"),
-        (PREFILL._replace(batch=1), "triton"),
-        (PREFILL, "cudnn"),
+        (EXTEND, "gluon"),
+        (EXTEND._replace(batch=1, num_rows=16), "triton"),
+        (EXTEND._replace(options=("window", "sinks")), "gluon"),
+        (PREFILL._replace(batch=1), "gluon"),
+        (PREFILL, "gluon"),
+        (PREFILL._replace(is_aligned=False), "cudnn"),
         (PREFILL._replace(options=("softcap",)), "triton"),
     ],
 )
@@ -45,6 +48,10 @@ def test_who_is_chosen(case: Case, chosen: str, monkeypatch: pytest.MonkeyPatch)
     assert choose(case) == chosen
     monkeypatch.setitem(WHERE, "fa3", None)
     assert choose(case) == ("fa3" if case.num_rows > 1 and not case.options else chosen)
+    if chosen == "gluon":
+        monkeypatch.setitem(WHERE, "gluon", "another Triton")
+        monkeypatch.setitem(WHERE, "fa3", "not installed")
+        assert choose(case) == ("cudnn" if case is PREFILL else "triton")
 
 
 def test_regimes_order_who_they_measured() -> None:
@@ -61,6 +68,7 @@ def test_work_is_counted() -> None:
     assert DECODE.nbytes == 8 * 8 * 4096 * 2 * 128 * 2
     assert DECODE._replace(num_rows=3, num_tokens=5).flops == 4 * 8 * 32 * 128 * (3 + 4 + 5)
     assert DECODE._replace(num_rows=3, num_tokens=5, causal=False).flops == 4 * 8 * 32 * 128 * 15
+    assert DECODE._replace(num_rows=33).num_blocks == 8 * 8 * 2
 
 
 @pytest.mark.parametrize(
@@ -77,9 +85,9 @@ def test_work_is_counted() -> None:
         ("fa3", DECODE, "flash_attn_interface is not installed"),
         ("gluon", DECODE, "made for prefill_attention"),
         ("gluon", PREFILL._replace(dtype=torch.float32), "torch.float32 is not of 16 bits"),
-        ("gluon", PREFILL._replace(value_dim=64), "head dims 128 and 64; both must be 128"),
+        ("gluon", PREFILL._replace(value_dim=64), "head dims 128 and 64; both must be 64, or both 128"),
         ("gluon", PREFILL._replace(is_aligned=False), "not aligned to 16 bytes"),
-        ("gluon", PREFILL._replace(options=("window",)), "window asked for"),
+        ("gluon", PREFILL._replace(options=("window", "softcap")), "softcap asked for"),
         ("gluon", PREFILL._replace(num_tokens=0), "nothing to do"),
         ("triton", DECODE._replace(dtype=torch.float64), "no float64"),
         ("cpu", DECODE, "the tensors are on cuda"),
@@ -93,8 +101,8 @@ def test_who_cannot_is_not_chosen_and_refused_if_forced(name: str, case: Case, r
 
 
 def test_calls_with_numbers_on_the_device_are_our_kernels() -> None:
-    for case in (DECODE, EXTEND, PREFILL):
-        assert choose(case._replace(has_counts=True)) == "triton"
+    for case, chosen in ((DECODE, "triton"), (EXTEND, "gluon"), (PREFILL, "gluon")):
+        assert choose(case._replace(has_counts=True)) == chosen
         assert choose(case._replace(device=torch.device("cpu"))) == "cpu"
 
 

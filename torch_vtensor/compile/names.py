@@ -13,6 +13,7 @@ from torch_vtensor.compile import _torch_compat
 
 _CONTAINER = re.compile(r"\._(?:modules|parameters|buffers)\['([^']*)'\]")
 _SIZE = re.compile(r"\.size\(\)\[(\d+)\]")
+_CELL = re.compile(r"\.__closure__\[(\d+)\]\.cell_contents")
 _SUBSCRIPT = re.compile(r"\['?([^'\]]*)'?\]")
 _ARGUMENT = re.compile(r"args\[(\d+)\]")
 
@@ -21,8 +22,8 @@ _ARGUMENT = re.compile(r"args\[(\d+)\]")
 class InputNames:
     """Kind and name of every input of a dynamo graph, by position.
 
-    ``root`` is the variable that held the model (``self``, ``model``), left out of every name where all parameters and
-    buffers live under one: names are then the keys of the model's state_dict.
+    ``root`` is what held the model (``self``, ``model``, ``loss_of.cell0`` of a function's closure), left out of every
+    name where all parameters and buffers live under one: names are then the keys of the model's state_dict.
     """
 
     kinds: tuple[str, ...]
@@ -47,6 +48,7 @@ def name_inputs(gm: GraphModule, example_inputs: Sequence[object]) -> InputNames
     """Name the inputs of a dynamo graph after where dynamo found them; an input that is a list counts as its leaves."""
     kinds: list[str] = []
     names: list[str] = []
+    roots: set[str] = set()
     for placeholder, example in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         source = _torch_compat.source_of(placeholder)
         name = placeholder.name if source is None else _readable(source)
@@ -54,8 +56,8 @@ def name_inputs(gm: GraphModule, example_inputs: Sequence[object]) -> InputNames
         kinds.extend(_kind(source, leaf) for leaf in leaves)
         is_list = isinstance(example, list | tuple | dict)
         names.extend(f"{name}.{index}" if is_list else name for index in range(len(leaves)))
-    stateful = [kind in ("parameter", "buffer") for kind in kinds]
-    roots = {name.partition(".")[0] for name, state in zip(names, stateful, strict=True) if state and "." in name}
+        if source is not None and (container := _CONTAINER.search(_plain(source))):
+            roots.add(_readable(_plain(source)[: container.start()]))
     root = roots.pop() if len(roots) == 1 else None
     return InputNames(tuple(kinds), tuple(_without_root(name, root) for name in names), root)
 
@@ -70,10 +72,14 @@ def _kind(source: str | None, example: object) -> str:
 
 def _readable(source: str) -> str:
     """``L['self']._modules['layers']._parameters['weight']`` → ``self.layers.weight``."""
-    source = source.replace(".__dict__['_modules']", "._modules")  # how dynamo reads some modules' children
-    for pattern, shown in ((_CONTAINER, r".\1"), (_SIZE, r".size(\1)"), (_SUBSCRIPT, r".\1")):
+    source = _plain(source)
+    for pattern, shown in ((_CONTAINER, r".\1"), (_SIZE, r".size(\1)"), (_CELL, r".cell\1"), (_SUBSCRIPT, r".\1")):
         source = pattern.sub(shown, source)
     return source.removeprefix("L.").removeprefix("G.")
+
+
+def _plain(source: str) -> str:
+    return source.replace(".__dict__['_modules']", "._modules")  # how dynamo reads some modules' children
 
 
 def _without_root(name: str, root: str | None) -> str:

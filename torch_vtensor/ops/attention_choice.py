@@ -13,15 +13,27 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["MEASURED", "NAMES", "Case", "Implementation", "Implementations", "Regime", "choose", "implementations"]
+__all__ = [
+    "MEASURED",
+    "NAMES",
+    "Case",
+    "Implementation",
+    "Implementations",
+    "Regime",
+    "are_aligned",
+    "choose",
+    "implementations",
+]
 
 NAMES = ("triton", "gluon", "cudnn", "flash", "fa3", "cpu")
 _16_BITS = (torch.bfloat16, torch.float16)
+_BLOCKS_THAT_FILL = 96
+"""Fewer leave a GPU with some 130 multiprocessors idle: what splits the tokens too is faster."""
 _GLUON_TRITON = "3.6"
 """The release of Triton that the Gluon kernel ran with; Gluon changes with every one."""
 
@@ -39,6 +51,7 @@ class Case(NamedTuple):
     heads: int
     num_rows: int
     num_tokens: int
+    """At most, where the device has the numbers."""
     causal: bool
     has_counts: bool
     """Whether numbers on the device say which tokens and rows count."""
@@ -95,10 +108,22 @@ class Case(NamedTuple):
         seen = self.num_rows * self.num_tokens - hidden
         return 2 * self.batch * self.query_heads * (self.dim + self.value_dim) * seen
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of 128 rows of queries, those of the query heads that share a head of keys and values together."""
+        return self.batch * self.heads * -(-self.num_rows * self.query_heads // max(128 * self.heads, 1))
+
 
 def _is_aligned(rows: torch.Tensor) -> bool:
-    strides = [stride * rows.itemsize for stride in rows.stride()[:3]]
-    return min(strides[1:]) > 0 and all(nbytes % 16 == 0 for nbytes in (rows.data_ptr(), *strides))
+    return are_aligned(rows.itemsize, rows.data_ptr() // rows.itemsize, rows.stride()[:3])
+
+
+def are_aligned(itemsize: int, offset: int, strides: Sequence[int]) -> bool:
+    """Whether rows at this offset, with these strides of slots, heads and tokens, can be copied by TMA.
+
+    Units: elements.
+    """
+    return min(strides[1:]) > 0 and all(number * itemsize % 16 == 0 for number in (offset, *strides))
 
 
 class Regime(NamedTuple):
@@ -118,7 +143,6 @@ class Regime(NamedTuple):
 # points in the layout of our caches. FlashAttention-3's: by its times over cuDNN's and flash's on an H200, 2026-11-22.
 # On the host a call of flash takes 60 us and of triton 140, more than a small decode takes on the device. cuDNN plans
 # 50 ms for every length that it has not seen: worth it for the longest prompts alone, where 32 layers save more.
-# gluon is taken where it is asked for: it has not been measured yet.
 MEASURED = (
     Regime(
         "decode below 0.5 GB",
@@ -135,24 +159,31 @@ MEASURED = (
         (1, 65536),
     ),
     Regime(
+        "extend: few rows over a prefix",
+        lambda case: case.num_rows < case.num_tokens and case.num_blocks < _BLOCKS_THAT_FILL,
+        {"fa3": 0.80, "triton": 1.0, "flash": 1.04},
+        ("fa3", "triton"),
+        (16, 8192),
+    ),
+    Regime(
         "extend: rows over a prefix",
         lambda case: case.num_rows < case.num_tokens,
-        {"fa3": 0.49, "triton": 1.04, "flash": 1.38},
-        ("fa3", "triton"),
+        {"fa3": 0.93, "gluon": 1.0, "triton": 1.51, "flash": 1.95},
+        ("fa3", "gluon", "triton"),
         (128, 8192),
     ),
     Regime(
         "prefill below 2 TFLOP",
         lambda case: case.flops < 2e12,
-        {"fa3": 0.83, "cudnn": 1.0, "triton": 1.41, "flash": 1.82},
-        ("fa3", "triton"),
+        {"fa3": 0.91, "gluon": 1.0, "cudnn": 1.08, "triton": 1.54, "flash": 1.98},
+        ("fa3", "gluon", "triton"),
         (2048, 2048),
     ),
     Regime(
         "prefill from 2 TFLOP",
         lambda case: True,
-        {"fa3": 0.83, "cudnn": 1.0, "triton": 1.33, "flash": 1.80},
-        ("fa3", "cudnn", "triton"),
+        {"fa3": 0.92, "gluon": 1.0, "cudnn": 1.12, "triton": 1.50, "flash": 2.0},
+        ("fa3", "gluon", "cudnn", "triton"),
         (32768, 32768),
     ),
 )
@@ -247,8 +278,8 @@ def why_not(name: str, case: Case) -> str | None:
         return "triton has no float64" if name == "triton" and case.dtype is torch.float64 else None
     if case.has_counts and name != "gluon":
         return "lengths, num_new or first are on the device"
-    if case.options:
-        return f"{', '.join(case.options)} asked for"
+    if missing := [option for option in case.options if name != "gluon" or option not in ("window", "sinks")]:
+        return f"{', '.join(missing)} asked for"
     if case.dtype not in _16_BITS:
         return f"{case.dtype} is not of 16 bits"
     if 0 in (case.batch, case.heads, case.num_rows, case.num_tokens):
@@ -260,8 +291,8 @@ def why_not(name: str, case: Case) -> str | None:
 def _why_not_gluon(case: Case) -> str | None:
     if case.op != "prefill":
         return "it is made for prefill_attention"
-    if (case.dim, case.value_dim) != (128, 128):
-        return f"head dims {case.dim} and {case.value_dim}; both must be 128"
+    if case.dim != case.value_dim or case.dim not in (64, 128):
+        return f"head dims {case.dim} and {case.value_dim}; both must be 64, or both 128"
     return None if case.is_aligned else "rows of keys or values are not aligned to 16 bytes, or not apart"
 
 

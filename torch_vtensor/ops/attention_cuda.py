@@ -72,7 +72,7 @@ def prefill_attention(
     if name == "gluon":
         from torch_vtensor.ops.prefill_attention import gluon
 
-        return gluon.launch(query, keys, values, lengths, num_new, first, scale, causal)
+        return gluon.launch(query, keys, values, lengths, num_new, first, scale, window, sinks, causal)
     from torch_vtensor.ops.prefill_attention.triton import launch
 
     return launch(query, keys, values, lengths, num_new, first, scale, window, sinks, softcap, causal)

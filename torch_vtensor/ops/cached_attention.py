@@ -8,9 +8,15 @@ sound where its own results are the only way to see that memory, as in a decodin
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from torch_vtensor.ops.attention_choice import Case, are_aligned, choose
+
+if TYPE_CHECKING:
+    from torch_vtensor.ops.attention_triton import Rows
 
 __all__ = ["cached_attention"]
 
@@ -86,6 +92,14 @@ def _cuda(
         query, key, rotation = _rotated(query, *rotation), _rotated(key, *rotation), None
     num_heads, value_dim, new = key.shape[1], value.shape[3], (key, value)
     if is_prompt:
+        if choose(_case_of(query, key, value, rows, window, sinks, softcap)) == "gluon":
+            from torch_vtensor.ops.kv_append import triton as append
+            from torch_vtensor.ops.prefill_attention import gluon
+
+            append.launch_rows(query, query, rows, key, value, lengths, num_new)
+            return gluon.launch_rows(
+                query, query, query, rows, lengths, num_heads, num_new, firsts, scale, window, sinks, counts_new=True
+            )
         from torch_vtensor.ops.prefill_attention import triton as prefill
 
         return prefill.launch_rows(
@@ -105,6 +119,24 @@ def _cuda(
         query, query, query, rows, lengths, num_heads, value_dim, 0, firsts, scale, window, sinks, softcap, new=new,
         rotation=rotation, workspace=workspace, out=out, early=True,
     )  # fmt: skip
+
+
+def _case_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Rows,
+    window: int | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Case:
+    """A prompt's case; how many tokens are before it only the device knows."""
+    itemsize, num_rows = key.dtype.itemsize, query.shape[2]
+    is_aligned = are_aligned(itemsize, rows.key_offset, rows.key_strides) and are_aligned(
+        itemsize, rows.value_offset, rows.value_strides
+    )
+    case = Case.of("prefill", query, key, value, window=window, sinks=sinks, softcap=softcap)
+    return case._replace(num_tokens=num_rows + 1, has_counts=True, is_aligned=is_aligned)
 
 
 def _cpu(
