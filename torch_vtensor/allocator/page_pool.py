@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch_vtensor.allocator.driver import Driver
 from torch_vtensor.allocator.ledger import Ledger, Take
 from torch_vtensor.allocator.offload_pool import OffloadPool
+from torch_vtensor.allocator.recorder import Sample
 from torch_vtensor.allocator.timed_driver import CallStats, TimedDriver
 from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
 
 if TYPE_CHECKING:
     from torch_vtensor.allocator.address_range import AddressRange
+    from torch_vtensor.allocator.recorder import Recorder
     from torch_vtensor.allocator.tiers import Rounds, Sleeper
     from torch_vtensor.status import StatusRecord
 
@@ -157,6 +159,8 @@ class PagePool:
         """Asks other processes for so much of the device; an item whenever some may have come back."""
         self._listen: Callable[[], object] | None = None
         self._noted = (0, 0, 0)
+        self.recorder: Recorder | None = None
+        """Keeps what the pool held over time, if somebody wants to see it."""
         self.reserved_bytes = 0
         self.shared_bytes = 0
         self.held_bytes = 0
@@ -332,6 +336,7 @@ class PagePool:
                 self._tenants.pop(handle, None)
                 self.ledger.uncharge(nbytes)
                 freed_bytes += nbytes
+            self.publish()
         return freed_bytes
 
     # Other processes
@@ -346,11 +351,27 @@ class PagePool:
         self.ledger.show(status.figures_address)
 
     def publish(self) -> None:
-        """Show what the ledger does not know of, if it has changed. No system call."""
+        """Note that what the pool holds has changed, for the recorder and for other processes. No system call."""
+        if self.recorder is not None:
+            self.recorder.note()
         noted = self.reserved_bytes, self.shared_bytes, self.offloads.used_bytes
         if noted != self._noted and self.status is not None and not self.is_foreign:
             self._noted = noted
             self.ledger.note(*noted)
+
+    def sample(self, time_s: float) -> Sample:
+        """What a recorder keeps of this moment."""
+        counts = self.ledger.counts()
+        return Sample(
+            time_s,
+            self.reserved_bytes,
+            counts.committed_bytes,
+            counts.free_bytes,
+            counts.torch_bytes,
+            self.shared_bytes,
+            self.offloads.used_bytes,
+            counts.budget_bytes,
+        )
 
     def listen(self) -> None:
         """Be ready for what others ask for, from now on."""

@@ -15,11 +15,12 @@ from torch_vtensor.allocator.driver import Driver
 from torch_vtensor.allocator.growth import GrowthScheduler, is_ahead_of_need
 from torch_vtensor.allocator.neighbours import idle_memory_of_others
 from torch_vtensor.allocator.page_pool import PagePool, check_budget
+from torch_vtensor.allocator.recorder import Recorder
 from torch_vtensor.allocator.watcher import Watcher
 from torch_vtensor.settings import load_settings, status_folder
 from torch_vtensor.status import StatusFile
 
-__all__ = ["all_schedulers", "default_pool", "default_scheduler", "set_default_budget"]
+__all__ = ["all_schedulers", "default_pool", "default_scheduler", "set_default_budget", "set_recording"]
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -27,6 +28,7 @@ _schedulers: dict[torch.device, GrowthScheduler] = {}
 _status_file: StatusFile | None = None
 _watcher: Watcher | None = None
 _watcher_lock = threading.Lock()  # taken behind a pool's
+_recording: tuple[float, int] | None = None  # set_recording's
 _budget_bytes: int | None = None  # set_default_budget's; before it is called, the settings' one counts
 
 
@@ -52,6 +54,7 @@ def default_scheduler(device: torch.device) -> GrowthScheduler:
             scheduler = GrowthScheduler(pool)
             if load_settings().status:
                 _show(pool)
+            _record(pool)
             _schedulers[device] = scheduler
         return scheduler
 
@@ -73,6 +76,24 @@ def set_default_budget(budget_bytes: int | None) -> None:
         _budget_bytes = budget_bytes
         for scheduler in _schedulers.values():
             scheduler.pool.budget_bytes = budget_bytes
+
+
+def set_recording(recording: tuple[float, int] | None) -> None:
+    """Have every device's own pool keep what it holds, those not made yet included.
+
+    Args:
+        recording: seconds between samples, and how many at most; None: no longer.
+    """
+    global _recording
+    with _lock:
+        _recording = recording
+        for scheduler in _schedulers.values():
+            _record(scheduler.pool)
+
+
+def _record(pool: PagePool) -> None:
+    with pool.lock:
+        pool.recorder = None if _recording is None else Recorder(pool.sample, *_recording)
 
 
 def all_schedulers() -> dict[torch.device, GrowthScheduler]:
