@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 import torch_vtensor
 from torch_vtensor.generation import prefix_cache
-from torch_vtensor.generation.decode import graphs, program
+from torch_vtensor.generation.decode import graphs, program, prompt_parts
 from torch_vtensor.generation.serving import _transformers_compat as compat
 from torch_vtensor.generation.serving import support
 
@@ -27,7 +27,7 @@ WHY_SKIPPED = compat.why_other_interface()
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For a fixture: steps that would be compiled run as they are; counters and programs are the test's alone."""
     monkeypatch.setattr(graphs, "compile_step", lambda forward, **options: forward)
-    monkeypatch.setattr(graphs, "compile_parts", lambda twin: None)
+    monkeypatch.setattr(prompt_parts, "compile_parts", lambda twin: None)
     monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
     support.counters.clear()
     prefix_cache.counters.clear()

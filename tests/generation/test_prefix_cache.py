@@ -29,7 +29,7 @@ from tiny_models import (
 import torch_vtensor
 from torch_vtensor.allocator import prefix
 from torch_vtensor.generation import layers, prefix_cache
-from torch_vtensor.generation.decode import graphs, loop, program
+from torch_vtensor.generation.decode import graphs, loop, program, prompt_parts
 
 NEW_TOKENS = 6
 
@@ -184,7 +184,7 @@ def test_rows_that_ended_early_are_kept_to_their_end() -> None:
 @pytest.mark.parametrize("attention", [None, "fast"])
 def test_compiled_decoding_begins_with_the_prefix(attention: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "compile_step", lambda forward: forward)
-    monkeypatch.setattr(graphs, "compile_parts", lambda twin: None)
+    monkeypatch.setattr(prompt_parts, "compile_parts", lambda twin: None)
     monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
     monkeypatch.setattr(loop, "_refused", weakref.WeakSet())
     monkeypatch.setattr(loop, "_prompts_refused", weakref.WeakSet())

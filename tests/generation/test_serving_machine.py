@@ -17,7 +17,7 @@ from tiny_models import SHORT_WINDOW
 import torch_vtensor
 from torch_vtensor.allocator import pools
 from torch_vtensor.generation import prefix_cache
-from torch_vtensor.generation.decode import graphs, program
+from torch_vtensor.generation.decode import graphs, program, prompt_parts
 from torch_vtensor.generation.serving import support
 
 MOST_NEW = 40
@@ -114,7 +114,7 @@ class Requests(RuleBasedStateMachine):
 @pytest.mark.parametrize(("family", "is_captured"), [("llama", True), ("gemma3", False)])
 def test_requests_at_random(family: str, is_captured: bool, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "compile_step", lambda forward, **options: forward)
-    monkeypatch.setattr(graphs, "compile_parts", lambda twin: None)
+    monkeypatch.setattr(prompt_parts, "compile_parts", lambda twin: None)
     monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
 
     for prompt in PROMPTS:

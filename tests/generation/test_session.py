@@ -45,7 +45,7 @@ from torch_vtensor import Session
 from torch_vtensor.allocator import pools
 from torch_vtensor.errors import ClosedError
 from torch_vtensor.generation import layers, prefix_cache, session_file
-from torch_vtensor.generation.decode import graphs, loop, program
+from torch_vtensor.generation.decode import graphs, loop, program, prompt_parts
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
 LIKE_LLAMA = ("llama", "gpt2", "mixtral", "deepseek_v3")  # GQA, MHA, experts, MLA
@@ -280,7 +280,7 @@ def test_chat_runs_what_the_template_has_not_written_before(
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_compiled_decoding_continues_a_session(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "compile_step", lambda forward: forward)
-    monkeypatch.setattr(graphs, "compile_parts", lambda twin: None)
+    monkeypatch.setattr(prompt_parts, "compile_parts", lambda twin: None)
     monkeypatch.setattr(program, "_traced", weakref.WeakKeyDictionary())
     monkeypatch.setattr(loop, "_refused", weakref.WeakSet())
     monkeypatch.setattr(loop, "_prompts_refused", weakref.WeakSet())

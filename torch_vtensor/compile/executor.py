@@ -28,7 +28,7 @@ class Transport(Protocol):
     def collective(
         self, name: str, step: Collective, rank: int, inputs: Sequence[Tensor], dtype: torch.dtype, device: torch.device
     ) -> Pending:
-        """Begin a rank's part of a collective."""
+        """Begin a rank's part of a collective; the inputs may not be changed until that is waited for."""
 
     def send(self, name: str, step: Transfer, tensor: Tensor) -> Pending:
         """Begin to send; the tensor may not be changed until that is waited for."""

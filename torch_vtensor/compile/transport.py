@@ -50,32 +50,34 @@ class ProcessGroups(Transport):
             return _Work(what, [dist.all_reduce(total, group=group, async_op=True)], lambda: [total])
         if step.kind == "all_gather":
             assert step.gather_dim is not None
-            parts = [torch.empty_like(given, memory_format=torch.contiguous_format) for _ in ranks]
-            work = dist.all_gather(parts, given.contiguous(), group=group, async_op=True)
-            dim = step.gather_dim
-            return _Work(what, [work], lambda: [torch.cat([parts[index] for index in place], dim)], keeps=[given])
+            return self._all_gather(what, given.contiguous(), place, step.gather_dim, group)
         assert step.scatter_dim is not None
-        shards = [shard.contiguous() for shard in given.chunk(len(ranks), step.scatter_dim)]
-        ordered = [shards[step.ranks.index(one)] for one in ranks]
+        if step.scatter_dim == 0 and place == list(range(len(ranks))):
+            stacked = given.contiguous().unflatten(0, (len(ranks), -1))  # as it lies
+        else:
+            shards = given.chunk(len(ranks), step.scatter_dim)
+            stacked = torch.stack([shards[step.ranks.index(one)] for one in ranks])
         if step.kind == "reduce_scatter":
-            return self._reduce_scatter(what, ordered, rank, ranks, group)
+            return self._reduce_scatter(what, stacked, ranks.index(rank), group)
         assert step.gather_dim is not None
-        sent = torch.stack(ordered)
-        got = torch.empty_like(sent)
-        work = dist.all_to_all_single(got, sent, group=group, async_op=True)
+        got = torch.empty_like(stacked)
+        work = dist.all_to_all_single(got, stacked, group=group, async_op=True)
         gather_dim = step.gather_dim
-        return _Work(what, [work], lambda: [torch.cat([got[index] for index in place], gather_dim)], keeps=[sent])
+        return _Work(what, [work], lambda: [_joined(got, place, gather_dim)], keeps=[stacked])
 
-    def _reduce_scatter(
-        self, what: str, shards: Sequence[Tensor], rank: int, ranks: Sequence[int], group: dist.ProcessGroup
-    ) -> _Work:
-        stacked = torch.stack(list(shards))
-        if stacked.device.type == "cpu":  # gloo, under whatever name the group has; not every release scatters
-            work = dist.all_reduce(stacked, group=group, async_op=True)
-            return _Work(what, [work], lambda: [stacked[list(ranks).index(rank)]])
+    def _all_gather(self, what: str, mine: Tensor, place: Sequence[int], dim: int, group: dist.ProcessGroup) -> _Work:
+        parts = mine.new_empty(len(place), *mine.shape)
+        work = dist.all_gather_into_tensor(parts.flatten(0, 1), mine, group=group, async_op=True)
+        return _Work(what, [work], lambda: [_joined(parts, place, dim)], keeps=[mine])
+
+    def _reduce_scatter(self, what: str, shards: Tensor, index: int, group: dist.ProcessGroup) -> _Work:
+        if shards.device.type == "cpu":  # gloo, under whatever name the group has; not every release scatters
+            total = shards.clone(memory_format=torch.contiguous_format)
+            work = dist.all_reduce(total, group=group, async_op=True)
+            return _Work(what, [work], lambda: [total[index]])
         mine = torch.empty_like(shards[0])
-        work = dist.reduce_scatter_tensor(mine, stacked, group=group, async_op=True)
-        return _Work(what, [work], lambda: [mine], keeps=[stacked])
+        work = dist.reduce_scatter_tensor(mine, shards, group=group, async_op=True)
+        return _Work(what, [work], lambda: [mine], keeps=[shards])
 
     def send(self, name: str, step: Transfer, tensor: Tensor) -> _Work:
         """Begin to send."""
@@ -88,6 +90,13 @@ class ProcessGroups(Transport):
         data = torch.empty(step.destination.mask.shape, dtype=dtype, device=device)
         what = f"{name!r} from rank {step.source.rank}"
         return _Work(what, [dist.irecv(data, step.source.rank, tag=self._tags[name])], lambda: [data])
+
+
+def _joined(parts: Tensor, place: Sequence[int], dim: int) -> Tensor:
+    """The shards ``parts`` [n, …], in the order ``place``, as one tensor: without a copy where they lie as they do."""
+    if dim == 0 and list(place) == list(range(len(parts))):
+        return parts.flatten(0, 1)
+    return torch.cat([parts[index] for index in place], dim)
 
 
 class _Work:

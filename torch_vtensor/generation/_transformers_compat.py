@@ -84,12 +84,18 @@ def effective_settings(model: Any, generate_kwargs: dict[str, Any]) -> Settings:
     rest = dict(generate_kwargs)
     config, assistant = rest.pop("generation_config", None), rest.get("assistant_model")
     model._extract_generation_mode_kwargs(rest.get("custom_generate"), rest, None, assistant, None)
-    for name in inspect.signature(GenerationMixin.generate).parameters.keys() | {"trust_remote_code"}:
-        if name not in inspect.signature(model._prepare_generation_config).parameters:
-            rest.pop(name, None)
+    for name in _of_generate_alone(type(model)._prepare_generation_config):
+        rest.pop(name, None)
     effective, model_kwargs = model._prepare_generation_config(config, **rest)
     model._validate_model_kwargs(dict(model_kwargs))
     return Settings(effective, effective.get_generation_mode(assistant).value, model_kwargs)
+
+
+@cache
+def _of_generate_alone(prepare: Callable[..., Any]) -> frozenset[str]:
+    """The arguments of generate() that what prepares its config does not take."""
+    of_generate = inspect.signature(GenerationMixin.generate).parameters.keys() | {"trust_remote_code"}
+    return frozenset(of_generate - inspect.signature(prepare).parameters.keys())
 
 
 def decoder_output(sequences: torch.Tensor, cache: Cache) -> Any:

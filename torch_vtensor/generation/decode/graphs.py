@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from torch_vtensor.generation.decode.fuse import fuse
 from torch_vtensor.generation.decode.step import LayerRows
 
-__all__ = ["CaptureSpace", "Graph", "capture", "capture_space", "compile_parts", "compile_step", "workspace"]
+__all__ = ["CaptureSpace", "Graph", "capture", "capture_space", "compile_step", "workspace"]
 
 Graph = Callable[[], None]
 
@@ -43,47 +42,6 @@ def compile_step(forward: Callable[..., torch.Tensor], of_any_batch: bool = Fals
         return compile_fx(graph_module, example_inputs)
 
     return torch.compile(forward, backend=backend, fullgraph=True, dynamic=of_any_batch)
-
-
-def compile_parts(twin: Any) -> None:
-    """Have inductor make what stands between the matrix products of a prompt, as far as it is modules of their own.
-
-    The same code of all layers is compiled once, for all sizes. All layers as one graph of symbolic sizes would save a
-    few launches more, but took 80 seconds for the 32 of a Llama-3-8B where this takes five.
-    """
-    copies: dict[Any, Any] = {}
-    for layers in [module for module in twin.modules() if isinstance(module, torch.nn.ModuleList)]:
-        for layer in filter(_attends, layers):
-            for part in _parts_beside_attention(layer):
-                stock = type(part).forward
-                if isinstance(stock, types.FunctionType) and "forward" not in vars(part):
-                    forward = copies.setdefault(stock, _copied(stock))
-                    part.forward = torch.compile(types.MethodType(forward, part), dynamic=True)
-
-
-def _copied(function: types.FunctionType) -> types.FunctionType:
-    """The function with a code object of its own: others have parts of the same class, and as in `compile_step`."""
-    copied = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
-
-
-def _parts_beside_attention(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    for child in module.children():
-        if _attends(child):
-            yield from _parts_beside_attention(child)
-        elif not isinstance(child, (torch.nn.Linear, torch.nn.Dropout, torch.nn.Identity)):
-            yield child
-
-
-def _attends(module: torch.nn.Module) -> bool:
-    return any(hasattr(each, "layer_idx") for each in module.modules())
 
 
 class CaptureSpace(NamedTuple):

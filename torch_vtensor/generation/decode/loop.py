@@ -7,6 +7,7 @@ or a sliding window would drop some of it at once.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
 import weakref
@@ -53,7 +54,8 @@ def sample(
     Raises: OutOfPagesError, with the tokens so far in its ``sequences``; the cache keeps all of them but the last.
     """
     given, model_kwargs = model_kwargs, with_cache(model, model_kwargs)
-    reason = why_stock(model, input_ids, stopping_criteria, generation_config, synced_gpus, model_kwargs)
+    windows_once = functools.cache(functools.partial(windows_of, model))
+    reason = why_stock(model, windows_once, input_ids, stopping_criteria, generation_config, synced_gpus, model_kwargs)
     sampling: Sampling | str = ""
     if reason is None:
         end_tokens = end_tokens_of(stopping_criteria)
@@ -69,9 +71,8 @@ def sample(
             model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer,
             **given,
         )  # fmt: skip
-    assert isinstance(sampling, Sampling) and firsts is not None
-    windows = windows_of(model)
-    assert windows is not None
+    windows = windows_once()
+    assert isinstance(sampling, Sampling) and firsts is not None and windows is not None
     call = _Call(model, stopping_criteria, sampling, streamer, firsts, windows, model_kwargs)
     if _takes_prompt(call, input_ids):
         with torch.inference_mode(False), torch.no_grad(), _current(model.device):
@@ -235,7 +236,7 @@ def _prepare(call: _Call, sequences: torch.Tensor, prompt: _Prompt | None) -> _D
         if placed is None:
             return "a layer of the cache is in stock memory"
         for group in placed.groups:
-            _commit(group, num_rows)  # which takes apart what is written to
+            _commit(group, num_rows, num_rows + max_new)  # which takes apart what is written to
         placements = [group.placement for group in placed.groups]
         if call.model not in _sharing_refused:
             placements = [_sharing(index, placed) for index in range(len(placed.groups))]
@@ -358,6 +359,7 @@ def _run(call: _Call, decoding: _Decoding, sequences: torch.Tensor) -> int:
     program, groups, prompt = decoding.program, decoding.placed.groups, decoding.prompt
     ends = _Ends(program)
     num_chosen, num_rows = 0, 0
+    most_rows = max_new if prompt is None else prompt.tokens.shape[1] + max_new
     num_known = 1 if prompt is None else 0  # new tokens among ``sequences``
     try:
         if prompt is not None:
@@ -368,7 +370,7 @@ def _run(call: _Call, decoding: _Decoding, sequences: torch.Tensor) -> int:
         while ends.look(call.streamer) and num_chosen < max_new and not _out_of_time(call.criteria):
             num_rows += 1
             for group in groups:
-                _commit(group, num_rows)
+                _commit(group, num_rows, most_rows)
             program.run_step()
             decoding.choose()
             num_chosen += 1
@@ -499,13 +501,12 @@ def _sharing(index: int, placed: _Placed) -> Placement:
     )
 
 
-def _commit(group: _Group, num_steps: int) -> None:
-    """Memory for the next step, ahead of need if possible."""
-    needed = group.length + num_steps
-    committed = group.store.committed
+def _commit(group: _Group, num_rows: int, most_rows: int) -> None:
+    """Memory for ``num_rows`` behind what was there, ahead of need if possible, but for no more than ``most_rows``."""
+    needed, committed = group.length + num_rows, group.store.committed
     if needed > committed:
         group.store.commit(needed)
-    elif needed + _AHEAD_TOKENS > committed:
+    elif min(needed + _AHEAD_TOKENS, group.length + most_rows) > committed:
         group.store.commit_ahead()
 
 

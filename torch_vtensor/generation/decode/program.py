@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from torch_vtensor.generation.decode import graphs
+from torch_vtensor.generation.decode import graphs, prompt_parts
 from torch_vtensor.generation.decode.graphs import Graph
 from torch_vtensor.generation.decode.prompt import Part
 from torch_vtensor.generation.decode.sampling import Sampling
@@ -291,7 +291,7 @@ class Traced:
     def prompt(self) -> Callable[..., torch.Tensor]:
         """Of all batch sizes and numbers of tokens."""
         twin = twin_of(self.twin)
-        graphs.compile_parts(twin)
+        prompt_parts.compile_parts(twin)
         return prompt_forward(twin)
 
     def is_of_today(self) -> bool:

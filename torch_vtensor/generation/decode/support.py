@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,11 +38,18 @@ _KNOWN_INPUTS = MODEL_INPUTS | {"output_attentions", "output_hidden_states"}
 
 
 def why_stock(
-    model: Any, input_ids: torch.Tensor, criteria: Any, config: Any, synced_gpus: bool, inputs: dict[str, Any]
+    model: Any,
+    windows: Callable[[], list[int | None] | None],
+    input_ids: torch.Tensor,
+    criteria: Any,
+    config: Any,
+    synced_gpus: bool,
+    inputs: dict[str, Any],
 ) -> str | None:
     """Why this call must take transformers' own loop, or None.
 
     Args:
+        windows: gives ``windows_of(model)``, if it comes to that.
         criteria, config: the stopping criteria and the generation config.
         inputs: what generate() hands to the model besides the tokens.
     """
@@ -75,11 +83,11 @@ def why_stock(
     kinds: list[Any] = [type(layer) for layer in cache.layers] or [getattr(cache, "layer_class_to_replicate", None)]
     if not all(is_plain(kind) for kind in kinds):
         return "layers that keep something else than keys and values"
-    windows = windows_of(model)
-    if windows is None:
+    sees = windows()
+    if sees is None:
         return "attention that is neither full nor to a sliding window"
-    kept = [getattr(layer, "sliding_window", None) for layer in cache.layers] or windows
-    if len(kept) != len(windows) or any(keeps not in (None, sees) for keeps, sees in zip(kept, windows, strict=True)):
+    kept = [getattr(layer, "sliding_window", None) for layer in cache.layers] or sees
+    if len(kept) != len(sees) or any(keeps not in (None, window) for keeps, window in zip(kept, sees, strict=True)):
         return "a cache for another model"
     if [type(one) for one in criteria].count(stopping.MaxLengthCriteria) != 1:
         return "no limit of tokens, or several"
@@ -143,12 +151,12 @@ def modules_of(model: Any) -> list[Any]:
 
 def has_foreign_hooks(modules: Iterable[torch.nn.Module]) -> bool:
     """Whether forward passes run hooks that are not transformers' own."""
-    return any(_is_foreign(hook) for module in modules for hook in _hooks_of(module))
-
-
-def _hooks_of(module: torch.nn.Module) -> Iterator[Any]:
-    yield from module._forward_hooks.values()
-    yield from module._forward_pre_hooks.values()
+    return any(
+        _is_foreign(hook)
+        for module in modules
+        if module._forward_hooks or module._forward_pre_hooks  # of thousands, hardly any
+        for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
+    )
 
 
 def _is_foreign(hook: Any) -> bool:
