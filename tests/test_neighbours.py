@@ -8,15 +8,18 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import torch
 from worker_processes import GROW, Worker, eventually, worker
 
+from torch_vtensor.cli import main
 from torch_vtensor.settings import status_folder
 from torch_vtensor.status import processes
 
 PAGE = 65536
 DEVICE_PAGES = 100
 Neighbour = Callable[..., AbstractContextManager[Worker]]
-PARK = "vtensor.close(); vtensor = VTensor((65536,), capacity=1000, dtype=torch.uint8)"
+PARK = "vtensor.close(); vtensor = make()"
+GIB_OF_PAGES = 2**30 // PAGE
 
 
 @pytest.fixture
@@ -102,3 +105,28 @@ def test_a_hidden_process_is_not_asked(neighbour: Neighbour) -> None:
         assert hidden.do(GROW.format(60)) == "done"
         assert hidden.do(PARK) == "done"
         assert poor.do(GROW.format(80)) == "out of pages"
+
+
+@pytest.mark.gpu
+def test_processes_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which a third process leaves them less than both would like to have."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with worker(WORKER_DEVICE="cuda") as rich, worker(WORKER_DEVICE="cuda") as poor:
+        assert poor.do("vtensor.commit(1)") == "done"
+        assert rich.do(f"vtensor.commit({3 * GIB_OF_PAGES})") == "done"
+        assert rich.do(PARK) == "done"
+        assert held_pages(rich) >= 3 * GIB_OF_PAGES
+        rest = torch.empty(torch.cuda.mem_get_info()[0] - 2**30, dtype=torch.uint8, device="cuda")
+        assert poor.do(f"vtensor.commit({3 * GIB_OF_PAGES})") == "done"
+        assert held_pages(rich) < 2 * GIB_OF_PAGES
+        assert poor.do(f"vtensor.commit({6 * GIB_OF_PAGES})") == "out of pages"
+        del rest
+        torch.cuda.empty_cache()
+        assert poor.do(PARK) == "done"
+        assert main(["limit", str(poor.pid), "1GiB"]) == 0
+        assert eventually(lambda: held_pages(poor) <= GIB_OF_PAGES)
+        assert rich.do("import torch_vtensor, contextlib; stack = contextlib.ExitStack()") == "done"
+        assert rich.do("stack.enter_context(torch_vtensor.memory_pool('cuda'))") == "done"
+        assert rich.do("weights = torch.ones(2**30, dtype=torch.uint8, device='cuda'); stack.close()") == "done"
+        (shown,) = (it for it in processes(status_folder()) if it.pid == rich.pid)
+        assert shown.figures.torch_bytes >= 2**30

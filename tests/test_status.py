@@ -280,6 +280,7 @@ def test_a_watcher_sleeps_until_somebody_writes_and_ends(tmp_path: Path) -> None
             pass
         assert record.asked_budget() == (4096 + number,)
     watcher.stop()
+    watcher.stop()
     assert not any(thread.name == "torch_vtensor watcher" for thread in threading.enumerate())
     assert ledger.committed_bytes == 4096
 

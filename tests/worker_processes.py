@@ -21,8 +21,9 @@ from torch_vtensor.errors import OutOfPagesError
 if "SHARED_DEVICE_BYTES" in os.environ:
     from shared_device import SharedDriver
     pools._make_driver = lambda device: SharedDriver(int(os.environ["SHARED_DEVICE_BYTES"]))
-vtensor = VTensor((65536,), capacity=1000, dtype=torch.uint8)
-scheduler = default_scheduler(torch.device("cpu"))
+device = torch.device(os.environ.get("WORKER_DEVICE", "cpu"))
+make = lambda: VTensor((65536,), capacity=1000 if device.type == "cpu" else 100_000, dtype=torch.uint8, device=device)
+vtensor, scheduler = make(), default_scheduler(device)
 print("ready", flush=True)
 for line in sys.stdin:
     try:

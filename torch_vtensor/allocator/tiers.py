@@ -11,7 +11,8 @@ memory has everything; from there on, the new one has.
     1  take the new memory            2  copy, over addresses of its own, and wait for the device
     3  unmap the old memory           4  exchange what the pages stand for           5  map the new memory
 
-A page that several ranges map moves once. What the driver refuses in step 3 or 5 is tried again at once; a range of
+Nothing moves under somebody's hands: who writes to a range, or reads while others may move it, holds its lease. What is
+idle and leased stays; ``sleep`` waits. A page that several ranges map moves once. What the driver refuses in step 3 or 5 is tried again at once; a range of
 which a page could still not be mapped sleeps, with all of its rows, until ``wake`` succeeds.
 """
 

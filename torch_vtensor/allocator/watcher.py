@@ -50,9 +50,10 @@ class Watcher:
         atexit.register(_stop, weakref.ref(self))
 
     def stop(self) -> None:
-        """End the thread, once it is done with what it is doing."""
-        os.eventfd_write(self._stops, 1)
-        self._thread.join(timeout=5)
+        """End the thread, once it is done with what it is doing. Stopping twice is stopping once."""
+        if self._thread.is_alive():  # and with it what it is woken by: the numbers may be others' by now
+            os.eventfd_write(self._stops, 1)
+            self._thread.join(timeout=5)
 
     def forsake(self) -> None:
         """Let go of what the thread, which does not run in this process, was woken by."""

@@ -13,7 +13,6 @@ sequence of a Llama-3-8B wastes less than 16 tokens, where a strip per layer and
 from __future__ import annotations
 
 import math
-import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Protocol
@@ -134,6 +133,8 @@ class KVStore:
         self.vtensors = vtensors
         for vtensor in vtensors[1:]:
             vtensor.stay_with(vtensors[0])
+        self.lease = vtensors[0].in_place()
+        """A lock: while a thread holds it, no other one moves these rows; see ``VTensor.in_place``."""
         self.pool = vtensors[0].scheduler.pool
         self.viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
         self._num_writes = [0] * self.num_layers
@@ -164,10 +165,6 @@ class KVStore:
         """
         for vtensor in self.vtensors:
             vtensor.commit(tokens)
-
-    def in_place(self) -> threading.RLock:
-        """A lock: while a thread holds it, no other one moves these rows; see ``VTensor.in_place``."""
-        return self.vtensors[0].in_place()
 
     def use(self) -> None:
         """What every use begins with: rows that were offloaded come back, if there is room.

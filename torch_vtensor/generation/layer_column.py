@@ -130,7 +130,7 @@ class LayerColumn:
 
     def in_place(self) -> AbstractContextManager[Any]:
         """A block during which no other thread moves the rows that the column has now."""
-        return _IN_ORDINARY_MEMORY if self.store is None else self.store.in_place()
+        return _IN_ORDINARY_MEMORY if self.store is None else self.store.lease
 
     def reach(self, first: int, stop: int, num_new: int, capacity: int) -> KVStore:
         """Make the rows from ``stop`` on this column's own, with addresses up to ``capacity``, for others to write.

@@ -177,7 +177,7 @@ class _Decoding(AbstractContextManager["_Decoding"]):
     def hold_in_place(self) -> None:
         """Keep other threads from moving the cache's rows, until the call has ended."""
         for group in self.placed.groups:
-            self._held.enter_context(group.store.in_place())
+            self._held.enter_context(group.store.lease)
             group.store.use()
 
     def __exit__(self, *exception: object) -> None:
