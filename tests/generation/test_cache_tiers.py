@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 import torch_vtensor
 from torch_vtensor import Session, VTensorCache
+from torch_vtensor.allocator.pools import default_scheduler
 from torch_vtensor.errors import AsleepError, OutOfPagesError
 from torch_vtensor.generation.decode import loop
 from torch_vtensor.generation.layer_column import LayerColumn
@@ -181,6 +182,26 @@ def test_an_offload_waits_for_the_answer_that_the_cache_is_used_for(memory: Memo
         away = torch_vtensor.memory(cache)
         assert away.offloaded_bytes == away.committed_bytes > 0
         assert found[0].tolist() == expected
+
+
+@pytest.mark.parametrize("way", ["generate", "session"])
+def test_sleep_waits_for_the_answer(memory: Memory, way: str) -> None:
+    model, inputs = model_of("llama"), prompt(1)
+    settings: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": [2]}
+    expected = model.generate(**inputs, **settings)[0].tolist()
+    default_scheduler(CPU)
+    with torch_vtensor.enabled(), Session(model) as session:
+        streamer = Interrupting(torch_vtensor.sleep)
+        if way == "session":
+            session.generate(inputs["input_ids"][0], **settings, streamer=streamer)
+            found = session.tokens
+        else:
+            found = model.generate(**inputs, **settings, streamer=streamer)[0].tolist()
+        streamer.thread.join()
+        assert found == expected
+        assert torch_vtensor.stats().devices[CPU].committed_bytes == 0
+        assert not default_scheduler(CPU).pool.rounds
+        torch_vtensor.wake()
 
 
 def test_a_write_of_a_layer_that_has_begun_is_not_lost_to_an_offload(

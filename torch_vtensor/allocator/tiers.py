@@ -11,9 +11,10 @@ memory has everything; from there on, the new one has.
     1  take the new memory            2  copy, over addresses of its own, and wait for the device
     3  unmap the old memory           4  exchange what the pages stand for           5  map the new memory
 
-Nothing moves under somebody's hands: who writes to a range, or reads while others may move it, holds its lease. What is
-idle and leased stays; ``sleep`` waits. A page that several ranges map moves once. What the driver refuses in step 3 or 5 is tried again at once; a range of
-which a page could still not be mapped sleeps, with all of its rows, until ``wake`` succeeds.
+Nothing moves under somebody's hands: who writes to a range, or reads while others may move it, holds its lease. What
+is idle and leased stays; ``sleep`` waits. A page that several ranges map moves once. What the driver refuses in step 3
+or 5 is tried again at once; a range of which a page could still not be mapped sleeps, with all of its rows, until
+``wake`` succeeds.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Sleeper(Protocol):
 
 
 class Rounds:
-    """Work over a pool's memory on a thread of its own, round after round: none begins while the memory moves.
+    """Work over a pool's memory, round after round or once: none begins while the memory moves.
 
     Who runs them holds ``lock`` in each one, taken before the pool's, and looks first at what sleeps.
     """

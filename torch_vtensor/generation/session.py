@@ -29,7 +29,7 @@ from torch_vtensor.generation._transformers_compat import (
 from torch_vtensor.generation.cache import CacheMemory, VTensorCache
 from torch_vtensor.generation.cached_rows import ROWS_BEHIND, Checkpoint, checkpoint_of, most_lendable, shorten
 from torch_vtensor.generation.enable import keeps_prefixes
-from torch_vtensor.generation.in_use import in_use
+from torch_vtensor.generation.in_use import call_with, in_use
 from torch_vtensor.generation.report import why_all_stock
 from torch_vtensor.generation.tenant import current_salt, prefix_salt
 from torch_vtensor.generation.turns import Turn, are_messages, checked_settings, known_tokens, num_common, tokens_of
@@ -354,7 +354,7 @@ class Session:
             try:
                 self._checkpoint = checkpoint_of(self._open())
                 ids = tokens.to(model.device)[None]
-                with in_use(self._open()):
+                with call_with(self._open()):
                     output = model.generate(
                         ids, attention_mask=torch.ones_like(ids), **{CACHE_NAME: self._cache}, **generate_kwargs
                     )
