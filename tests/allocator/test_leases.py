@@ -10,6 +10,7 @@ from scripted_drivers import OFFLOAD_FOLDER, PAGE
 from vtensors import MakeScheduler, pages
 
 from torch_vtensor.allocator.host_driver import HostDriver
+from torch_vtensor.allocator.tiers import Rounds
 from torch_vtensor.allocator.vtensor import VTensor
 from torch_vtensor.errors import AsleepError, OutOfPagesError
 
@@ -159,3 +160,22 @@ def test_a_tensor_that_had_to_move_to_other_addresses_is_held_there(make_schedul
         assert vtensor.offloaded_bytes == 0
     offload.join()
     assert vtensor.offloaded_bytes > 0  # what the view shows as well stays
+
+
+def test_two_that_want_all_memory_at_rest_at_once_do_not_wait_for_each_other(make_scheduler: MakeScheduler) -> None:
+    """One of them in the middle of work of its own, which the other waits for."""
+    scheduler = make_scheduler()
+    vtensor = pages(scheduler, 10)
+    first, second = Rounds(), Rounds()
+    scheduler.pool.rounds += [first, second]
+    with second.lock:
+        sleeper = threading.Thread(target=scheduler.sleep)
+        sleeper.start()
+        sleeper.join(_SHORT_S)
+        assert sleeper.is_alive()
+        assert not vtensor.is_asleep
+        scheduler.sleep()
+        scheduler.wake()
+    sleeper.join()
+    scheduler.wake()
+    assert vtensor.tensor().unique().tolist() == [1]

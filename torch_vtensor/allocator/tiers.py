@@ -77,20 +77,28 @@ class Rounds:
 @contextmanager
 def between_uses(pool: PagePool, tags: Collection[str] | None) -> Iterator[None]:
     """Hold the pool's lock while nobody is in a round, or has a lease on a range with these tags (None: any)."""
+    awaited: threading.RLock | None = None
     while True:
         with ExitStack() as held:
+            if awaited is not None:  # with nothing held that its holder may be waiting for
+                held.enter_context(awaited)
             several = list(pool.rounds)
-            for rounds in several:
-                held.enter_context(rounds.lock)
-            held.enter_context(pool.lock)
-            leases = Leases(held)
-            busy = [it for it in list(pool.ranges.values()) if has_tag(it.tag, tags) and not leases.take(it)]
-            if not busy and all(rounds in several for rounds in pool.rounds):  # nobody began meanwhile
-                yield
-                return
-        for range_ in busy[:1]:  # with no lock held that its user may be waiting for
-            with range_.lease:
-                pass
+            awaited = next((rounds.lock for rounds in several if not _taken(rounds.lock, held)), None)
+            if awaited is None:
+                held.enter_context(pool.lock)
+                leases, ranges = Leases(held), [it for it in list(pool.ranges.values()) if has_tag(it.tag, tags)]
+                awaited = next((range_.lease for range_ in ranges if not leases.take(range_)), None)
+                if awaited is None and all(rounds in several for rounds in pool.rounds):  # nobody began meanwhile
+                    yield
+                    return
+
+
+def _taken(lock: threading.RLock, held: ExitStack) -> bool:
+    """Whether nobody else had the lock, which is held until ``held`` ends."""
+    is_free = lock.acquire(blocking=False)
+    if is_free:
+        held.callback(lock.release)
+    return is_free
 
 
 class Leases:
@@ -101,15 +109,13 @@ class Leases:
 
     def __init__(self, held: ExitStack) -> None:
         self._held = held
-        self._taken: dict[AddressRange, bool] = {}
+        self._known: dict[AddressRange, bool] = {}
 
     def take(self, range_: AddressRange) -> bool:
         """Whether the range stays as it is until then, as far as users go."""
-        if range_ not in self._taken:
-            self._taken[range_] = range_.lease.acquire(blocking=False)
-            if self._taken[range_]:
-                self._held.callback(range_.lease.release)
-        return self._taken[range_]
+        if range_ not in self._known:
+            self._known[range_] = _taken(range_.lease, self._held)
+        return self._known[range_]
 
 
 _Places = dict[Page, list[tuple[AddressRange, int]]]
