@@ -171,6 +171,7 @@ class Ledger:
         """Let go of the C ledger; pooled pages are forgotten, so destroy them first. Closing twice is closing once."""
         address, self._address = self._address, None
         if address is not None:
+            self._library.vtp_ledger_show(address, None)  # which others that own it go on with
             self._library.vtp_ledger_delete(address)
 
     def __del__(self) -> None:
