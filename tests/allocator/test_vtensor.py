@@ -243,3 +243,19 @@ def test_a_closed_tensor_says_so(scheduler: GrowthScheduler) -> None:
 def test_a_gpu_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match=r"device is 'cuda', but torch .*: use device 'cpu'"):
         VTensor((4,), capacity=4, device="cuda")
+
+
+def test_whole_pages_are_those_of_the_first_rows_alone(scheduler: GrowthScheduler) -> None:
+    """And the same ones in a fork, as far as the two share them."""
+    vtensor = VTensor((PAGE // 8,), capacity=100, scheduler=scheduler)  # two rows a page of the smallest size
+    for _ in range(7):
+        vtensor.append(rows(3, PAGE // 8))
+    fork, ends = vtensor.fork(), vtensor.whole_pages(100).bounds
+    assert len(ends) > 3
+    for num_rows in (0, 1, 2, 13, 21):
+        run, theirs = vtensor.whole_pages(num_rows), fork.whole_pages(num_rows)
+        assert run.bounds == tuple(end for end in ends if end <= num_rows * PAGE // 2)
+        assert run.bounds == theirs.bounds
+        assert all(one is other for one, other in zip(run.pages(), theirs.pages(), strict=True))
+    vtensor.drop_head(4)
+    assert list(vtensor.whole_pages(21).pages()) == []

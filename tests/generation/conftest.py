@@ -44,3 +44,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def uncompiled_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Steps of continuous batching that would be compiled run as they are; counters and programs are the test's."""
+    from serving_models import uncompiled  # which loads operators
+
+    yield from uncompiled(monkeypatch)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import itertools
 import random
 import weakref
 from collections.abc import Iterator, Sequence
@@ -15,13 +17,22 @@ from tiny_models import model_of, sizes
 from transformers import GenerationConfig
 
 import torch_vtensor
-from torch_vtensor.generation import prefix_cache
-from torch_vtensor.generation.decode import graphs, program, prompt_parts
+from torch_vtensor.generation import prefix_cache, shared_reads
+from torch_vtensor.generation.decode import graphs, program, prompt_parts, step
 from torch_vtensor.generation.serving import _transformers_compat as compat
 from torch_vtensor.generation.serving import support
 
 WHY_SKIPPED = compat.why_other_interface()
 """Why this version of transformers keeps its own managers, if so."""
+
+
+BATCHES = [
+    pytest.mark.skipif(WHY_SKIPPED is not None, reason=str(WHY_SKIPPED)),
+    pytest.mark.usefixtures("uncompiled_batches"),
+]
+"""Marks of tests of batches: each begins with no counts and no programs."""
+IN_ONE_LAYOUT = [*BATCHES, pytest.mark.parametrize("memory", ["token-major"], indirect=True)]
+"""Of those which do not depend on how memory is laid out."""
 
 
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -60,6 +71,13 @@ def config_of(**options: Any) -> Any:
     )
 
 
+def batching(**options: Any) -> Any:
+    """transformers' settings of a manager, which older versions lack."""
+    from transformers import ContinuousBatchingConfig
+
+    return ContinuousBatchingConfig(**options)
+
+
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     """Prompts of these lengths."""
     drawn = random.Random(seed)
@@ -82,6 +100,44 @@ def alone(family: str, prompt: Sequence[int], num_new: int) -> list[int]:
         _alone[key] = output[0, len(prompt) :].tolist()
         assert len(_alone[key]) == num_new
     return _alone[key][:num_new]
+
+
+def watch_shared_reads(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
+    """Have steps be told what sequences share as on a GPU, whatever it saves, and compare the rows.
+
+    Returns: the groups of every step so far that was told of any.
+    """
+    monkeypatch.setattr(shared_reads, "_SHARES_READS", {"cpu"})
+    monkeypatch.setattr(shared_reads, "_LEAST_SAVED_BYTES", 1)
+    attend, told = step.cached_attention, []
+
+    def checked(*args: Any, groups: Any = None, num_shared: Any = None, **options: Any) -> Any:
+        if groups is not None:
+            members = [row for row in ([slot for slot in row if slot >= 0] for row in groups.tolist()) if row]
+            if members:
+                told.append(members)
+            _check_rows(members, num_shared.tolist(), *args)
+        return attend(*args, **options)
+
+    monkeypatch.setattr(step, "cached_attention", checked)
+    return told
+
+
+READ_APART = "read apart: the step cannot be made to read once what is shared"
+"""Counted where a step that reads once has failed, as one does whose rows are not the same."""
+
+
+def _check_rows(members: list[list[int]], num_shared: list[int], *args: Any) -> None:
+    """Assert that the rows that each group reads once are the same for all of its members, and written."""
+    key, addresses, lengths, token_stride = args[1], args[3], args[5], args[13]
+    seen = list(itertools.chain(*members))
+    assert len(seen) == len(set(seen)), "a slot is in one group at most"
+    assert all(num_shared[slot] == 0 for slot in set(range(len(num_shared))) - set(seen))
+    for row in members:
+        (num_rows,) = {num_shared[slot] for slot in row}
+        assert 0 < num_rows <= min(lengths[slot] for slot in row)
+        nbytes = num_rows * token_stride * key.dtype.itemsize
+        assert len({ctypes.string_at(int(addresses[slot]), nbytes) for slot in row}) == 1
 
 
 class Served:

@@ -7,31 +7,26 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from paged_memory import Memory
-from serving_models import WHY_SKIPPED, Served, alone, config_of, counted, model_to_serve, prompts, uncompiled
+from serving_models import BATCHES, Served, alone, config_of, counted, model_to_serve, prompts
 from tiny_models import FAMILIES, SHORT_WINDOW
 from transformers import GenerationMixin
 
 import torch_vtensor
 from torch_vtensor.generation import prefix_cache
 from torch_vtensor.generation.decode import graphs
-from torch_vtensor.generation.serving import engine as engines
+from torch_vtensor.generation.serving import steps as steps_module
 from torch_vtensor.generation.serving.manager import BatchingManager
+from torch_vtensor.generation.serving.program import ServingProgram
 
-pytestmark = pytest.mark.skipif(WHY_SKIPPED is not None, reason=str(WHY_SKIPPED))
+pytestmark = BATCHES
 one_layout = pytest.mark.parametrize("memory", ["token-major"], indirect=True)
 COMPILE_STEP = graphs.compile_step
 LENGTHS = (5, 130, 40, 1, 77, 60)
-
-
-@pytest.fixture(autouse=True)
-def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from uncompiled(monkeypatch)
 
 
 def reasons() -> dict[str, int]:
@@ -102,7 +97,7 @@ def test_requests_join_and_leave_a_running_batch(is_captured: bool) -> None:
 def test_long_prompts_are_taken_up_in_parts_beside_running_sequences(
     is_captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "_PROMPT_TOKENS_BESIDE", 48)
+    monkeypatch.setattr(steps_module, "_PROMPT_TOKENS_BESIDE", 48)
     model, (short, long) = model_to_serve("gemma3"), prompts(9, 400)
     with torch_vtensor.enabled(compile=is_captured):
         served = Served(model, generation_config=config_of())
@@ -111,7 +106,7 @@ def test_long_prompts_are_taken_up_in_parts_beside_running_sequences(
         served.manager.add_request(long, request_id="long", max_new_tokens=6)
         for _ in range(6):
             served.round()
-        (first,) = [request for request in served.engine.active if request.state.request_id == "short"]
+        (first,) = [request for request in served.engine.queues.active if request.state.request_id == "short"]
         assert first.num_known >= 6, "it was not held up"
         assert counted("tokens generated") == first.num_known, "the other has said nothing yet"
         outputs = served.run()
@@ -416,7 +411,7 @@ def test_a_step_that_fails_ends_the_manager_and_leaves_nothing(monkeypatch: pyte
 
     with torch_vtensor.enabled():
         manager = model.init_continuous_batching(generation_config=config_of())
-        monkeypatch.setattr(engines.ServingProgram, "run_step", fail)
+        monkeypatch.setattr(ServingProgram, "run_step", fail)
         manager.start()
         ids = manager.add_requests(prompts(9, 8))
         errors = {}

@@ -17,6 +17,8 @@ from serving_models import WHY_SKIPPED, Served, config_of, model_to_serve, promp
 
 import torch_vtensor
 from torch_vtensor.allocator.cuda_driver import CudaDriver
+from torch_vtensor.generation import shared_reads
+from torch_vtensor.generation.decode import graphs
 from torch_vtensor.generation.serving import support
 
 pytestmark = [
@@ -104,6 +106,91 @@ def test_the_newest_gives_way_and_is_resumed() -> None:
     assert [output.generated_tokens for output in found.values()] == expected
     assert torch_vtensor.stats().serving["gave way"] > 0
     check_all_ours()
+
+
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_steps_read_once_what_requests_share(is_captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two documents with questions, beside one who shares nothing; they come, and leave one after the other."""
+    monkeypatch.setattr(shared_reads, "_LEAST_SAVED_BYTES", 1)
+    model, (first, second, other) = wide(), prompts(700, 400, 90)
+    asked = [first + tail for tail in prompts(7, 12, 9, seed=2)] + [second + tail for tail in prompts(5, 60, seed=3)]
+    asked.append(other)
+    lengths = [120, 20, 90, 60, 100, 120]
+    expected = [alone(model, prompt, length) for prompt, length in zip(asked, lengths, strict=True)]
+    with torch_vtensor.enabled(compile=is_captured, prefix_cache=True):
+        served = Served(model, generation_config=config_of())
+        for index, (prompt, length) in enumerate(zip(asked, lengths, strict=True)):
+            served.manager.add_request(prompt, request_id=str(index), max_new_tokens=length)
+        outputs = served.run()
+        served.close()
+    assert [outputs[str(index)].generated_tokens for index in range(len(asked))] == expected
+    check_all_ours()
+    assert torch_vtensor.stats().serving["steps that read shared tokens once"] > 50
+    assert not [name for name in torch_vtensor.stats().serving if name.startswith("read apart")]
+
+
+def test_other_threads_draw_while_a_graph_is_captured() -> None:
+    """Capturing takes possession of a generator, which must not be the one that they draw from."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    own, noise = torch.Generator(device), torch.zeros(1000, device=device)
+    drawn: list[torch.Tensor | Exception] = []
+
+    def draw() -> None:
+        try:
+            drawn.append(torch.rand(1000, device=device))
+        except Exception as error:
+            drawn.append(error)
+
+    def rehearse() -> None:
+        noise.exponential_(1, generator=own)
+
+    def run() -> None:
+        rehearse()
+        other = threading.Thread(target=draw)
+        other.start()
+        other.join()
+
+    torch.cuda.manual_seed(7)
+    own.manual_seed(3)
+    graph = graphs.Captures(device, own)(run, rehearse)
+    found = []
+    for seed in (3, 3, 4):
+        own.manual_seed(seed)
+        for _ in range(2):
+            graph()
+            found.append(noise.clone())
+    torch.cuda.manual_seed(7)
+    (theirs,) = drawn
+    assert isinstance(theirs, torch.Tensor), theirs
+    assert torch.equal(theirs, torch.rand(1000, device=device)), "nothing else was drawn from it"
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[4])
+
+
+def test_a_manager_warms_up_and_samples() -> None:
+    model, asked = wide(), prompts(40, 50, 300)
+    config = config_of(do_sample=True, top_k=0, max_new_tokens=60)
+    answers = []
+    with torch_vtensor.enabled(compile=True):
+        for _ in range(2):
+            options = transformers.ContinuousBatchingConfig(max_requests_per_batch=4, seed=3)
+            manager = model.init_continuous_batching(config, options)
+            manager.warmup()
+            manager.start()
+            ids = manager.add_requests(asked)
+            outputs: dict[str, Any] = {}
+            while len(outputs) < len(ids):
+                output = manager.get_result(timeout=120)
+                assert output is not None
+                assert output.error is None
+                outputs[output.request_id] = output
+            manager.stop()
+            answers.append([outputs[each].generated_tokens for each in ids])
+    check_all_ours()
+    assert answers[0] == answers[1]
+    assert len(set(map(tuple, answers[0]))) == len(ids)
 
 
 def test_no_driver_calls_and_no_waits_on_the_serving_thread(monkeypatch: pytest.MonkeyPatch) -> None:

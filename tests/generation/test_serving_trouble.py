@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from paged_memory import Memory
-from serving_models import WHY_SKIPPED, Served, alone, config_of, counted, model_to_serve, prompts, uncompiled
+from serving_models import IN_ONE_LAYOUT, Served, alone, batching, config_of, counted, model_to_serve, prompts
 from transformers import GenerationConfig
 
 import torch_vtensor
 from torch_vtensor import VTensorCache
 from torch_vtensor.errors import DriverError
 from torch_vtensor.generation import prefix_cache
-from torch_vtensor.generation.serving import engine as engines
-from torch_vtensor.generation.serving import known, manager
+from torch_vtensor.generation.decode import graphs
+from torch_vtensor.generation.serving import admission, known, manager
+from torch_vtensor.generation.serving.engine import Engine
+from torch_vtensor.generation.serving.program import Prompt, ServingProgram
 from torch_vtensor.generation.serving.rows import SequenceRows
+from torch_vtensor.generation.serving.step_graphs import StepGraphs
 
-pytestmark = [
-    pytest.mark.skipif(WHY_SKIPPED is not None, reason=str(WHY_SKIPPED)),
-    pytest.mark.parametrize("memory", ["token-major"], indirect=True),
-]
-
-
-@pytest.fixture(autouse=True)
-def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from uncompiled(monkeypatch)
-
-
-def batching(**options: Any) -> Any:
-    from transformers import ContinuousBatchingConfig
-
-    return ContinuousBatchingConfig(**options)
+pytestmark = IN_ONE_LAYOUT
 
 
 def failing(method: Callable[..., Any], fails: Callable[[int], bool], error: Exception) -> Callable[..., Any]:
@@ -94,7 +83,7 @@ def test_a_safety_margin_holds_requests_back_beside_others() -> None:
         served = Served(model, generation_config=config_of(), continuous_batching_config=options)
         served.manager.add_requests(asked)
         served.round()
-        assert len(served.engine.active) == 1
+        assert len(served.engine.queues.active) == 1
         outputs = served.run()
         served.close()
     assert counted("held back: safety margin") > 0
@@ -195,7 +184,7 @@ def test_requests_may_be_cancelled_and_managers_stopped_while_memory_sleeps(memo
         torch_vtensor.sleep()
         served.manager.cancel_request("req_0")
         served.round()
-        assert len(served.engine.active) == 1
+        assert len(served.engine.queues.active) == 1
         served.close()
         torch_vtensor.wake()
 
@@ -203,12 +192,12 @@ def test_requests_may_be_cancelled_and_managers_stopped_while_memory_sleeps(memo
 # Memory
 
 
-@pytest.mark.parametrize("where", ["run_prompt", "first_token", "run_step"])
+@pytest.mark.parametrize("where", ["run_prompts", "first_tokens", "run_step"])
 def test_a_step_without_memory_is_run_again_with_fewer(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = model_to_serve("llama"), prompts(20, 30, 40)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
-    method = failing(getattr(engines.ServingProgram, where), lambda number: number in (2, 3), error)
-    monkeypatch.setattr(engines.ServingProgram, where, method)
+    method = failing(getattr(ServingProgram, where), lambda number: number in (2, 3), error)
+    monkeypatch.setattr(ServingProgram, where, method)
     with torch_vtensor.enabled():
         served = Served(model, generation_config=config_of(max_new_tokens=20))
         ids = served.manager.add_requests(asked)
@@ -222,14 +211,14 @@ def test_a_step_without_memory_is_run_again_with_fewer(where: str, monkeypatch: 
 
 def test_only_what_finds_no_memory_alone_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (fine, huge, also_fine) = model_to_serve("llama"), prompts(20, 90, 30)
-    run_prompt = engines.ServingProgram.run_prompt
+    run_prompts = ServingProgram.run_prompts
 
-    def run(self: Any, tokens: list[int], *args: Any) -> None:
-        if len(tokens) > 80:
+    def run(self: Any, several: list[Prompt], *args: Any) -> None:
+        if any(len(prompt.tokens) > 80 for prompt in several):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        run_prompt(self, tokens, *args)
+        run_prompts(self, several, *args)
 
-    monkeypatch.setattr(engines.ServingProgram, "run_prompt", run)
+    monkeypatch.setattr(ServingProgram, "run_prompts", run)
     with torch_vtensor.enabled():
         served = Served(model, generation_config=config_of())
         for request_id, prompt in (("fine", fine), ("huge", huge), ("also", also_fine)):
@@ -259,7 +248,7 @@ def test_a_request_alone_waits_for_memory_that_others_hold(monkeypatch: pytest.M
         cache = VTensorCache(config=model.config)
         with torch.no_grad():
             model(torch.tensor([held]), past_key_values=cache)
-        monkeypatch.setattr(engines, "_MOST_WAIT_S", 0.0)
+        monkeypatch.setattr(admission, "_MOST_WAIT_S", 0.0)
         served.manager.add_request(prompt, request_id="in vain")
         assert "out of pages" in served.run()["in vain"].error
         del cache
@@ -268,12 +257,12 @@ def test_a_request_alone_waits_for_memory_that_others_hold(monkeypatch: pytest.M
 
 def test_mappings_limit_how_many_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = model_to_serve("llama"), prompts(*[10] * 8)
-    monkeypatch.setitem(engines.MOST_MAPPINGS, "cpu", 20)
+    monkeypatch.setitem(admission.MOST_MAPPINGS, "cpu", 20)
     with torch_vtensor.enabled():
         served = Served(model, generation_config=config_of())
         ids = served.manager.add_requests(asked)
         served.round()
-        assert 1 <= len(served.engine.active) < 8
+        assert 1 <= len(served.engine.queues.active) < 8
         outputs = served.run()
         served.close()
     assert counted("held back: mappings") > 0
@@ -307,8 +296,8 @@ def test_a_capture_that_fails_gives_up_one_size(is_short: bool, monkeypatch: pyt
     monkeypatch.setattr(programs, "_STEPS_UNTIL_RETRIED", 3)
     model, asked = copy.deepcopy(model_to_serve("llama")), prompts(20, 30, 40)
     error: Exception = torch.OutOfMemoryError("CUDA out of memory") if is_short else ValueError("cannot")
-    capture = failing(programs.ServingProgram._capture_step, lambda number: number == 1, error)
-    monkeypatch.setattr(programs.ServingProgram, "_capture_step", capture)
+    capture = failing(StepGraphs._capture, lambda number: number == 1, error)
+    monkeypatch.setattr(StepGraphs, "_capture", capture)
     with torch_vtensor.enabled(compile=True):
         for several in (asked[:1], asked, asked[:1]):
             served = Served(model, generation_config=config_of())
@@ -316,11 +305,33 @@ def test_a_capture_that_fails_gives_up_one_size(is_short: bool, monkeypatch: pyt
             outputs = served.run()
             for request_id, prompt in zip(ids, several, strict=True):
                 assert outputs[request_id].generated_tokens == alone("llama", prompt, 8)
-            captured = set(served.engine.program._steps)
+            captured = served.engine.program.steps.sizes
             served.close()
     assert captured == ({1, 4} if is_short else {4})
     assert counted("uncompiled: the model's step cannot be compiled") == (0 if is_short else 1)
     assert counted("uncompiled for now: out of memory") == (1 if is_short else 0)
+
+
+def test_experts_that_ask_the_host_are_run_as_for_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their kernels for many tokens may not be captured in every precision."""
+    several: list[Any] = []
+
+    def compile_step(forward: Any, of_any_batch: bool = False) -> Any:
+        several.extend([forward] if of_any_batch else [])
+        if len(several) == 1:
+            return failing(forward, lambda number: True, RuntimeError("copies to the host"))
+        return forward
+
+    monkeypatch.setattr(graphs, "compile_step", compile_step)
+    model, asked = copy.deepcopy(model_to_serve("mixtral")), prompts(20, 30, 40)
+    with torch_vtensor.enabled(compile=True):
+        served = Served(model, generation_config=config_of())
+        ids = served.manager.add_requests(asked)
+        outputs = served.run()
+        served.close()
+    assert [outputs[each].generated_tokens for each in ids] == [alone("mixtral", prompt, 8) for prompt in asked]
+    assert len(several) == 2
+    assert counted("uncompiled: the model's step cannot be compiled") == 0
 
 
 # Prefixes
@@ -338,13 +349,13 @@ def test_requests_that_come_together_share_what_the_first_computes() -> None:
 
 def test_a_manager_that_is_made_while_prefixes_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = model_to_serve("llama"), prompts(60, 50)
-    make = engines.Engine.__init__
+    make = Engine.__init__
 
     def disable_meanwhile(self: Any, *args: Any) -> None:
         make(self, *args)
         torch_vtensor.disable()
 
-    monkeypatch.setattr(engines.Engine, "__init__", disable_meanwhile)
+    monkeypatch.setattr(Engine, "__init__", disable_meanwhile)
     torch_vtensor.enable(prefix_cache=True)
     served = Served(model, generation_config=config_of())
     served.manager.add_requests(asked)
@@ -371,7 +382,7 @@ def test_what_was_lent_in_another_layout_is_not_counted(monkeypatch: pytest.Monk
     with torch_vtensor.enabled(prefix_cache=True):
         first = model.generate_batch([prompt], generation_config=config_of())
         served = Served(model, generation_config=config_of())
-        served.engine._stores = ()
+        served.engine.known._stores = ()
         served.manager.add_request(prompt, request_id="again")
         outputs = served.run()
         served.close()

@@ -81,6 +81,19 @@ class CachedCall:
             self.case.softcap, *(self.rotation or (None, None)), None if self.case.num_new is None else counts,
         )  # fmt: skip
 
+    def launch_prompt(self, num_sms: int | None = None) -> torch.Tensor:
+        """The call by the kernel for prompts, with that many multiprocessors to fill."""
+        from torch_vtensor.ops.attention_triton import Rows
+        from torch_vtensor.ops.prefill_attention.triton import launch_rows
+
+        query, key, value, key_addresses, value_addresses, lengths, firsts, sinks, *_, num_new = self.arguments()
+        keys, values, case = self.given["keys"], self.given["values"], self.case
+        rows = Rows((0, *keys.stride()[1:3]), (0, *values.stride()[1:3]), key_addresses, value_addresses)
+        return launch_rows(
+            query, query, query, rows, lengths, case.heads, case.dims[1], num_new, firsts, case.scale, case.window,
+            sinks, case.softcap, new=(key, value), num_sms=num_sms,
+        )  # fmt: skip
+
     def workspace(self) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.query.device
         if device.type != "cuda":

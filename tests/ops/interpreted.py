@@ -90,6 +90,73 @@ def prefill_attention() -> None:
         case.check(launch(*tensors, None, case.window, a["sinks"], case.softcap, case.causal))
 
 
+def prefill_parts() -> None:
+    from cached_cases import CachedCall
+    from parts_cases import CACHED
+    from parts_cases import CASES as PARTS
+
+    from torch_vtensor.ops.attention_triton import Rows
+    from torch_vtensor.ops.prefill_attention.triton import launch_rows
+
+    for case, num_sms in PARTS:
+        a = case.arguments()
+        out = launch_rows(
+            a["query"], a["keys"], a["values"], Rows.of(a["keys"], a["values"]), a["lengths"], case.heads,
+            case.dims[1], a["num_new"], a["first"], case.scale, case.window, a["sinks"], case.softcap,
+            case.causal, num_sms=num_sms,
+        )  # fmt: skip
+        case.check(out)
+    for case, num_sms in CACHED:
+        call = CachedCall(case, "cpu")
+        call.check(call.launch_prompt(num_sms))
+
+
+def parts_are_even_and_few() -> None:
+    """What ``share_out`` divides: nothing twice, never more than there are programs, about as much for each."""
+    from parts_kernel import keep_parts
+
+    from torch_vtensor.ops.prefill_attention.triton import _num_programs
+
+    def shared_out(lengths: list[int], num_query: int, heads: int = 8, sms: int = 132) -> tuple[list[int], int]:
+        group, block_m, lines = 4, 128, 64
+        num_blocks = -(-num_query * group // block_m)
+        num_whole = len(lengths) * num_blocks
+        num_programs = _num_programs(num_whole * heads, sms, sms)
+        assert 2 * num_whole * heads <= num_programs <= 2 * sms
+        out = torch.zeros(2, lines, dtype=torch.int32)
+        keep_parts[(1,)](
+            torch.tensor(lengths), out, len(lengths), num_query, num_blocks, sms, num_programs,
+            heads, group, block_m, 64, lines,
+        )  # fmt: skip
+        parts, ends = out.tolist()
+        assert [sum(parts[: line + 1]) * heads for line in range(lines)] == ends
+        assert min(parts[:num_whole]) >= 1
+        assert not any(parts[num_whole:])
+        assert ends[-1] <= num_programs
+        return parts[:num_whole], num_programs
+
+    assert shared_out([16384 + 128], 128) == ([4] * 4, 132)
+    assert shared_out([4096 + 16], 16) == ([13], 132)
+    assert shared_out([3000 + 129], 192)[0] in ([5] * 6, [6] * 6)
+    assert shared_out([100], 16) == ([1], 132)
+    assert shared_out([0, 1], 16) == ([1, 1], 132)
+    assert _num_programs(132, 132, 264) == 0
+    assert shared_out([16384] * 16, 16) == ([1] * 16, 264)  # two parts each would come one after the other
+    parts, _ = shared_out([16384, 512, 512, 512], 16)
+    assert parts[0] > 10
+    assert max(parts[1:]) == 1
+    parts, _ = shared_out([512], 512)  # the last rows see all of the tokens, the first ones few
+    assert parts == sorted(parts)
+    random = torch.Generator().manual_seed(0)
+    for num_slots in (1, 3, 7, 16):
+        lengths = torch.randint(0, 20000, (num_slots,), generator=random).tolist()
+        for heads, sms in ((1, 40), (2, 132), (8, 200)):
+            parts, num_programs = shared_out(lengths, 32, heads, sms)
+            steps = [max(-(-length // 64), 1) for length in lengths]
+            longest = max(-(-all_steps // num) for all_steps, num in zip(steps, parts, strict=True))
+            assert longest <= 4 * max(2, -(-sum(steps) * heads // num_programs))
+
+
 def kv_append() -> None:
     from torch_vtensor.ops.kv_append.reference import kv_append as reference
     from torch_vtensor.ops.kv_append.triton import launch
@@ -110,7 +177,6 @@ def cached_attention() -> None:
     from torch_vtensor.ops.attention_triton import Rows
     from torch_vtensor.ops.decode_attention.prefix_triton import launch_rows as launch_shared
     from torch_vtensor.ops.decode_attention.triton import launch_rows
-    from torch_vtensor.ops.prefill_attention.triton import launch_rows as launch_prompt
 
     for case in CASES:
         for has_rotation in (False, True):
@@ -144,14 +210,7 @@ def cached_attention() -> None:
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     for case in PROMPTS:
         call = CachedCall(case, "cpu")
-        query, key, value, key_addresses, value_addresses, lengths, firsts, sinks, *_, num_new = call.arguments()
-        keys, values = call.given["keys"], call.given["values"]
-        rows = Rows((0, *keys.stride()[1:3]), (0, *values.stride()[1:3]), key_addresses, value_addresses)
-        out = launch_prompt(
-            query, query, query, rows, lengths, case.heads, case.dims[1], num_new, firsts, case.scale, case.window,
-            sinks, case.softcap, new=(key, value),
-        )  # fmt: skip
-        call.check(out)
+        call.check(call.launch_prompt())
 
 
 def skinny_linear() -> None:

@@ -11,7 +11,17 @@ PROGRAM = Path(__file__).parent / "interpreted.py"
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed here")
 @pytest.mark.parametrize(
-    "op", ["kv_append", "decode_attention", "shared_prefix", "prefill_attention", "cached_attention", "skinny_linear"]
+    "op",
+    [
+        "kv_append",
+        "decode_attention",
+        "shared_prefix",
+        "prefill_attention",
+        "prefill_parts",
+        "parts_are_even_and_few",
+        "cached_attention",
+        "skinny_linear",
+    ],
 )
 def test_kernel_in_the_interpreter(op: str, run_python: Callable[..., str]) -> None:
     assert f"{op} passed" in run_python(str(PROGRAM), op, environ={"TRITON_INTERPRET": "1"})

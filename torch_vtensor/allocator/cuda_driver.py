@@ -98,6 +98,8 @@ class CudaDriver:
         12.5; ImportError, with the remedy, without cuda-python.
     """
 
+    # To map 2 MiB of the host takes 75 us and to unmap them 40, where they are copied in 38.
+    keeps_offloaded_mapped = True
     # A mapping call costs the same for one page as for many tokens, but bytes committed ahead are bytes that no one
     # else can use: the scheduler maps one page ahead in time instead.
     growth_fraction = 0.0

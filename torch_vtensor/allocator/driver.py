@@ -36,6 +36,8 @@ class Driver(Protocol):
     device: torch.device
     page_sizes: tuple[int, ...]
     """Sizes a handle may have, ascending; each divides the next. The first is the granularity of every address."""
+    keeps_offloaded_mapped: bool
+    """Whether memory outside the device is slow to map: better once and for all, for copies to and from it."""
     growth_fraction: float
     """How much of a range's committed bytes is worth committing ahead in one batch when it grows."""
     zeroes_pages: bool

@@ -109,6 +109,7 @@ class HostDriver:
     Raises: ValueError for a page size that the system cannot map.
     """
 
+    keeps_offloaded_mapped = False
     growth_fraction = 0.125
     zeroes_pages = True
     fences_break_captures = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from torch_vtensor.allocator.timed_driver import TimedDriver
 from torch_vtensor.errors import OffloadLimitError
@@ -14,7 +15,8 @@ __all__ = ["OffloadPool"]
 class OffloadPool:
     """Handles of offloaded memory, under a limit of their own. Who uses it holds the page pool's lock.
 
-    What is put back stays pooled, because making it is slow: pinning 256 MiB for a GPU takes 60 ms.
+    What is put back stays pooled, because making it is slow: pinning 256 MiB for a GPU takes 60 ms. For the same reason
+    each handle has addresses of its own, at which it stays mapped, where the driver says so.
 
     Args:
         driver: the device's memory.
@@ -27,6 +29,8 @@ class OffloadPool:
         self.pooled_bytes = 0
         self._driver = driver
         self._pooled: dict[int, list[int]] = {}
+        self._ptrs: dict[int, int] = {}
+        self._unmapped: dict[int, int] = {}  # addresses that the driver has not taken back yet
 
     def take(self, sizes: Sequence[int]) -> list[int]:
         """A handle of each size, all or none.
@@ -49,6 +53,10 @@ class OffloadPool:
             raise
         return handles
 
+    def ptr_of(self, handle: int) -> int | None:
+        """Where a handle of this pool is mapped for copies; None if it is nowhere."""
+        return self._ptrs.get(handle)
+
     def put(self, handle: int, nbytes: int) -> None:
         """Pool what nobody uses any more. No driver call, cannot fail."""
         self.used_bytes -= nbytes
@@ -63,6 +71,7 @@ class OffloadPool:
         freed_bytes = 0
         for nbytes, handles in self._pooled.items():
             while handles and self.pooled_bytes > keep_bytes:
+                self._unmap(handles[-1], nbytes)
                 self._driver.destroy(handles[-1], nbytes)
                 handles.pop()
                 self.pooled_bytes -= nbytes
@@ -78,5 +87,31 @@ class OffloadPool:
             if self.limit_bytes is not None:  # pooled memory of other sizes makes room
                 self.trim(max(self.limit_bytes - self.used_bytes - nbytes, 0))
             handle = self._driver.create_offloaded(nbytes)
+            try:
+                self._map(handle, nbytes)
+            except BaseException:
+                self._driver.destroy(handle, nbytes)
+                raise
         self.used_bytes += nbytes
         return handle
+
+    def _map(self, handle: int, nbytes: int) -> None:
+        if not self._driver.keeps_offloaded_mapped:
+            return
+        with ExitStack() as undo:
+            ptr = self._driver.reserve(nbytes)
+            undo.callback(self._driver.release, ptr, nbytes)
+            self._driver.map(ptr, nbytes, handle)
+            undo.callback(self._driver.unmap, ptr, nbytes)
+            self._driver.set_access(ptr, nbytes)
+            undo.pop_all()
+        self._ptrs[handle] = ptr
+
+    def _unmap(self, handle: int, nbytes: int) -> None:
+        """Raises: DriverError; what is left to do is done the next time."""
+        if handle in self._ptrs:
+            self._driver.unmap(self._ptrs[handle], nbytes)
+            self._unmapped[handle] = self._ptrs.pop(handle)
+        if handle in self._unmapped:
+            self._driver.release(self._unmapped[handle], nbytes)
+            del self._unmapped[handle]

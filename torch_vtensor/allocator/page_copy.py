@@ -1,4 +1,4 @@
-"""Copies to and from pages, which are mapped at addresses of their own meanwhile, a chunk of them at a time.
+"""Copies to and from pages, which are mapped at addresses of their own: always, or meanwhile, a chunk at a time.
 
     host      map 0 | copy 0 | map 1 | copy 1 | unmap 0 | map 2 | copy 2 | unmap 1 | ...
     device             |== 0 ==========|== 1 ==============|== 2 ====== ...
@@ -45,13 +45,15 @@ def copy_pages(scheduler: GrowthScheduler, transfers: Sequence[Transfer]) -> Non
             stack = ExitStack()
             running.append(stack)
             pages = [side for it in chunk for side in (it.source, it.target) if isinstance(side, Page)]
-            ptrs = stack.enter_context(_mapped(scheduler, pages))
+            ptrs = {page: scheduler.pool.offloads.ptr_of(page.handle) for page in pages if page.is_outside}
+            ptrs |= stack.enter_context(_mapped(scheduler, [page for page in pages if ptrs.get(page) is None]))
             for it in chunk:
-                target = ptrs[it.target] if isinstance(it.target, Page) else it.target
-                if it.source is None:
+                source, target = (ptrs[side] if isinstance(side, Page) else side for side in (it.source, it.target))
+                assert target is not None
+                if source is None:
                     driver.tensor(target, it.nbytes, None).zero_()
                 else:
-                    driver.copy(target, ptrs[it.source] if isinstance(it.source, Page) else it.source, it.nbytes)
+                    driver.copy(target, source, it.nbytes)
             fences.append(driver.fence())
             if len(running) > 1:
                 fences.pop(0).wait()

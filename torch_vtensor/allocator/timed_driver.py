@@ -35,6 +35,7 @@ class TimedDriver:
         self.inner = inner
         self.device = inner.device
         self.page_sizes = inner.page_sizes
+        self.keeps_offloaded_mapped = inner.keeps_offloaded_mapped
         self.growth_fraction = inner.growth_fraction
         self.zeroes_pages = inner.zeroes_pages
         self.fences_break_captures = inner.fences_break_captures

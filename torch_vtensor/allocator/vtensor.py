@@ -120,6 +120,11 @@ class VTensor:
             self._common = key, tuple((tuple(strips), nbytes // self.row_bytes) for strips, nbytes in heads)
         return self._common[1]
 
+    def whole_pages(self, num_rows: int) -> PageRun:
+        """The pages that hold only the first ``num_rows`` rows of each strip; none once the front was given back."""
+        range_ = self._range
+        return range_.run(range(range_.num_strips)).whole_until(0 if range_.head_bytes else num_rows * self.row_bytes)
+
     @property
     def head_bytes(self) -> int:
         """Where ``storage()`` starts in the first strip: the bytes that ``drop_head`` gave back."""

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from torch_vtensor.generation.kv_store import KVStore
 
-__all__ = ["SharedPrefix", "SharedTables", "shared_prefixes", "table_shape", "tables_of"]
+__all__ = [
+    "MOST_GROUPS",
+    "SharedPrefix",
+    "SharedTables",
+    "shared_prefixes",
+    "shares_reads",
+    "table_shape",
+    "tables_of",
+    "worth_sharing",
+]
 
 _SHARES_READS = {"cuda"}
 """Devices whose kernels read a prefix once for all slots that share it."""
-_MOST_GROUPS = 4  # in tables of a fixed shape: each has programs started for it, whether there is such a group or not
+MOST_GROUPS = 4  # in tables of a fixed shape: each has programs started for it, whether there is such a group or not
 _LEAST_SAVED_BYTES = 8 * 2**20  # of one layer: two more launches cost about as much as reading this
 
 
@@ -33,17 +42,25 @@ class SharedTables(NamedTuple):
 
 def shared_prefixes(store: KVStore, most_tokens: int) -> tuple[SharedPrefix, ...]:
     """The prefixes that are worth being read once, of at most ``most_tokens`` tokens."""
-    if store.shape.device.type not in _SHARES_READS:
+    if not shares_reads(store.shape.device):
         return ()
     found = (SharedPrefix(slots, min(tokens, most_tokens)) for slots, tokens in store.shared_prefixes())
-    return tuple(
-        one for one in found if (len(one.slots) - 1) * one.num_tokens * store.shape.token_bytes >= _LEAST_SAVED_BYTES
-    )
+    return worth_sharing(found, store.shape.token_bytes)
+
+
+def shares_reads(device: torch.device) -> bool:
+    """Whether kernels of this device read a prefix once for all who share it."""
+    return device.type in _SHARES_READS
+
+
+def worth_sharing(prefixes: Iterable[SharedPrefix], token_bytes: int) -> tuple[SharedPrefix, ...]:
+    """Those which save more reading than it costs to read them by themselves; a token has so many bytes in a layer."""
+    return tuple(one for one in prefixes if (len(one.slots) - 1) * one.num_tokens * token_bytes >= _LEAST_SAVED_BYTES)
 
 
 def table_shape(batch: int) -> tuple[int, int]:
     """[G, K] of tables for so many slots that serve whatever they share, the most valuable groups of it."""
-    return max(1, min(_MOST_GROUPS, batch // 2)), batch
+    return max(1, min(MOST_GROUPS, batch // 2)), batch
 
 
 def tables_of(prefixes: Sequence[SharedPrefix], batch: int, shape: tuple[int, int] | None = None) -> SharedTables:

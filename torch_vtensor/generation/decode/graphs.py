@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +12,16 @@ import torch
 from torch_vtensor.generation.decode.fuse import fuse
 from torch_vtensor.generation.decode.step import LayerRows
 
-__all__ = ["CaptureSpace", "Graph", "capture", "capture_space", "compile_step", "workspace"]
+__all__ = [
+    "CaptureSpace",
+    "Captures",
+    "Graph",
+    "LatestGraphs",
+    "capture",
+    "capture_space",
+    "compile_step",
+    "workspace",
+]
 
 Graph = Callable[[], None]
 
@@ -58,38 +69,120 @@ def capture_space(device: torch.device) -> CaptureSpace | None:
     return CaptureSpace(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
 
 
+class Captures:
+    """Captures one graph of a program after the other.
+
+    Args:
+        generator: what they draw random numbers from; default: the device's own generator.
+    """
+
+    def __init__(self, device: torch.device, generator: torch.Generator | None = None) -> None:
+        self.device = device
+        self.generator = generator
+        self._space = capture_space(device)
+
+    def __call__(self, run: Callable[[], None], rehearse: Callable[[], None] | None = None) -> Graph:
+        """``run`` as a captured graph: see `capture`."""
+        try:
+            return capture(run, self.device, self._space, rehearse, self.generator)
+        except Exception:
+            self._space = capture_space(self.device)  # others go on in a pool that no broken capture holds
+            raise
+
+
+class LatestGraphs:
+    """The graphs that were used last, ``most`` of them, by what they do."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._graphs: dict[Hashable, Graph] = {}
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def get(self, what: Hashable | None, make: Callable[[], Graph]) -> Graph:
+        """The graph that does this, made if there is none; one of which that cannot be told (None) is not kept."""
+        graph = self._graphs.pop(what, None) or make()
+        if what is not None:
+            self._graphs[what] = graph  # the last one used comes last
+            if len(self._graphs) > self._most:
+                del self._graphs[next(iter(self._graphs))]
+        return graph
+
+    def clear(self) -> None:
+        """Keep none of them."""
+        self._graphs.clear()
+
+
+_capturing = threading.Lock()  # torch has one capture at a time in a process
+
+
 def capture(
     run: Callable[[], None],
     device: torch.device,
     space: CaptureSpace | None,
     rehearse: Callable[[], None] | None = None,
+    generator: torch.Generator | None = None,
 ) -> Graph:
     """``run`` as a captured graph; without a GPU, ``run`` itself. ``rehearse`` is what to do before, ``run`` if None.
 
-    Effects: the random state and the current stream are as before, also after an error.
+    Args:
+        generator: what both draw random numbers from; default: the device's own. While a graph is captured other
+            threads can draw from that one only if this is another, and not in the microseconds when capturing begins.
+
+    Effects: the generator and the current stream are as before, also after an error.
     """
     rehearse = rehearse or run
     if space is None:
-        random = torch.get_rng_state()
-        try:
+        with _unchanged(generator or torch.default_generator):
             rehearse()
-        finally:
-            torch.set_rng_state(random)
         return run
-    random = torch.cuda.get_rng_state(device)
+    default = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     current = torch.cuda.current_stream(device)
     space.stream.wait_stream(current)
     try:
-        with torch.cuda.stream(space.stream):
+        with _unchanged(generator or default), torch.cuda.stream(space.stream):
             for _ in range(2):
                 rehearse()
     finally:
         current.wait_stream(space.stream)
-        torch.cuda.set_rng_state(random, device)
     graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph = _GraphOfOwnNumbers()
+        graph.default, graph.own = default, generator
     with (
+        _capturing,
         torch.cuda.stream(current),  # which a capture that fails would leave for its own
         torch.cuda.graph(graph, pool=space.memory, stream=space.stream, capture_error_mode="thread_local"),
     ):
         run()
     return graph.replay
+
+
+class _GraphOfOwnNumbers(torch.cuda.CUDAGraph):
+    """A graph that draws from ``own``.
+
+    Every capture takes possession of the state of the default generator, from which no other thread can draw until it
+    ends: it gets an error. So ``own``'s state stands in for that at the moment when a capture begins. That another
+    thread draws just then torch gives no means to prevent.
+    """
+
+    default: torch.Generator
+    own: torch.Generator
+
+    def capture_begin(self, *args: Any, **kwargs: Any) -> None:
+        state = self.default.graphsafe_get_state()
+        self.default.graphsafe_set_state(self.own.graphsafe_get_state())
+        try:
+            super().capture_begin(*args, **kwargs)
+        finally:
+            self.default.graphsafe_set_state(state)
+
+
+@contextmanager
+def _unchanged(generator: torch.Generator) -> Iterator[None]:
+    state = generator.get_state()
+    try:
+        yield
+    finally:
+        generator.set_state(state)

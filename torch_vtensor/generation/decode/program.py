@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from torch_vtensor.generation.decode import graphs, prompt_parts
-from torch_vtensor.generation.decode.graphs import Graph
+from torch_vtensor.generation.decode.graphs import Captures, Graph, LatestGraphs
 from torch_vtensor.generation.decode.prompt import Part
+from torch_vtensor.generation.decode.prompt_graphs import PromptGraphs
 from torch_vtensor.generation.decode.sampling import Sampling
 from torch_vtensor.generation.decode.step import (
     GroupRows,
@@ -32,7 +33,7 @@ from torch_vtensor.generation.decode.step import (
 )
 from torch_vtensor.generation.shared_reads import SharedPrefix, SharedTables, table_shape, tables_of
 
-__all__ = ["DecodeProgram", "Placement", "Program", "PromptGraph", "Traced", "traced_model"]
+__all__ = ["DecodeProgram", "Placement", "Program", "Traced", "traced_model"]
 
 _MAX_CHOICES = 16
 
@@ -76,14 +77,6 @@ class Placement(NamedTuple):
     shared: tuple[SharedPrefix, ...] = ()
 
 
-class PromptGraph(NamedTuple):
-    """A part of a prompt as a captured graph, and where it reads tokens and positions [B, T]."""
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    graph: Graph
-
-
 class DecodeProgram(Program):
     """Captured decoding of ``batch`` sequences by a model.
 
@@ -116,22 +109,21 @@ class DecodeProgram(Program):
         )
         self.step = Step(layers, groups, *graphs.workspace(batch, layers, device))
         self._forward = graphs.compile_step(step_forward(traced.twin))
-        self._prompt_forward = traced.prompt if traced.takes_prompts else None
-        self._space = graphs.capture_space(device)
+        self._captures = Captures(device)
         self._graph: Graph | None = None
         self.logits: torch.Tensor | None = None
         # Of prompts:
         self._last = torch.zeros(1, **ints)
         self._num_new = torch.zeros(batch, dtype=torch.int32, device=device)
         self._num_added = torch.zeros((), dtype=torch.int32, device=device)
-        self._prompts: dict[int, PromptGraph] = {}
+        self._prompts = PromptGraphs(self._captures, traced.prompt, self._mask) if traced.takes_prompts else None
         # Of the choice of tokens:
         self.is_open = torch.ones(batch, dtype=torch.bool, device=device)
         self.length = torch.zeros((), **ints)
         self.num_chosen = torch.zeros(1, **ints)
         self.chosen = torch.zeros(batch, 0, **ints)
         self.history = torch.zeros(batch, 0, **ints)
-        self._choices: dict[Any, Graph] = {}
+        self._choices = LatestGraphs(_MAX_CHOICES)
 
     def place(self, placements: Sequence[Placement]) -> None:
         """Make the next step continue the caches that lie there."""
@@ -174,9 +166,9 @@ class DecodeProgram(Program):
         """
         began = time.perf_counter()
         if self._graph is None:
-            self._graph = graphs.capture(self._run_forward, self.device, self._space)
-        for size in {part.size for part in parts} - self._prompts.keys():
-            self._prompts[size] = self._capture_prompt(size)
+            self._graph = self._captures(self._run_forward)
+        for size in {part.size for part in parts}:
+            self._capture_prompt(size)
         self.warm_up_s += time.perf_counter() - began
 
     @property
@@ -189,54 +181,35 @@ class DecodeProgram(Program):
 
         Shapes: tokens, positions [B, N]; the parts cover all of N.
         """
+        assert self._prompts is not None
         for part in parts:
-            prompt, taken = self._prompts[part.size], slice(part.start, part.stop)
             num_tokens = part.stop - part.start
-            prompt.tokens[:, :num_tokens].copy_(tokens[:, taken])
-            prompt.positions[:, :num_tokens].copy_(positions[:, taken])
             self._last.fill_(num_tokens - 1)
             self._num_new.fill_(num_tokens)
             # The choice of a token moves lengths on by one more.
             self._num_added.fill_(num_tokens - (part.stop == tokens.shape[1]))
-            prompt.graph()
+            self._prompts.run(part.size, *(given[:, part.start : part.stop] for given in (tokens, positions)))
 
-    def _capture_prompt(self, size: int) -> PromptGraph:
-        tokens, positions = (self.tokens.new_zeros(self.batch, size) for _ in range(2))
+    def _capture_prompt(self, size: int) -> None:
+        assert self._prompts is not None
+        if size in self._prompts:
+            return
 
-        step, forward = self.step._replace(num_new=self._num_new), self._prompt_forward
-        assert forward is not None
-
-        def run_forward() -> None:
-            self._leave(forward(tokens, positions, self._mask, step, self._last))
-
-        def run() -> None:
-            run_forward()
+        def move_on() -> None:
             for group in self.step.groups:
                 group.lengths.add_(self._num_added)
 
-        self._last.zero_()
-        self._num_new.fill_(1)
-        try:
-            return PromptGraph(tokens, positions, graphs.capture(run, self.device, self._space, run_forward))
-        except Exception:
-            self._space = graphs.capture_space(self.device)  # steps go on in a pool that no broken capture holds
-            raise
+        step = self.step._replace(num_new=self._num_new)
+        self._prompts.capture(size, (self.batch, size), step, self._last, self._leave, move_on)
 
     def choice(self, sampling: Sampling) -> Graph:
         """The captured choice of the next token; one that was captured before, if it is the same."""
-        graph = self._choices.pop(sampling.signature, None)
-        if graph is None:
 
-            def rehearse() -> None:
-                assert self.logits is not None
-                sampling.choose(sampling.scores(self.logits, self.history, self.length), self.is_open)
+        def rehearse() -> None:
+            assert self.logits is not None
+            sampling.choose(sampling.scores(self.logits, self.history, self.length), self.is_open)
 
-            graph = graphs.capture(lambda: self._choose(sampling), self.device, self._space, rehearse)
-        if sampling.signature is not None:
-            self._choices[sampling.signature] = graph  # the last one used comes last
-            if len(self._choices) > _MAX_CHOICES:
-                del self._choices[next(iter(self._choices))]
-        return graph
+        return self._choices.get(sampling.signature, lambda: self._captures(lambda: self._choose(sampling), rehearse))
 
     def run_step(self) -> None:
         """The model's step: reads ``tokens`` and leaves ``logits``."""

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-__all__ = ["Part", "parts_of"]
+__all__ = ["FREE_ROWS", "Part", "parts_of", "sizes_up_to"]
 
 _MAX_ROWS = 4096  # tokens of all sequences at once: enough to keep a GPU busy, few enough to need little memory
 _MIN_TOKENS = 16
-_FREE_ROWS = 256  # so many cost no more than one: what takes the time is reading the weights
+FREE_ROWS = 256  # so many cost no more than one: what takes the time is reading the weights
 
 
 class Part(NamedTuple):
@@ -41,6 +41,12 @@ def parts_of(num_tokens: int, batch: int, max_size: int | None = None) -> list[P
     return parts
 
 
+def sizes_up_to(num_tokens: int) -> list[int]:
+    """All sizes of the parts that a single prompt of so many tokens at most is cut into."""
+    sizes = _sizes(_MAX_ROWS)
+    return [size for smaller, size in zip((0, *sizes), sizes, strict=False) if smaller < num_tokens]
+
+
 @cache
 def _sizes(largest: int) -> tuple[int, ...]:
     """``largest``, and below it powers of two and one size between each and the next: few, as each needs a graph."""
@@ -58,4 +64,4 @@ def _cheapest(num_tokens: int, batch: int, sizes: Sequence[int]) -> list[int]:
     if not smaller:
         return [size]
     several = [smaller[-1], *_cheapest(num_tokens - smaller[-1], batch, sizes)]
-    return min([size], several, key=lambda ways: sum(max(batch * way, _FREE_ROWS) for way in ways))
+    return min([size], several, key=lambda ways: sum(max(batch * way, FREE_ROWS) for way in ways))

@@ -93,13 +93,13 @@ class Sampling:
             scores = step(length if isinstance(step, _EarliestEnd) else tokens, scores)
         return scores
 
-    def draw(self, scores: torch.Tensor) -> torch.Tensor:
-        """The next tokens [B] of sequences that go on."""
+    def draw(self, scores: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """The next tokens [B] of sequences that go on; random numbers come from the device's generator or this one."""
         if not self.do_sample:
             return scores.argmax(-1)
         # What torch.multinomial does for one draw, without its check of the probabilities on the host.
         probabilities = torch.softmax(scores, dim=-1)
-        return (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1)
+        return (probabilities / torch.empty_like(probabilities).exponential_(1, generator=generator)).argmax(-1)
 
     def choose(self, scores: torch.Tensor, is_open: torch.Tensor) -> torch.Tensor:
         """The next tokens [B]; the padding token for sequences that are not open [B] any more."""

@@ -146,6 +146,9 @@ def _attention(
     if given != kept or not key.dtype == value.dtype == query.dtype == layer.dtype:
         raise RuntimeError(f"layer {module.layer_idx} has keys and values that do not fit the tokens before them")
     group = step.groups[layer.group]
+    num_rows, num_sequences = len(query), len(group.lengths)
+    if num_sequences != num_rows:  # side by side in one row, each as long as the others
+        query, key, value = (x[0].unflatten(1, (num_sequences, -1)).transpose(0, 1) for x in (query, key, value))
     out = cached_attention(
         query,
         key,
@@ -167,7 +170,8 @@ def _attention(
         num_new=step.num_new,
         **({} if group.shared is None else group.shared._asdict()),
     )
-    return out.transpose(1, 2), None
+    out = out.transpose(1, 2)
+    return (out if num_sequences == num_rows else out.flatten(0, 1)[None]), None
 
 
 def _route_attention() -> None:
@@ -221,7 +225,11 @@ def step_forward(twin: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def prompt_forward(twin: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Step, torch.Tensor], torch.Tensor]:
-    """As `step_forward`, for T tokens a sequence, of which ``last`` [1] is the one whose logits [B, V] are wanted."""
+    """As `step_forward`, for T tokens a sequence, of which ``last`` [1] is the one whose logits [B, V] are wanted.
+
+    Or for tokens [1, B x T] of B sequences side by side, with ``last`` [B] among all of them: only attention is told
+    which are whose.
+    """
     takes_last = "logits_to_keep" in inspect.signature(twin.forward).parameters
 
     def forward(
@@ -229,7 +237,9 @@ def prompt_forward(twin: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Ten
     ) -> torch.Tensor:
         more = {"logits_to_keep": last} if takes_last else {}
         logits: torch.Tensor = _call(twin, tokens, positions, mask, step, **more).logits
-        return (logits[:, -1] if takes_last else logits.index_select(1, last)[:, 0]).float()
+        if not takes_last:
+            logits = logits.index_select(1, last)
+        return logits.flatten(0, 1).float()
 
     return forward
 

@@ -20,10 +20,12 @@ __all__ = [
     "default_batching_config",
     "disable_missing_eos",
     "drained",
+    "has_paused_itself",
     "is_to_pause",
     "mark_as_stopped",
     "own_processors",
     "per_request_processors",
+    "request_stop",
     "run_server",
     "wait_while_paused",
     "wake_up_event",
@@ -95,6 +97,18 @@ def is_to_pause(manager: Any) -> bool:
     """Whether somebody wants to use the model alone."""
     status = manager.background_thread_status
     return hasattr(status, "is_pause_requested") and bool(status.is_pause_requested())
+
+
+def has_paused_itself(manager: Any) -> bool:
+    """Whether this thread has the model alone, for as long as which the loop cannot end."""
+    return is_to_pause(manager) and bool(manager.background_thread_status.is_pause_requested(local=True))
+
+
+def request_stop(manager: Any, is_hard: bool) -> None:
+    """Have the loop end: at once, or when all requests are answered."""
+    status = manager.background_thread_status
+    wanted = status.HARD_STOP if is_hard else status.FLUSH_AND_STOP
+    status.request_stop(wanted, manager.distributed_helper.global_rank)
 
 
 def wait_while_paused(manager: Any) -> None:

@@ -50,7 +50,7 @@ class Choice:
             if is_own
         ]
 
-    def choose(self, logits: torch.Tensor, arguments: torch.Tensor) -> torch.Tensor:
+    def choose(self, logits: torch.Tensor, arguments: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """The next tokens [B] after logits [B, V], by requests' numbers [num_arguments, B]."""
         scores, index = logits, 0
         for step, is_own in zip(self._steps, self._own, strict=True):
@@ -59,7 +59,7 @@ class Choice:
                 index += 1
             else:
                 scores = step(logits, scores)  # it looks at the scores alone
-        return self._sampling.draw(scores)
+        return self._sampling.draw(scores, generator)
 
 
 def choice_of(processors: Sequence[Any], do_sample: bool, device: torch.device) -> Choice | str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,16 +28,21 @@ from torch_vtensor.generation.serving._transformers_compat import (
     default_batching_config,
     disable_missing_eos,
     drained,
+    has_paused_itself,
     is_to_pause,
     mark_as_stopped,
     own_processors,
+    request_stop,
     wait_while_paused,
     wake_up_event,
 )
 from torch_vtensor.generation.serving.choice import Choice, choice_of
 from torch_vtensor.generation.serving.engine import MAX_BATCH, Engine, Terms
 from torch_vtensor.generation.serving.known import Reuse
+from torch_vtensor.generation.serving.prompts import PromptShape, shapes_alone, shapes_up_to
 from torch_vtensor.generation.serving.rows import RowsLayout
+from torch_vtensor.generation.serving.step_graphs import size_of
+from torch_vtensor.generation.serving.steps import Pace
 from torch_vtensor.generation.serving.support import counters, log, why_never, why_stock
 from torch_vtensor.generation.tenant import current_salt
 
@@ -87,7 +93,7 @@ def _manager_of(model: Any, given: dict[str, Any]) -> BatchingManager | str:
     choice = choice_of(own_processors(manager), bool(getattr(config, "do_sample", True)), model.device)
     if isinstance(choice, str):
         return choice
-    manager.serve_by(traced, choice, batching)
+    manager.serve_by(traced, choice, batching, given.get("workload_hints"))
     return manager
 
 
@@ -106,15 +112,17 @@ class BatchingManager(ContinuousBatchingManager):
     """Whether steps are compiled and captured."""
     _engine: Engine | None = None
 
-    def serve_by(self, traced: Traced, choice: Choice, batching: Any) -> None:
+    def serve_by(self, traced: Traced, choice: Choice, batching: Any, hints: Any) -> None:
         """Have requests served by these steps.
 
         Args:
             batching: the continuous batching configuration as it was given.
+            hints: transformers' ``WorkloadHints`` of the requests that will come, if they are known.
         """
         self.input_queue: queue.Queue[Any] = _SaltedQueue(maxsize=batching.max_queue_size)
-        self._traced, self._choice, self._given = traced, choice, batching
+        self._traced, self._choice, self._given, self._hints = traced, choice, batching, hints
         self._reuse = Reuse()
+        self._warmups: queue.Queue[threading.Event] = queue.Queue()
 
     def configure(self, is_captured: bool, reuses_prefixes: bool) -> None:
         """Say whether steps are compiled and captured, and prefixes reused, as far as the manager's own settings allow.
@@ -134,8 +142,46 @@ class BatchingManager(ContinuousBatchingManager):
         """Leave the model's attention as it is, where transformers would have it read a paged cache."""
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: what is compiled and captured is kept with the model, and made when it is first needed."""
+        """Have everything compiled and captured, which is done when it is first needed otherwise.
+
+        The manager's own thread does it, before the first request if it is not started yet. What is made is kept with
+        the model for later managers. A manager of ``generate_batch()`` knows how long its prompts are and how many, and
+        makes only what they surely need.
+
+        Effects: waits until it is done, if the manager is running.
+        """
         self.warmed_up = True
+        if not self.is_captured:
+            return
+        done = threading.Event()
+        self._warmups.put(done)
+        wake_up_event(self).set()
+        thread = self._generation_thread
+        while thread is not None and thread is not threading.current_thread() and thread.is_alive():
+            if done.wait(_IDLE_S):
+                break
+
+    def stop(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        keep_for_next_session: bool = False,
+        hard_stop: bool = False,
+    ) -> None:
+        """As transformers' own, which collects garbage in the end: what took 0.2 seconds, and found none of ours."""
+        if keep_for_next_session or not self.is_running() or has_paused_itself(self):
+            super().stop(block, timeout, keep_for_next_session, hard_stop)
+            return
+        began = time.perf_counter()
+        request_stop(self, hard_stop)
+        if block:
+            self.join(began, timeout)
+        self.batch_processor: Engine | None = None
+
+    def join(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers' own, for a loop that is told."""
+        wake_up_event(self).set()
+        super().join(*args, **kwargs)
 
     def forget(self) -> None:
         """Do not be found for later sessions; one that is running goes on to its end."""
@@ -152,7 +198,6 @@ class BatchingManager(ContinuousBatchingManager):
             if self.model.device.type == "cuda":
                 torch.cuda.set_device(self.model.device)
             with torch.inference_mode(False), torch.no_grad():
-                self._set_seed()
                 self._engine = self.batch_processor = self._make_engine()
                 while self._serve(self._engine):
                     pass
@@ -178,6 +223,9 @@ class BatchingManager(ContinuousBatchingManager):
         if is_to_pause(self):
             self._pause(engine)
             return True
+        for done in drained(self._warmups):
+            engine.warm_up(self._to_be_captured())
+            done.set()
         for state in drained(self.input_queue):
             try:
                 self.logit_processor.check_kwargs(state.logit_processor_kwargs)
@@ -215,18 +263,29 @@ class BatchingManager(ContinuousBatchingManager):
         assert windows is not None
         most = getattr(model.config, "max_position_embeddings", None) or 1
         layout = RowsLayout(traced.shapes, windows, model.device, capacity_of(most, model.device))
+        seed = self.continuous_batching_config.seed
+        if seed is None:
+            seed = int(torch.randint(2**62, (), device="cpu"))
         terms = Terms(
             self._choice,
-            min(self.continuous_batching_config.max_requests_per_batch or MAX_BATCH, MAX_BATCH),
+            seed,
+            self._max_batch,
             self.is_captured,
             self._reuse,
-            self._given.max_batch_tokens,
-            self._given.scheduler_type == "prefill_first",
+            Pace(self._given.max_batch_tokens, self._given.scheduler_type == "prefill_first"),
             self._given.safety_margin,
         )
         return Engine(model, traced, layout, terms, self.output_router)
 
-    def _set_seed(self) -> None:
-        seed = self.continuous_batching_config.seed
-        if seed is not None:
-            torch.manual_seed(seed)
+    @property
+    def _max_batch(self) -> int:
+        return min(self.continuous_batching_config.max_requests_per_batch or MAX_BATCH, MAX_BATCH)
+
+    def _to_be_captured(self) -> list[PromptShape | int]:
+        """What ``warmup`` is for: all shapes and sizes, or those that the hints for a session surely need."""
+        hints = self._hints
+        if hints is None:
+            sizes = [1 << index for index in range(self._max_batch.bit_length())]
+            most = getattr(self.model.config, "max_position_embeddings", None) or 1
+            return [*shapes_up_to(most, self._max_batch), *sizes, *{size_of(self._max_batch)} - {*sizes}]
+        return [*shapes_alone(hints.max_prompt_length), size_of(min(hints.num_requests, self._max_batch))]

@@ -1,33 +1,42 @@
-"""ServingProgram: steps of a running batch, and what takes up prompts, captured as graphs or run as they are.
+"""ServingProgram: all that runs on the device for a running batch: its steps, and what takes up prompts.
 
-A captured step serves every number of sequences up to its size: seats that nobody has go on with a scratch row. So the
-batch changes by a few numbers in device memory, and a few sizes are enough.
+What is captured stays with the model, for the next batches. The running batch changes by a few numbers in device memory
+(`Seats`), and a few sizes are enough.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from torch_vtensor.generation.decode import graphs
-from torch_vtensor.generation.decode.graphs import Graph
-from torch_vtensor.generation.decode.program import Program, PromptGraph, Traced
-from torch_vtensor.generation.decode.prompt import Part, parts_of
-from torch_vtensor.generation.decode.step import LayerRows, Step, prompt_forward, step_forward
+from torch_vtensor.generation.decode.graphs import Captures
+from torch_vtensor.generation.decode.program import Program, Traced
+from torch_vtensor.generation.decode.prompt_graphs import PromptGraphs
+from torch_vtensor.generation.decode.step import LayerRows, Step, prompt_forward
 from torch_vtensor.generation.serving.choice import Choice
-from torch_vtensor.generation.serving.seats import Seats
+from torch_vtensor.generation.serving.prompts import MOST_PLACES, PromptShape
+from torch_vtensor.generation.serving.seats import Column, Seats
+from torch_vtensor.generation.serving.step_graphs import StepGraphs, size_of
+from torch_vtensor.generation.shared_reads import SharedPrefix, shares_reads
 
-__all__ = ["ServingProgram"]
+__all__ = ["Prompt", "ServingProgram"]
 
-_MAX_CHOICES = 32
 _STEPS_UNTIL_RETRIED = 200
 
 
+class Prompt(NamedTuple):
+    """What is run next of a prompt: ``tokens``, behind the rows of its sequence."""
+
+    sequence: Column
+    tokens: Sequence[int]
+
+
 class ServingProgram(Program):
-    """The steps of one model over sequences of one layout.
+    """The steps and prompts of one model over sequences of one layout.
 
     Args:
         traced: the model, of which its tensors alone are kept.
@@ -52,158 +61,133 @@ class ServingProgram(Program):
         super().__init__(device)
         self.is_captured = is_captured
         self.captures_prompts = is_captured and traced.takes_prompts
-        self.seats = Seats(_size_of(max_batch), num_groups, num_arguments, device)
-        self._layers = layers
-        self._traced_prompt = traced.prompt if self.captures_prompts else None
-        self._twin, self._twin_for_many = traced.twin, traced.twin_for_many
-        self._mask = torch.ones(self.seats.num_seats, 1, 1, 1, dtype=torch.bool, device=device)
-        self._workspace = graphs.workspace(self.seats.num_seats, layers, device)
-        self._space = graphs.capture_space(device)
-        self._logits: dict[int, torch.Tensor] = {}
-        self._steps: dict[int, Graph] = {}
+        self.generator = torch.Generator(device)
+        """What tokens are drawn by: no other thread's numbers depend on them."""
+        self.seats = Seats(size_of(max_batch), num_groups, num_arguments, device)
+        captures = Captures(device, self.generator)
+        workspace = graphs.workspace(max(self.seats.num_seats, MOST_PLACES), layers, device)
+        self.steps = StepGraphs(traced, layers, workspace, self.seats, captures)
         self._num_steps = 0
-        self._plain_until: dict[tuple[bool, int], float] = {}  # number of steps, by whether of prompts, and size
-        self._choices: dict[tuple[int, Any], Graph] = {}
-        self._plain_step = step_forward(traced.twin_for_many)
-        self._several: Callable[..., torch.Tensor] | None = None  # compiled for all batches but single ones
-        # Of prompts, of one sequence at a time:
-        self._alone = Seats(1, num_groups, num_arguments, device)
-        self._last = torch.zeros(1, dtype=torch.int64, device=device)
-        self._num_new = torch.zeros(1, dtype=torch.int32, device=device)
-        self._prompt_logits: torch.Tensor | None = None  # of the part that was run last
-        self._captured_logits: torch.Tensor | None = None  # where captured parts leave them
-        self._prompts: dict[int, PromptGraph] = {}
-        self._plain_prompt = prompt_forward(traced.twin_for_many)
+        self._plain_until: dict[PromptShape | int, float] = {}  # number of steps, by prompts' shapes and steps' sizes
+        # Of prompts:
+        self._places = Seats(MOST_PLACES, num_groups, num_arguments, device)
+        self._layers, self._workspace = layers, workspace
+        self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        self._last = torch.zeros(MOST_PLACES, dtype=torch.int64, device=device)
+        self._num_new = torch.zeros(MOST_PLACES, dtype=torch.int32, device=device)
+        self._logits: torch.Tensor | None = None  # of what was run last
+        self._captured_logits: dict[int, torch.Tensor] = {}  # where captured prompts leave them, by how many they are
+        self._captured = PromptGraphs(captures, traced.prompt, self._mask) if self.captures_prompts else None
+        self._plain = prompt_forward(traced.twin_for_many)
 
-    def warm_up(self, choice: Choice, part: Part | None = None) -> None:
-        """Compile and capture what is run next, a step of the taken seats or a part of a prompt, if not done before.
+    def begin(self, scratch: Sequence[int], seed: int) -> None:
+        """Free all seats, which point at these addresses from now on: a row of each group that is nobody's.
 
-        Effects: the row behind each sequence of these is written to; it must have memory.
+        Args:
+            seed: of what tokens are drawn by.
         """
-        try:
-            if part is not None:
-                if self._captures(True, part.size) and part.size not in self._prompts:
-                    self._prompts[part.size] = self._capture_prompt(part.size)
-            elif self._captures(False, size := _size_of(self.seats.num_taken)):
-                if size not in self._steps:
-                    self._steps[size] = self._capture_step(size)
-                self._choice(size, choice)
-        except Exception:
-            self._space = graphs.capture_space(self.device)  # others go on in a pool that no broken capture holds
-            raise
+        self.seats.use_scratch(scratch)
+        self._places.use_scratch(scratch)
+        self.steps.share(self.nothing_shared)
+        self.generator.manual_seed(seed)
 
-    def run_plainly(self, part: Part | None = None, for_now: bool = False) -> None:
-        """Compile and capture steps of this size, or parts of prompts, not any more, or ``for_now`` not again soon."""
-        key = part is not None, _size_of(self.seats.num_taken) if part is None else part.size
-        self._plain_until[key] = self._num_steps + _STEPS_UNTIL_RETRIED if for_now else math.inf
+    def end(self) -> None:
+        """Free all seats, which point at nothing any more."""
+        for seats in (self.seats, self._places):
+            seats.use_scratch([0] * len(seats.addresses))
+
+    @property
+    def nothing_shared(self) -> list[tuple[SharedPrefix, ...]]:
+        """What is shared if nothing is, for each group of layers."""
+        return [()] * (len(self.seats.addresses) // 2)
+
+    @property
+    def all_shared(self) -> list[tuple[SharedPrefix, ...]]:
+        """As if something was shared in every group of layers where that may be."""
+        if not shares_reads(self.device):
+            return self.nothing_shared
+        groups = {layer.group for layer in self._layers if layer.window is None}
+        return [(SharedPrefix((), 0),) if group in groups else () for group in range(len(self.nothing_shared))]
+
+    def warm_up(self, choice: Choice, what: PromptShape | int) -> None:
+        """Compile and capture prompts of a shape, or the next step for up to so many seats, if not done before.
+
+        Effects: the row behind each sequence that has a seat may be written to; it must have memory.
+        """
+        if not self._captures(what):
+            return
+        if isinstance(what, PromptShape):
+            self._capture_prompts(what)
+        else:
+            self.steps.warm_up(what, choice)
+
+    def run_plainly(self, what: PromptShape | int, for_now: bool = False) -> None:
+        """Compile and capture such steps or prompts not any more, or ``for_now`` not again soon."""
+        self._plain_until[what] = self._num_steps + _STEPS_UNTIL_RETRIED if for_now else math.inf
+
+    @property
+    def step_size(self) -> int:
+        """The size of the next step of the taken seats."""
+        return size_of(self.seats.num_taken)
 
     def run_step(self, choice: Choice) -> torch.Tensor:
         """The next token of every taken seat [taken], on the device; the seats go on with them.
 
         Effects: writes a row behind each sequence, which must have memory.
         """
-        batch, size = self.seats.num_taken, _size_of(self.seats.num_taken)
         self._num_steps += 1
-        if size in self._steps and self._captures(False, size):
-            self._steps[size]()
-            self._choice(size, choice)()
-        else:
-            self._choose(self._run_forward(batch, self._plain_step), choice)
-        return self.seats.tokens[:batch, 0]
+        return self.steps.run(self.step_size, choice, self._captures(self.step_size))
 
-    def next_part(self, num_tokens: int, max_tokens: int) -> Part:
-        """What to take up first of ``num_tokens`` of a prompt, ``max_tokens`` at most."""
-        if self.captures_prompts:
-            return parts_of(num_tokens, 1, max_tokens)[0]
-        return Part(0, min(num_tokens, max_tokens), min(num_tokens, max_tokens))
-
-    def place_prompt(self, addresses: Sequence[int], num_rows: int, arguments: Sequence[int]) -> None:
-        """Have what is run next of a prompt continue the sequence with these addresses and rows."""
-        self._alone.keep(())
-        self._alone.take(addresses, num_rows, arguments)
-
-    def run_prompt(self, tokens: Sequence[int], num_rows: int, part: Part) -> None:
-        """Take up a part of a prompt, ``tokens``, behind ``num_rows`` rows; leaves the logits of the last one.
+    def run_prompts(self, prompts: Sequence[Prompt], shape: PromptShape) -> None:
+        """Take up these prompts or parts of them, each in a place; leaves the logits of the last token of each.
 
         Effects: writes a row for each token, which must have memory.
         """
-        given = self._alone.on_device(tokens, torch.int64)[None]
-        positions = torch.arange(num_rows, num_rows + len(tokens), device=self.device)[None]
-        self._last.fill_(len(tokens) - 1)
-        prompt = self._prompts.get(part.size) if self._captures(True, part.size) else None
-        if prompt is not None:
-            prompt.tokens[:, : len(tokens)].copy_(given)
-            prompt.positions[:, : len(tokens)].copy_(positions)
-            self._num_new.fill_(len(tokens))
-            prompt.graph()
-            self._prompt_logits = self._captured_logits
+        num_places, size = shape
+        tokens, positions = [0] * shape.num_rows, [0] * shape.num_rows
+        last, num_new = [place * size for place in range(num_places)], [1] * num_places  # others go to the scratch row
+        for place, (sequence, given) in enumerate(prompts):
+            start, num_tokens = place * size, len(given)
+            tokens[start : start + num_tokens] = given
+            positions[start : start + num_tokens] = range(sequence.num_rows, sequence.num_rows + num_tokens)
+            last[place], num_new[place] = start + num_tokens - 1, num_tokens
+        self._places.keep(())
+        self._places.take([prompt.sequence for prompt in prompts])
+        both = self._places.on_device([tokens, positions], torch.int64)
+        ends = self._places.on_device([last, num_new], torch.int64)
+        self._last[:num_places].copy_(ends[0])
+        self._num_new[:num_places].copy_(ends[1])
+        if self._captured is not None and shape in self._captured and self._captures(shape):
+            self._captured.run(shape, both[:1], both[1:])
+            self._logits = self._captured_logits[num_places]
         else:
-            step = Step(self._layers, self._alone.groups(1), *self._workspace)
-            self._prompt_logits = self._plain_prompt(given, positions, self._mask[:1], step, self._last)
+            step = self._step(num_places)
+            self._logits = self._plain(both[:1], both[1:], self._mask, step, self._last[:num_places])
 
-    def first_token(self, choice: Choice) -> torch.Tensor:
-        """The token [1] behind the prompt that was taken up last."""
-        assert self._prompt_logits is not None
-        return choice.choose(self._prompt_logits, self._alone.arguments)
+    def first_tokens(self, choice: Choice) -> torch.Tensor:
+        """The tokens [prompts] behind the prompts that were taken up last."""
+        assert self._logits is not None
+        taken = self._places.num_taken
+        return choice.choose(self._logits[:taken], self._places.arguments[:, :taken], self.generator)
 
-    def _captures(self, is_prompt: bool, size: int) -> bool:
-        is_wanted = self.captures_prompts if is_prompt else self.is_captured
-        return is_wanted and self._plain_until.get((is_prompt, size), 0) <= self._num_steps
+    def _captures(self, what: PromptShape | int) -> bool:
+        is_wanted = self.captures_prompts if isinstance(what, PromptShape) else self.is_captured
+        return is_wanted and self._plain_until.get(what, 0) <= self._num_steps
 
-    def _capture_step(self, size: int) -> Graph:
-        if size == 1:
-            forward = graphs.compile_step(step_forward(self._twin))
-        else:
-            forward = self._several or graphs.compile_step(step_forward(self._twin_for_many), of_any_batch=True)
-            self._several = forward
+    def _step(self, num_places: int) -> Step:
+        """What attention reads of so many places."""
+        return Step(self._layers, self._places.groups(num_places), *self._workspace, self._num_new[:num_places])
 
-        def run() -> None:
-            logits = self._run_forward(size, forward)
-            if size not in self._logits:
-                self._logits[size] = torch.empty_like(logits)  # while rehearsing: no part of a graph's memory
-            self._logits[size].copy_(logits)
+    def _capture_prompts(self, shape: PromptShape) -> None:
+        assert self._captured is not None
+        if shape in self._captured:
+            return
 
-        return graphs.capture(run, self.device, self._space)
+        def leave(logits: torch.Tensor) -> None:
+            if shape.num_places not in self._captured_logits:
+                self._captured_logits[shape.num_places] = torch.empty_like(logits)
+            self._captured_logits[shape.num_places].copy_(logits)
 
-    def _run_forward(self, batch: int, forward: Callable[..., torch.Tensor]) -> torch.Tensor:
-        seats = self.seats
-        step = Step(self._layers, seats.groups(batch), *self._workspace)
-        return forward(seats.tokens[:batch], seats.positions[:batch], self._mask[:batch], step)
-
-    def _choice(self, size: int, choice: Choice) -> Graph:
-        graph = self._choices.pop((size, choice.signature), None)
-        if graph is None:
-
-            def rehearse() -> None:
-                choice.choose(self._logits[size], self.seats.arguments[:, :size])
-
-            graph = graphs.capture(lambda: self._choose(self._logits[size], choice), self.device, self._space, rehearse)
-        if choice.signature is not None:
-            self._choices[size, choice.signature] = graph  # the last one used comes last
-            if len(self._choices) > _MAX_CHOICES:
-                del self._choices[next(iter(self._choices))]
-        return graph
-
-    def _choose(self, logits: torch.Tensor, choice: Choice) -> None:
-        self.seats.advance(choice.choose(logits, self.seats.arguments[:, : len(logits)]))
-
-    def _capture_prompt(self, size: int) -> PromptGraph:
-        tokens, positions = (self._last.new_zeros(1, size) for _ in range(2))
-        step = Step(self._layers, self._alone.groups(1), *self._workspace, self._num_new)
-        forward = self._traced_prompt
-        assert forward is not None
-
-        def run() -> None:
-            logits = forward(tokens, positions, self._mask[:1], step, self._last)
-            if self._captured_logits is None:
-                self._captured_logits = torch.empty_like(logits)
-            self._captured_logits.copy_(logits)
-
-        self._last.zero_()
-        self._num_new.fill_(1)
-        return PromptGraph(tokens, positions, graphs.capture(run, self.device, self._space))
-
-
-def _size_of(batch: int) -> int:
-    """The size of the captured step that serves so many sequences."""
-    return 1 << (batch - 1).bit_length()
+        self._places.keep(())
+        last = self._last[: shape.num_places]
+        self._captured.capture(shape, (1, shape.num_rows), self._step(shape.num_places), last, leave)

@@ -49,6 +49,11 @@ class Request:
         return known
 
     @property
+    def num_tokens(self) -> int:
+        """How many ``tokens`` there are."""
+        return len(self.state.initial_tokens) + self.num_known
+
+    @property
     def limit(self) -> int:
         """How many new tokens it gets at most."""
         most: int = self.state._new_tokens_limit

@@ -14,8 +14,10 @@ from torch_vtensor.allocator.vtensor import VTensor
 from torch_vtensor.generation.cached_rows import CachedRows, StoreLayout
 from torch_vtensor.generation.decode.step import LayerRows, LayerShape
 from torch_vtensor.generation.kv_store import KVShape, KVStore, is_token_major
+from torch_vtensor.generation.serving.sharing import Beginning, shared_beginnings
+from torch_vtensor.generation.shared_reads import SharedPrefix, shares_reads, worth_sharing
 
-__all__ = ["Need", "RowsLayout", "SequenceRows"]
+__all__ = ["Need", "RowsLayout", "SequenceRows", "shared_by"]
 
 _AHEAD_TOKENS = 64
 
@@ -91,6 +93,8 @@ class SequenceRows:
         waiting = iter(vtensors or ())
         self.layout = layout
         self.num_rows = num_rows
+        self.most_rows = layout.capacity
+        """There will be no more: none is mapped ahead for them."""
         self.stores = []
         for kind in layout.kinds:
             if vtensors is None:
@@ -104,6 +108,7 @@ class SequenceRows:
         self._asked_ahead = 0
         self._dropped = 0
         self._next_drop = [0] * len(self.stores)
+        self._beginnings: tuple[Beginning | None, ...] | None = None
 
     def need(self, num_rows: int) -> Need:
         """What rows [0, ``num_rows``) take if nothing of them is shared."""
@@ -140,7 +145,7 @@ class SequenceRows:
     @property
     def has_room(self) -> bool:
         """Whether the next row has memory, and the ones after it for a while."""
-        return self.num_rows + 1 + _AHEAD_TOKENS <= self._committed
+        return min(self.num_rows + 1 + _AHEAD_TOKENS, self.most_rows) <= self._committed
 
     def commit(self, num_rows: int) -> None:
         """Give rows [0, ``num_rows``) memory, and have more mapped in the background where they soon need it.
@@ -152,7 +157,7 @@ class SequenceRows:
             for store in self.stores:
                 store.commit(num_rows)
             self._committed = min(store.committed for store in self.stores)
-        if num_rows + _AHEAD_TOKENS > self._committed and self._asked_ahead != self._committed:
+        if min(num_rows + _AHEAD_TOKENS, self.most_rows) > self._committed and self._asked_ahead != self._committed:
             self._asked_ahead = self._committed
             for store in self.stores:
                 store.commit_ahead()
@@ -190,8 +195,34 @@ class SequenceRows:
             vtensors += store.vtensors
         return CachedRows(tuple(layouts), vtensors)
 
+    def beginnings(self) -> tuple[Beginning | None, ...]:
+        """Of each group, the pages that its rows begin with, as they were when this was first asked.
+
+        None for layers that do not attend to their first tokens for good, or lie in strips of their own.
+        """
+        if self._beginnings is None:
+            self._beginnings = tuple(
+                Beginning.of(store.vtensors[0].whole_pages(self.num_rows), store.vtensors[0].row_bytes)
+                if kind.window is None and is_token_major(kind.shape.device)
+                else None
+                for kind, store in zip(self.layout.kinds, self.stores, strict=True)
+            )
+        return self._beginnings
+
     def close(self) -> None:
         """Give the memory back, behind the device's work."""
         for store in self.stores:
             for vtensor in store.vtensors:
                 vtensor.close()
+
+
+def shared_by(several: Sequence[SequenceRows]) -> list[tuple[SharedPrefix, ...]]:
+    """Of each group of layers, what of these sequences' rows is worth being read once for more than one of them."""
+    layout = several[0].layout
+    found: list[tuple[SharedPrefix, ...]] = []
+    for group, kind in enumerate(layout.kinds):
+        beginnings = [beginning for rows in several if (beginning := rows.beginnings()[group]) is not None]
+        is_known = len(beginnings) == len(several) and shares_reads(kind.shape.device)
+        prefixes = shared_beginnings(beginnings) if is_known else []
+        found.append(worth_sharing(prefixes, kind.shape.token_bytes))
+    return found

@@ -13,13 +13,22 @@ that nobody has point at a scratch row and stay at length 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from torch_vtensor.generation.decode.step import GroupRows
+from torch_vtensor.generation.shared_reads import SharedTables
 
-__all__ = ["Seats"]
+__all__ = ["Column", "Seats"]
+
+
+class Column(NamedTuple):
+    """What a seat is told of its sequence: where its rows lie, how many there are, and its request's own numbers."""
+
+    addresses: Sequence[int]
+    num_rows: int
+    arguments: Sequence[int]
 
 
 class Seats:
@@ -52,29 +61,38 @@ class Seats:
         self._scratch = self.on_device(scratch, torch.int64)[:, None]
         self._empty(0, self.num_seats)
 
-    def groups(self, num_seats: int) -> tuple[GroupRows, ...]:
-        """What the attention of the first ``num_seats`` seats reads, by group."""
+    def groups(self, num_seats: int, shared: Sequence[SharedTables | None] | None = None) -> tuple[GroupRows, ...]:
+        """What the attention of the first ``num_seats`` seats reads, by group.
+
+        Args:
+            shared: what of each group's tokens is to be read once for several seats.
+        """
         return tuple(
             GroupRows(
-                self.addresses[row, :num_seats],
-                self.addresses[row + 1, :num_seats],
+                self.addresses[2 * group, :num_seats],
+                self.addresses[2 * group + 1, :num_seats],
                 self.lengths[:num_seats],
                 self._firsts[:num_seats],
+                shared[group] if shared is not None else None,
             )
-            for row in range(0, len(self.addresses), 2)
+            for group in range(len(self.addresses) // 2)
         )
 
-    def take(self, addresses: Sequence[int], num_rows: int, arguments: Sequence[int]) -> int:
-        """Give the next seat to a sequence with ``num_rows`` rows; its newest token is for the caller to write."""
-        seat = self.num_taken
-        self.num_taken += 1
-        self.addresses[:, seat].copy_(self.on_device(addresses, torch.int64))
-        self.lengths[seat].fill_(num_rows)
-        self.positions[seat].fill_(num_rows)
-        self.active[seat].fill_(1)
-        if arguments:
-            self.arguments[:, seat].copy_(self.on_device(arguments, torch.int32))
-        return seat
+    def take(self, columns: Sequence[Column], tokens: torch.Tensor | None = None) -> None:
+        """Give the next seats to these sequences, whose newest ``tokens`` [len(columns)] are on the device."""
+        taken = slice(self.num_taken, self.num_taken + len(columns))
+        self.num_taken = taken.stop
+        addresses = list(zip(*(column.addresses for column in columns), strict=True))
+        num_rows = self.on_device([column.num_rows for column in columns], torch.int64)
+        self.addresses[:, taken].copy_(self.on_device(addresses, torch.int64))
+        self.lengths[taken].copy_(num_rows)
+        self.positions[taken, 0].copy_(num_rows)
+        self.active[taken].fill_(1)
+        if tokens is not None:
+            self.tokens[taken, 0].copy_(tokens)
+        if len(self.arguments):
+            arguments = list(zip(*(column.arguments for column in columns), strict=True))
+            self.arguments[:, taken].copy_(self.on_device(arguments, torch.int32))
 
     def keep(self, seats: Sequence[int]) -> None:
         """Let only the sequences of these seats stay, which move to the front in this order."""
@@ -94,7 +112,7 @@ class Seats:
         self.positions[:batch].add_(self.active[:batch, None])
         self.lengths[:batch].add_(self.active[:batch])
 
-    def on_device(self, numbers: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def on_device(self, numbers: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
         """These numbers on the device, copied behind the work that was launched."""
         tensor = torch.tensor(list(numbers), dtype=dtype, device="cpu")
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor

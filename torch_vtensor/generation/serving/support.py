@@ -6,12 +6,15 @@ import logging
 from collections import Counter
 from typing import Any
 
+import torch
+
+from torch_vtensor.errors import DriverError
 from torch_vtensor.generation import prefix_cache
 from torch_vtensor.generation.decode.support import has_foreign_hooks, windows_of
 from torch_vtensor.generation.decode.support import why_never as why_no_step
 from torch_vtensor.generation.serving._transformers_compat import why_other_interface
 
-__all__ = ["counters", "log", "why_never", "why_stock"]
+__all__ = ["counters", "is_out_of_memory", "log", "why_never", "why_stock"]
 
 log = logging.getLogger(__name__)
 counters: Counter[str] = Counter()
@@ -37,6 +40,16 @@ def why_never(model: Any) -> str | None:
     if getattr(model, "_device_mesh", None) is not None:
         return "the model is spread over several devices"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether physical memory, of whichever allocator, or the addresses for it have run out."""
+    if isinstance(error, DriverError):
+        return error.is_out_of_memory
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return "out of memory" in said or "can't allocate memory" in said
 
 
 def why_stock(model: Any, config: Any) -> str | None:

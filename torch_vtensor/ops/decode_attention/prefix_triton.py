@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torch_vtensor.ops.attention_triton import Rows, attend, slot_pointer
+from torch_vtensor.ops.attention_triton import Rows, attend, keep_part, slot_pointer
 from torch_vtensor.ops.decode_attention import triton as decode
 
 __all__ = ["launch", "launch_rows"]
@@ -115,10 +115,7 @@ def _prefix(
         if num_parts > 1:
             rows = tl.arange(0, BLOCK_M)
             line = (block.to(tl.int64) * HEADS + head) * tl.num_programs(0)
-            mine = partials + (line + part) * BLOCK_M * (BLOCK_DV + 2)
-            tl.store(mine + rows, highest)
-            tl.store(mine + BLOCK_M + rows, total)
-            tl.store(mine + 2 * BLOCK_M + rows[:, None] * BLOCK_DV + dv[None, :], acc)
+            keep_part(partials, line + part, highest, total, acc, BLOCK_M, BLOCK_M, BLOCK_DV)
             tl.debug_barrier()  # all of the program's stores come before its arrival
             counter = arrivals + block * HEADS + head
             is_last = tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1

@@ -22,7 +22,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from torch_vtensor.ops.attention_triton import Rows, attend, can_begin_early, finish, slot_pointer
+from torch_vtensor.ops.attention_triton import (
+    Rows,
+    attend,
+    can_begin_early,
+    finish,
+    keep_part,
+    slot_pointer,
+    take_parts,
+)
 
 __all__ = ["Prefix", "Workspace", "launch", "launch_rows", "make_workspace"]
 
@@ -82,7 +90,6 @@ def _decode(
     cos,
     sin,
     lengths,
-    num_new,
     firsts,
     sinks,
     out,
@@ -135,7 +142,6 @@ def _decode(
     HAS_ADDRESSES: tl.constexpr,
     HAS_NEW: tl.constexpr,
     HAS_ROTATION: tl.constexpr,
-    HAS_NUM_NEW: tl.constexpr,
     HAS_FIRSTS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -154,17 +160,12 @@ def _decode(
     # The line: sequence b has granules[b] granules in each of its HEADS heads.
     slots = tl.arange(0, BLOCK_SLOTS)
     all_lengths = tl.load(lengths + slots, mask=slots < num_slots, other=0).to(tl.int32)
-    all_new = tl.zeros([BLOCK_SLOTS], tl.int32) + num_query
-    if HAS_NUM_NEW:
-        all_new = tl.load(num_new + slots, mask=slots < num_slots, other=0).to(tl.int32)
-        all_lengths += all_new
-    else:
-        all_lengths += num_added
+    all_lengths += num_added
     all_starts = tl.zeros([BLOCK_SLOTS], tl.int32)
     if HAS_FIRSTS:
         all_starts = tl.load(firsts + slots, mask=slots < num_slots, other=0).to(tl.int32)
     if HAS_WINDOW:
-        all_starts = tl.maximum(all_starts, all_lengths - all_new + 1 - window)
+        all_starts = tl.maximum(all_starts, all_lengths - num_query + 1 - window)
     if HAS_PREFIX:
         all_starts = tl.maximum(all_starts, tl.load(num_shared + slots, mask=slots < num_slots, other=0).to(tl.int32))
     granules = tl.cdiv(tl.maximum(all_lengths - all_starts, 1), 16)
@@ -229,19 +230,16 @@ def _decode(
             place, end, slots, ends, granules, all_lengths, all_starts, granule_tokens, HEADS, FIXED_SPLIT
         )
         slot64 = slot.to(tl.int64)
-        slot_new = num_query
-        if HAS_NUM_NEW:
-            slot_new = tl.load(num_new + slot).to(tl.int32)
         key_rows = slot_pointer(keys, key_addresses, slot, key_slot_stride, key_offset, HAS_ADDRESSES)
         value_rows = slot_pointer(values, value_addresses, slot, value_slot_stride, value_offset, HAS_ADDRESSES)
         key_rows += head * key_head_stride
         value_rows += head * value_head_stride
         if HAS_NEW:
-            if stop > length - slot_new:
+            if stop > length - num_query:
                 # The part that a new token falls in writes it, before it reads it like any other.
                 new = tl.arange(0, BLOCK_Q)
-                position = length - slot_new + new
-                is_mine = (new < slot_new) & (position >= start) & (position < stop)
+                position = length - num_query + new
+                is_mine = (new < num_query) & (position >= start) & (position < stop)
                 new_key = tl.load(
                     (new_keys + slot64 * new_key_slot_stride + head * new_key_head_stride)
                     + new[:, None] * new_key_token_stride
@@ -285,7 +283,7 @@ def _decode(
             )
             turns = slot64 * rotation_slot_stride + row_query[:, None] * rotation_token_stride + d[None, :]
             q = _rotated(q, other, cos + turns, sin + turns, d, row_ok, D)
-        row_last = length - slot_new + row_query
+        row_last = length - num_query + row_query
         row_first = tl.zeros([BLOCK_M], tl.int32)
         if HAS_FIRSTS:
             row_first += tl.load(firsts + slot).to(tl.int32)
@@ -342,10 +340,7 @@ def _decode(
             else:
                 partial = 2 * program + (place != begin).to(tl.int64)
             partial = partial * row_blocks + row_block
-            into = partials + partial * PARTIAL_M * (BLOCK_DV + 2)
-            tl.store(into + rows, highest, mask=rows < PARTIAL_M)
-            tl.store(into + PARTIAL_M + rows, total, mask=rows < PARTIAL_M)
-            tl.store(into + 2 * PARTIAL_M + rows[:, None] * BLOCK_DV + dv[None, :], acc, mask=rows[:, None] < PARTIAL_M)
+            keep_part(partials, partial, highest, total, acc, PARTIAL_M, BLOCK_M, BLOCK_DV)
             if FIXED_SPLIT:
                 first_part = head_begin
                 last_part = head_begin + slot_granules - 1
@@ -370,31 +365,10 @@ def _decode(
                     else:
                         which = first_part + index
                         which = 2 * which + ((index == 0) & (head_begin != first_part * part)).to(tl.int64)
-                    source = partials + (which * row_blocks + row_block) * PARTIAL_M * (BLOCK_DV + 2)
-                    part_highest = tl.load(
-                        source[:, None] + merged_rows[None, :], mask=ok[:, None], other=-1.0e30, cache_modifier=".cg"
+                    which = which * row_blocks + row_block
+                    highest_1, total_1, acc_1 = take_parts(
+                        partials, which, ok, merged_rows, highest_1, total_1, acc_1, PARTIAL_M, BLOCK_DV
                     )
-                    part_total = tl.load(
-                        source[:, None] + PARTIAL_M + merged_rows[None, :],
-                        mask=ok[:, None],
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-                    part_acc = tl.load(
-                        source[:, None, None]
-                        + 2 * PARTIAL_M
-                        + merged_rows[None, :, None] * BLOCK_DV
-                        + dv[None, None, :],
-                        mask=ok[:, None, None],
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-                    new_highest = tl.maximum(highest_1, tl.max(part_highest, 0))
-                    shrink = tl.exp2(highest_1 - new_highest)
-                    factor = tl.exp2(part_highest - new_highest[None, :])
-                    total_1 = total_1 * shrink + tl.sum(part_total * factor, 0)
-                    acc_1 = acc_1 * shrink[:, None] + tl.sum(part_acc * factor[:, :, None], 0)
-                    highest_1 = new_highest
                 merged_head = head * GROUP + merged_member
                 result = finish(highest_1, total_1, acc_1, sinks + merged_head, merged_ok, HAS_SINKS)
                 pointers = out_slot + merged_head * out_head_stride + merged_query * out_token_stride
@@ -505,7 +479,6 @@ def launch_rows(
     softcap: float | None = None,
     split_tokens: int | None = None,
     new: tuple[torch.Tensor, torch.Tensor] | None = None,
-    num_new: torch.Tensor | None = None,
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
     workspace: Workspace | None = None,
     out: torch.Tensor | None = None,
@@ -522,8 +495,6 @@ def launch_rows(
         capacity: no length is above it.
         new: keys [B, H, Q, D] and values [B, H, Q, Dv] of the query's tokens, which are written to their rows first;
             ``lengths`` are then those before them.
-        num_new: [B], how many of the Q rows of ``new`` are tokens, read on the device; default: all. Of the others'
-            outputs nothing can be said.
         rotation: cos and sin [B or 1, Q, D] of a rotary embedding that query and new keys still need.
         workspace: to use instead of new memory; from ``make_workspace``.
         early: start while the kernel before is still running, where the device can. ``lengths``, ``first`` and the
@@ -573,7 +544,6 @@ def launch_rows(
         cos,
         sin,
         lengths,
-        placeholder if num_new is None else num_new,
         placeholder if first is None else first,
         placeholder if sinks is None else sinks,
         out,
@@ -626,7 +596,6 @@ def launch_rows(
         HAS_ADDRESSES=rows.key_addresses is not None,
         HAS_NEW=new is not None,
         HAS_ROTATION=rotation is not None,
-        HAS_NUM_NEW=num_new is not None,
         HAS_FIRSTS=first is not None,
         HAS_SINKS=sinks is not None,
         HAS_SOFTCAP=softcap is not None,

@@ -50,7 +50,8 @@ def prefill_attention(
              num_new), query, keys, values and sinks get gradients.
     Raises:  ValueError, TypeError for arguments that do not fit (lengths outside [0, C], num_new outside [0, T]: on the
              CPU only), or an ``implementation`` that cannot do the call; RuntimeError for a gradient in any other case.
-    Source:  online softmax as in FlashAttention (arXiv 2205.14135).
+    Source:  online softmax as in FlashAttention (arXiv 2205.14135); rows that do not fill a GPU cut the tokens they see
+             into parts, as in Flash-Decoding.
     """
     check_attention(query, keys, values, lengths, first, window, sinks, softcap)
     if num_new is not None:
