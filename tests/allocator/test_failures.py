@@ -1,5 +1,6 @@
 """Every driver call made to fail, at every position: nothing is lost, nothing leaks, and trying again works."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -182,3 +183,27 @@ def test_trim_goes_on_after_a_refused_destroy() -> None:
     pool.check_integrity()
     assert pool.trim() == 2 * PAGE
     assert driver.physical_bytes() == 0
+
+
+def test_a_shortage_that_passes_keeps_nothing_alive() -> None:
+    """No error of it is left in a cycle, with the frames it came through and what they held, for gc to find."""
+    driver = FailingDriver(code="ENOMEM", num_failures=2)
+    scheduler = GrowthScheduler(PagePool(driver), idle_bytes=0)
+    vtensor = VTensor((PAGE,), capacity=100, dtype=torch.uint8, scheduler=scheduler)
+    gc.collect()
+    gc.disable()
+    try:
+        vtensor.append(torch.ones(4, PAGE, dtype=torch.uint8))
+        view = vtensor.tensor()
+        vtensor.truncate(0)
+        driver.fail_at = len(driver.calls) + 1  # the rows move to other pages, and the first two are refused
+        vtensor.append(torch.ones(3, PAGE, dtype=torch.uint8))
+        assert driver.refused == ["create", "create"]
+        del view
+        vtensor.close()
+        scheduler.settle()
+        scheduler.trim()
+        assert scheduler.stats().reserved_bytes == 0
+    finally:
+        gc.enable()
+    assert_all_given_back(scheduler)

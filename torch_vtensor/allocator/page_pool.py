@@ -471,36 +471,31 @@ class PagePool:
 
     def _create(self, nbytes: int, missing_bytes: int, asked_bytes: int) -> int:
         """Create a page for bytes that are already charged; uncharges them on failure."""
+        refusal: DriverError | None = None
         try:
-            try:
-                return self.driver.create(nbytes)
-            except DriverError as error:
-                if not error.is_out_of_memory:
-                    raise
-            for relieve in (self.reclaim, self._offload):
-                relieve(missing_bytes)
-                self.trim(max(self.ledger.free_bytes - missing_bytes, 0))
+            for _ in self._ways_to_memory(missing_bytes):
                 try:
                     return self.driver.create(nbytes)
                 except DriverError as error:
                     if not error.is_out_of_memory:
                         raise
                     refusal = error
-            for _ in self.ask_others(missing_bytes):
-                try:
-                    return self.driver.create(nbytes)
-                except DriverError as error:
-                    if not error.is_out_of_memory:
-                        raise
             # The device's limit, not the budget's: the page itself is charged already, and was not had.
-            committed_bytes = self.ledger.committed_bytes - nbytes
-            try:
-                raise OutOfPagesError(self.device, asked_bytes, committed_bytes, None) from refusal
-            finally:
-                del refusal  # an error that its own traceback leads to would keep alive what else that does
+            raise OutOfPagesError(self.device, asked_bytes, self.ledger.committed_bytes - nbytes, None) from refusal
         except BaseException:
             self.ledger.uncharge(nbytes)
             raise
+        finally:
+            del refusal  # an error that its own traceback leads to would keep alive what else that does
+
+    def _ways_to_memory(self, missing_bytes: int) -> Iterator[None]:
+        """Ways to have the device give more, each to be tried when the one before was in vain; the first is to ask."""
+        yield
+        for relieve in (self.reclaim, self._offload):
+            relieve(missing_bytes)
+            self.trim(max(self.ledger.free_bytes - missing_bytes, 0))
+            yield
+        yield from self.ask_others(missing_bytes)
 
     def _obey(self) -> None:
         """Take the budget that another process asked for, and return idle memory beyond it to the system."""
