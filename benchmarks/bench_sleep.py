@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import memory
 import report
 import torch
 
 import torch_vtensor
 from torch_vtensor import VTensor
-from torch_vtensor.allocator.pools import default_scheduler
 
 GIB = 2**30
 MIB = 2**20
@@ -157,12 +157,11 @@ def drift(device: torch.device) -> str:
         torch_vtensor.wake()
         if index in (0, cycles):
             report.synchronize(device)
-            used = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else default_scheduler(device).stats()
-            found.append(used if isinstance(used, int) else -used.committed_bytes)
+            found.append(memory.used_bytes(device))
     assert checksum(vtensor.tensor()) == before
     vtensor.close()
     torch_vtensor.trim()
-    return f"{cycles} cycles of 256 MiB change the device's free memory by {found[1] - found[0]} bytes."
+    return f"{cycles} cycles of 256 MiB change the device's free memory by {found[0] - found[1]} bytes."
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ _HOME = {
     "prefetch": "generation.cache",
     "memory_map": "allocator.memory_map",
     "memory_pool": "allocator.torch_pool",
+    "record_memory": "allocator.memory_map",
     "metrics": "generation.metrics",
     "sleep": "allocator.sleeping",
     "wake": "allocator.sleeping",
@@ -61,6 +62,7 @@ __all__ = [
     "offload",
     "prefetch",
     "prefix_salt",
+    "record_memory",
     "sleep",
     "stats",
     "trim",
@@ -68,7 +70,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from torch_vtensor.allocator.memory_map import memory_map
+    from torch_vtensor.allocator.memory_map import memory_map, record_memory
     from torch_vtensor.allocator.sleeping import sleep, wake
     from torch_vtensor.allocator.torch_pool import memory_pool
     from torch_vtensor.allocator.vtensor import VTensor

@@ -1,9 +1,11 @@
 """Every driver call made to fail, at every position: nothing is lost, nothing leaks, and trying again works."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
+from lives import ROW, Life, calls_of, refuse_each
 from scripted_drivers import PAGE, FailingDriver
 from vtensors import assert_all_given_back
 
@@ -13,20 +15,15 @@ from torch_vtensor.allocator.page_pool import PagePool
 from torch_vtensor.allocator.vtensor import VTensor
 from torch_vtensor.errors import DriverError
 
-ROW = 700  # bytes: rows lie across the edges of pages
 
-
-class Scenario:
-    """One life with every operation in it: each step can be tried until it works, and then has happened once."""
+class OneLife(Life):
+    """One life with every operation in it."""
 
     def __init__(self, driver: FailingDriver) -> None:
-        self.driver = driver
-        self.scheduler = GrowthScheduler(PagePool(driver), idle_bytes=0)
-        self.tensors: dict[str, VTensor] = {}
-        self.expected: dict[str, torch.Tensor] = {}
+        super().__init__(driver)
         self.views: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def steps(self) -> list[Callable[[], None]]:
+    def steps(self) -> list[Callable[[], object]]:
         return [
             lambda: self.make("a"),
             lambda: self.append("a", 3),
@@ -47,23 +44,12 @@ class Scenario:
             lambda: self.append("d", 30),
             lambda: self.views.clear(),
             lambda: self.close("d"),
-            lambda: self.scheduler.trim() and None,
+            lambda: self.scheduler.trim(),
             lambda: self.make("e"),
             lambda: self.append("e", 20),
             lambda: self.write_under_a_view("e", 10),
             lambda: self.views.clear(),
         ]
-
-    def make(self, name: str) -> None:
-        self.tensors[name] = VTensor(
-            (ROW,), capacity=400, dtype=torch.uint8, outer_shape=(2,), scheduler=self.scheduler
-        )
-        self.expected[name] = torch.empty(2, 0, ROW, dtype=torch.uint8)
-
-    def append(self, name: str, num_rows: int) -> None:
-        rows = (torch.arange(2 * num_rows * ROW) * 7 + num_rows).to(torch.uint8).reshape(2, num_rows, ROW)
-        self.tensors[name].append(rows)
-        self.expected[name] = torch.cat([self.expected[name], rows], 1)
 
     def truncate_and_append(self, name: str, length: int, num_rows: int) -> None:
         self.tensors[name].truncate(length)
@@ -91,87 +77,30 @@ class Scenario:
         self.keep_view(name)
         self.truncate_and_append(name, length, 5)
 
-    def close(self, name: str) -> None:
-        if name in self.tensors:
-            self.tensors.pop(name).close()
-
-    def check(self) -> None:
-        self.scheduler.reap()
-        self.scheduler.settle()  # and with it the order of calls is the same in every run
-        self.scheduler.pool.check_integrity()
-        for name, vtensor in self.tensors.items():
-            assert vtensor.length == self.expected[name].shape[1]
-            assert torch.equal(vtensor.tensor(), self.expected[name][:, vtensor.first_row :]), name
-            vtensor._range.check_integrity()
+    def check(self, *, is_done: bool) -> None:
+        super().check(is_done=is_done)
         for view, expected in self.views:
             assert torch.equal(view, expected)
-        stats = self.scheduler.stats()
-        assert stats.committed_bytes == stats.live_bytes + stats.parked_bytes + stats.pooled_bytes
-        assert stats.committed_bytes == self.driver.physical_bytes()
-
-    def run(self) -> int:
-        """All steps, each until it works; returns how often one failed."""
-        num_failed = 0
-        for step in self.steps():
-            for _ in range(len(self.driver.refused) + 10):
-                try:
-                    step()
-                except DriverError:
-                    num_failed += 1
-                    self.check()
-                else:
-                    break
-            else:
-                raise AssertionError("a step went on failing after the driver had recovered")
-            self.check()
-        return num_failed
-
-    def end(self) -> None:
-        self.tensors.clear()
-        while True:
-            try:
-                assert_all_given_back(self.scheduler)
-            except DriverError:
-                continue
-            return
 
 
-def all_calls() -> list[str]:
-    scenario = Scenario(FailingDriver())
-    assert scenario.run() == 0
-    scenario.end()
-    return scenario.driver.calls
-
-
-def test_the_scenario_makes_every_call() -> None:
-    assert set(all_calls()) == {"reserve", "create", "map", "set_access", "unmap", "destroy", "release"}
+def test_the_life_makes_every_call() -> None:
+    assert set(calls_of(OneLife)) == {"reserve", "create", "map", "set_access", "unmap", "destroy", "release"}
 
 
 @pytest.mark.parametrize("num_failures", [1, 4], ids=lambda n: f"{n}-in-a-row")
 def test_every_call_may_fail(num_failures: int) -> None:
     """More than one in a row also refuses the undoing of what the first one stopped."""
-    calls = all_calls()
-    for number, name in enumerate(calls):
-        driver = FailingDriver(number, num_failures)
-        scenario = Scenario(driver)
-        try:
-            scenario.run()
-            scenario.end()
-        except BaseException as error:
-            error.add_note(f"after call {number} of {len(calls)} ({name}) was refused; refused: {driver.refused}")
-            raise
-        assert driver.refused[0] == name
-        assert len(driver.refused) == num_failures
+    refuse_each(OneLife, num_failures)
 
 
 def test_a_full_device_shows_only_where_memory_is_really_short() -> None:
     """Creating is refused for want of memory: parked and pooled memory is given back and the call made again."""
-    for number, name in enumerate(all_calls()):
+    for number, name in enumerate(calls_of(OneLife)):
         if name == "create":
-            scenario = Scenario(FailingDriver(number, code="ENOMEM"))
-            scenario.run()
-            scenario.end()
-            assert scenario.driver.refused == ["create"]
+            life = OneLife(FailingDriver(number, code="ENOMEM"))
+            life.run()
+            life.end()
+            assert life.driver.refused == ["create"]
 
 
 def test_a_failed_fork_leaves_nothing_even_while_its_error_is_kept() -> None:
@@ -254,3 +183,27 @@ def test_trim_goes_on_after_a_refused_destroy() -> None:
     pool.check_integrity()
     assert pool.trim() == 2 * PAGE
     assert driver.physical_bytes() == 0
+
+
+def test_a_shortage_that_passes_keeps_nothing_alive() -> None:
+    """No error of it is left in a cycle, with the frames it came through and what they held, for gc to find."""
+    driver = FailingDriver(code="ENOMEM", num_failures=2)
+    scheduler = GrowthScheduler(PagePool(driver), idle_bytes=0)
+    vtensor = VTensor((PAGE,), capacity=100, dtype=torch.uint8, scheduler=scheduler)
+    gc.collect()
+    gc.disable()
+    try:
+        vtensor.append(torch.ones(4, PAGE, dtype=torch.uint8))
+        view = vtensor.tensor()
+        vtensor.truncate(0)
+        driver.fail_at = len(driver.calls) + 1  # the rows move to other pages, and the first two are refused
+        vtensor.append(torch.ones(3, PAGE, dtype=torch.uint8))
+        assert driver.refused == ["create", "create"]
+        del view
+        vtensor.close()
+        scheduler.settle()
+        scheduler.trim()
+        assert scheduler.stats().reserved_bytes == 0
+    finally:
+        gc.enable()
+    assert_all_given_back(scheduler)

@@ -35,6 +35,7 @@ from torch_vtensor.allocator.ledger import Ledger
 from torch_vtensor.allocator.native_allocator import NativeAllocator, TorchPoolStats
 from torch_vtensor.allocator.page_pool import PagePool
 from torch_vtensor.errors import DriverError, OutOfPagesError
+from torch_vtensor.status import StatusFile, processes
 
 DEVICE = torch.device("cuda", 0)
 DEFAULT_STREAM, STREAM, OTHER_STREAM = 0, 0x51, 0x52
@@ -398,6 +399,24 @@ def test_page_pool_and_torch_share_pages_and_budget(fake: FakeCuda, allocator: T
     allocator.free(address, LARGE_PAGE)
     assert pool.trim() == LARGE_PAGE
     assert fake.counts().num_handles == pool.ledger.committed_bytes == 0
+
+
+def test_what_torch_takes_is_shown_to_other_processes(fake: FakeCuda, allocator: Torch, tmp_path: Path) -> None:
+    """Also where nothing but torch's tensors is on the pages."""
+    pool, file = PagePool(FakeDriver(fake)), StatusFile(tmp_path)
+    pool.show(file.record("cuda:0"), lambda: None)
+    allocator.use(pool.ledger)
+    first = allocator.alloc(2 * LARGE_PAGE)
+    for address in (first, allocator.alloc(LARGE_PAGE)):
+        assert address is not None
+        (shown,) = processes(tmp_path)
+        assert shown.figures.torch_bytes == shown.figures.committed_bytes == pool.ledger.torch_bytes > 0
+    allocator.free(address, LARGE_PAGE)  # the second
+    (shown,) = processes(tmp_path)
+    assert (shown.figures.torch_bytes, shown.figures.pooled_bytes) == (2 * LARGE_PAGE, LARGE_PAGE)
+    pool.ledger.show(None)
+    allocator.free(first, 2 * LARGE_PAGE)
+    assert pool.trim() == 3 * LARGE_PAGE
 
 
 def test_segments_outlive_detach_and_return_pages_to_their_own_ledger(

@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from lives import Life, calls_of, refuse_each
 from scripted_drivers import PAGE, FailingDriver
 from vtensors import assert_all_given_back
 
@@ -14,43 +15,29 @@ from torch_vtensor.allocator.page_pool import PagePool
 from torch_vtensor.allocator.vtensor import VTensor
 from torch_vtensor.errors import DriverError, OffloadLimitError, OutOfPagesError
 
-ROW = 700
-_MOST_TRIES = 20
-
 
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_copy, "_CHUNK_BYTES", 5 * PAGE)
 
 
-class Scenario:
+class MovingLife(Life):
     """Tensors that share pages, one of them without its front, under another tag, or closed while it sleeps."""
 
     def __init__(self, driver: FailingDriver, num_failures: int = 1) -> None:
-        self.driver = driver
+        super().__init__(driver)
         self.num_failures = num_failures
-        self.scheduler = GrowthScheduler(PagePool(driver), idle_bytes=0)
-        self.sleeps = False
-        self.tensors = {name: self.make(tag) for name, tag in (("a", "kv_cache"), ("w", "weights"), ("z", "kv_cache"))}
-        self.tensors["b"] = self.tensors["a"].fork([1, 0])
-        self.tensors["b"].append(self.rows(5))
-        self.tensors["c"] = self.tensors["b"].fork()
+        self.was_asleep: set[str] = set()
+        for name, tag in (("a", "kv_cache"), ("w", "weights"), ("z", "kv_cache")):
+            self.make(name, tag=tag, adopt=False)
+            self.append(name, 8)
+        self.tensors["b"], self.expected["b"] = self.tensors["a"].fork([1, 0]), self.expected["a"][[1, 0]]
+        self.append("b", 5)
+        self.tensors["c"], self.expected["c"] = self.tensors["b"].fork(), self.expected["b"]
         self.tensors["c"].drop_head(6)
-        self.expected = {name: vtensor.tensor().clone() for name, vtensor in self.tensors.items()}
         self.view = self.tensors["a"].tensor()
         self.scheduler.settle()
         self.scheduler.trim()
-        driver.calls.clear()
-
-    def rows(self, num_rows: int) -> torch.Tensor:
-        return (torch.arange(2 * num_rows * ROW) * 7 + num_rows).to(torch.uint8).reshape(2, num_rows, ROW)
-
-    def make(self, tag: str) -> VTensor:
-        vtensor = VTensor(
-            (ROW,), capacity=400, dtype=torch.uint8, outer_shape=(2,), scheduler=self.scheduler, tag=tag, adopt=False
-        )
-        vtensor.append(self.rows(8))
-        return vtensor
 
     def steps(self) -> list[Callable[[], object]]:
         return [
@@ -66,80 +53,35 @@ class Scenario:
             lambda: self.scheduler.sleep(),
             lambda: self.scheduler.wake(),
             lambda: self.tensors["c"].prefetch(),
-            lambda: self.append("b"),
+            lambda: self.append("b", 3),
             lambda: self.scheduler.sleep(),
             lambda: self.close("z"),
             lambda: self.scheduler.wake(),
         ]
 
-    def append(self, name: str) -> None:
-        rows = self.rows(3)
-        self.tensors[name].append(rows)
-        self.expected[name] = torch.cat([self.expected[name], rows], 1)
-
-    def close(self, name: str) -> None:
-        if name in self.tensors:
-            self.tensors.pop(name).close()
-
-    def check(self, was_asleep: set[str], is_done: bool) -> None:
-        self.scheduler.reap()
-        self.scheduler.settle()
-        self.scheduler.pool.check_integrity()
-        for name, vtensor in self.tensors.items():
-            vtensor._range.check_integrity()
-            if not vtensor.is_asleep:
-                assert torch.equal(vtensor.tensor(), self.expected[name]), name
-                if name == "a":
-                    assert torch.equal(self.view, self.expected["a"])
-            elif not is_done:
-                assert name in was_asleep or self.num_failures > 1, f"{name} was put to sleep by what failed"
-        stats = self.scheduler.stats()
-        assert stats.committed_bytes == stats.live_bytes + stats.parked_bytes + stats.pooled_bytes
-        assert stats.committed_bytes == self.driver.physical_bytes()
-
-    def asleep(self) -> set[str]:
-        return {name for name, vtensor in self.tensors.items() if vtensor.is_asleep}
-
-    def run(self) -> None:
-        for step in self.steps():
-            before = self.asleep()
-            for _ in range(_MOST_TRIES):
-                try:
-                    step()
-                except DriverError:
-                    self.check(before, is_done=False)
-                    while self.asleep() - before:  # only where the undoing was refused as well
-                        with suppress(DriverError):
-                            self.scheduler.wake()
-                        self.check(before, is_done=False)
-                else:
-                    break
-            else:
-                raise AssertionError("a step went on failing after the driver had recovered")
-            self.check(before, is_done=True)
-        assert not self.asleep()
+    def check(self, *, is_done: bool) -> None:
+        super().check(is_done=is_done)
+        if not self.tensors["a"].is_asleep:
+            assert torch.equal(self.view, self.expected["a"])
+        asleep = {name for name, vtensor in self.tensors.items() if vtensor.is_asleep}
+        if is_done:
+            self.was_asleep = asleep
+            return
+        fallen = asleep - self.was_asleep
+        assert not fallen or self.num_failures > 1, f"{fallen} was put to sleep by what was refused"
+        if fallen:  # where the undoing was refused as well
+            with suppress(DriverError):
+                self.scheduler.wake()
+            self.check(is_done=False)
 
     def end(self) -> None:
-        self.tensors.clear()
         del self.view
-        for _ in range(_MOST_TRIES):
-            try:
-                assert_all_given_back(self.scheduler)
-            except DriverError:
-                continue
-            return
+        super().end()
 
 
-def all_calls() -> list[str]:
-    scenario = Scenario(FailingDriver())
-    scenario.run()
-    scenario.end()
-    return scenario.driver.calls
-
-
-def test_the_scenario_makes_every_call() -> None:
+def test_the_life_makes_every_call() -> None:
     names = {"reserve", "create", "create_offloaded", "copy", "map", "set_access", "unmap", "destroy", "release"}
-    assert set(all_calls()) == names
+    assert set(calls_of(MovingLife)) == names
 
 
 @pytest.mark.parametrize(
@@ -148,18 +90,7 @@ def test_the_scenario_makes_every_call() -> None:
     ids=["every-11th", "every", "4-in-a-row"],
 )
 def test_every_call_may_fail(num_failures: int, step: int) -> None:
-    calls = all_calls()
-    for number, name in list(enumerate(calls))[::step]:
-        driver = FailingDriver(None, num_failures)
-        scenario = Scenario(driver, num_failures)
-        driver.fail_at = number
-        try:
-            scenario.run()
-            scenario.end()
-        except BaseException as error:
-            error.add_note(f"after call {number} of {len(calls)} ({name}) was refused; refused: {driver.refused}")
-            raise
-        assert driver.refused[0] == name
+    refuse_each(lambda driver: MovingLife(driver, num_failures), num_failures, step)
 
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EIO"])

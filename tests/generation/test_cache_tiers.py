@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +15,10 @@ from transformers import DynamicCache
 
 import torch_vtensor
 from torch_vtensor import Session, VTensorCache
+from torch_vtensor.allocator.pools import default_scheduler
 from torch_vtensor.errors import AsleepError, OutOfPagesError
+from torch_vtensor.generation.decode import loop
+from torch_vtensor.generation.layer_column import LayerColumn
 
 CPU = torch.device("cpu")
 
@@ -136,3 +141,100 @@ def test_caches_of_other_kinds_come_back_as_they_were(memory: Memory, family: st
         for layer, (keys, values) in zip(layers, before, strict=True):
             assert torch.equal(layer.keys, keys)
             assert torch.equal(layer.values, values)
+
+
+class Interrupting:
+    """A streamer that has another thread do something in the middle of an answer, which must not end before it."""
+
+    def __init__(self, does: Callable[[], object]) -> None:
+        self.thread = threading.Thread(target=does)
+        self.num_put = 0
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.num_put += 1
+        if self.num_put == 4:
+            self.thread.start()
+            self.thread.join(0.3)
+            assert self.thread.is_alive()
+
+    def end(self) -> None:
+        assert self.thread.is_alive()
+
+
+@pytest.mark.parametrize("way", ["cache", "session", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_an_offload_waits_for_the_answer_that_the_cache_is_used_for(memory: Memory, way: str) -> None:
+    model, inputs = model_of("llama"), prompt(1)
+    cache: Any = DynamicCache(config=model.config)
+    settings: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": [2]}
+    expected = model.generate(**inputs, **settings)[0].tolist()
+    if way == "session":
+        with Session(model) as session:
+            streamer = Interrupting(session.offload)
+            session.generate(inputs["input_ids"][0], **settings, streamer=streamer)
+            streamer.thread.join()
+            assert session.memory().offloaded_bytes == session.memory().committed_bytes > 0
+            assert session.tokens == expected
+        return
+    with torch_vtensor.enabled(compile=way == "compiled"), torch.no_grad():
+        streamer = Interrupting(lambda: torch_vtensor.offload(cache))
+        found = model.generate(**inputs, **settings, past_key_values=cache, streamer=streamer)
+        streamer.thread.join()
+        away = torch_vtensor.memory(cache)
+        assert away.offloaded_bytes == away.committed_bytes > 0
+        assert found[0].tolist() == expected
+
+
+@pytest.mark.parametrize("way", ["generate", "session"])
+def test_sleep_waits_for_the_answer(memory: Memory, way: str) -> None:
+    model, inputs = model_of("llama"), prompt(1)
+    settings: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": [2]}
+    expected = model.generate(**inputs, **settings)[0].tolist()
+    default_scheduler(CPU)
+    with torch_vtensor.enabled(), Session(model) as session:
+        streamer = Interrupting(torch_vtensor.sleep)
+        if way == "session":
+            session.generate(inputs["input_ids"][0], **settings, streamer=streamer)
+            found = session.tokens
+        else:
+            found = model.generate(**inputs, **settings, streamer=streamer)[0].tolist()
+        streamer.thread.join()
+        assert found == expected
+        assert torch_vtensor.stats().devices[CPU].committed_bytes == 0
+        assert not default_scheduler(CPU).pool.rounds
+        torch_vtensor.wake()
+
+
+def test_a_write_of_a_layer_that_has_begun_is_not_lost_to_an_offload(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, offloads = VTensorCache(config=model_of("llama").config), []
+    rows = torch.rand(1, 2, 600, 64)
+    with torch.no_grad():
+        cache.update(rows, rows, 0)
+        write = LayerColumn._write
+
+        def after_an_attempt(self: LayerColumn, *args: Any) -> Any:
+            offloads.append(threading.Thread(target=cache.offload))
+            offloads[0].start()
+            offloads[0].join(0.3)
+            assert cache.memory().offloaded_bytes == 0
+            return write(self, *args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(LayerColumn, "_write", after_an_attempt)
+            keys, _ = cache.update(rows[:, :, :3], rows[:, :, :3], 0)
+    offloads[0].join()
+    assert cache.memory().offloaded_bytes > 0
+    assert torch.equal(keys, torch.cat([rows, rows[:, :, :3]], 2))
+
+
+def test_a_call_while_memory_sleeps_is_not_the_models_last_one_to_be_compiled(memory: Memory) -> None:
+    model, cache = model_of("llama"), VTensorCache(config=model_of("llama").config)
+    with torch.no_grad(), torch_vtensor.enabled():
+        tokens = turn(model, prompt(1), cache)
+    with torch.no_grad(), torch_vtensor.enabled(compile=True):
+        torch_vtensor.sleep()
+        with pytest.raises(AsleepError, match="wake"):
+            turn(model, next_inputs(tokens), cache)
+        torch_vtensor.wake()
+    assert model not in loop._refused

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from paged_memory import PAGE_BYTES, Memory
 
 import torch_vtensor
 from torch_vtensor import VTensor
+from torch_vtensor.allocator.pools import default_scheduler
+from torch_vtensor.allocator.recorder import Recorder, Sample
 from torch_vtensor.allocator.timed_driver import TimedDriver
 from torch_vtensor.generation import layers
 
@@ -98,6 +102,58 @@ def test_the_map_shows_what_backs_every_tensor(memory: Memory, tmp_path: Path) -
     torch_vtensor.wake()
     for vtensor in (own, source, away, fork):
         vtensor.close()
+
+
+def test_the_page_shows_what_was_held_over_time(memory: Memory) -> None:
+    assert "Over time" not in torch_vtensor.memory_map()
+    torch_vtensor.record_memory(every_s=0)
+    try:
+        first = make(20)
+        with torch_vtensor.enabled(budget_bytes=200 * PAGE_BYTES):
+            fork, second = first.fork(), make(40)
+        second.offload()
+        peak_bytes = torch_vtensor.stats().devices[CPU].committed_bytes
+        second.close()
+        torch_vtensor.trim()
+        recorder = default_scheduler(CPU).pool.recorder
+        assert recorder is not None
+        samples = recorder.samples()
+        assert max(it.committed_bytes for it in samples) >= peak_bytes > samples[-1].committed_bytes
+        assert max(it.offloaded_bytes for it in samples) >= 40 * PAGE_BYTES > samples[-1].offloaded_bytes
+        assert max(it.shared_bytes for it in samples) >= 20 * PAGE_BYTES
+        assert {it.budget_bytes for it in samples} == {None, 200 * PAGE_BYTES}
+        page = torch_vtensor.memory_map()
+        parser = Bars()
+        parser.feed(page)  # which refers to nothing outside of itself
+        for told in ("Physical memory of cpu over time", "were committed at first", "at most", 'role="img"'):
+            assert told in page
+        for kind in ("shared", "offloaded", "budget"):
+            assert f'class="line {kind}"' in page
+        for vtensor in (first, fork):
+            vtensor.close()
+    finally:
+        torch_vtensor.record_memory(False)
+    assert "Over time" not in torch_vtensor.memory_map()
+    assert default_scheduler(CPU).pool.recorder is None
+    for options in ({"every_s": -1}, {"most_samples": 3}):
+        with pytest.raises(ValueError, match="at least 0 s, and 16 samples"):
+            torch_vtensor.record_memory(**options)
+
+
+def test_a_recording_may_stay_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much happens, it stays as small, covers all of the time, and ends with what there is now."""
+    now, number = 0.0, 0
+    monkeypatch.setattr("torch_vtensor.allocator.recorder.time", SimpleNamespace(time=lambda: now))
+    recorder = Recorder(lambda time_s: Sample(time_s, number, number, 0, 0, 0, 0, None), 0.01, 32)
+    for number in range(10_000):  # noqa: B007  # what the recorder looks at
+        now += 0.004
+        recorder.note()
+    samples = recorder.samples()
+    assert len(samples) <= 34
+    assert (samples[0].time_s, samples[-1].time_s, samples[-1].committed_bytes) == (0, now, 9_999)
+    gaps = [after.time_s - before.time_s for before, after in pairwise(samples)]
+    assert max(gaps) < now / 5
+    assert all(gap >= 0 for gap in gaps)
 
 
 def test_driver_calls_are_ranges_if_asked_for(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ the memory that the page has now, because a page changes its memory only while i
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -52,6 +53,8 @@ class AddressRange:
         self.idle_since = 0
         self.away_at: int | None = None
         """Where it ended when its pages last found no room on the device, where they belong; None: they are there."""
+        self.lease = threading.RLock()
+        """Held by who writes or reads, lest its memory moves meanwhile; always taken before the pool's lock."""
         self.num_strips = num_strips
         self.strip_bytes = round_up(strip_bytes, pool.page_bytes)
         self.reserved_bytes = self.num_strips * self.strip_bytes
@@ -207,7 +210,7 @@ class AddressRange:
                 return None
             head = AddressRange.__new__(AddressRange)
             head.pool, head.num_strips, head.strip_bytes = self.pool, self.num_strips, self.strip_bytes
-            head.salt, head.tag = self.salt, self.tag
+            head.salt, head.tag, head.lease = self.salt, self.tag, self.lease
             head.is_idle, head.idle_since, head.away_at = self.is_idle, self.idle_since, None
             head.base_ptr, head.reserved_bytes = self.base_ptr, 0
             head.num_heads, head._rest = 0, self

@@ -104,6 +104,7 @@ class CudaDriver:
     # else can use: the scheduler maps one page ahead in time instead.
     growth_fraction = 0.0
     zeroes_pages = False
+    fences_break_captures = True
 
     def __init__(self, device: torch.device | str | int = "cuda") -> None:
         try:

@@ -42,6 +42,8 @@ class Driver(Protocol):
     """How much of a range's committed bytes is worth committing ahead in one batch when it grows."""
     zeroes_pages: bool
     """Whether what ``create`` returns surely holds zeros, whatever was destroyed before."""
+    fences_break_captures: bool
+    """Whether a fence breaks a capture that another thread has under way."""
 
     def reserve(self, nbytes: int) -> int:
         """Reserve addresses, aligned to the granularity, and return the first. Takes no physical memory."""

@@ -30,13 +30,19 @@ from torch_vtensor.allocator import tiers
 from torch_vtensor.allocator.address_range import AddressRange
 from torch_vtensor.allocator.driver import Fence
 from torch_vtensor.allocator.page_pool import Page, PagePool, PoolStats, Tier
+from torch_vtensor.allocator.watcher import is_watching
 from torch_vtensor.errors import DriverError, VTensorError
 
-__all__ = ["GrowthScheduler", "RangeHold"]
+__all__ = ["GrowthScheduler", "RangeHold", "is_ahead_of_need"]
 
 _log = logging.getLogger(__name__)
 _THREAD_NAME = "torch_vtensor growth"
 _IDLE_FRACTION = 8  # idle memory above 1/8 of the limit goes back, down to 1/16
+
+
+def is_ahead_of_need() -> bool:
+    """Whether this is a scheduler's thread, whose work somebody may need later: nobody else has to suffer for it."""
+    return threading.current_thread().name == _THREAD_NAME
 
 
 class RangeHold:
@@ -203,7 +209,7 @@ class GrowthScheduler:
         """
         if self.pool.is_foreign:
             return 0
-        with tiers.between_rounds(self.pool):
+        with tiers.between_uses(self.pool, tags):
             tiers.check_can_move(self.pool)
             committed_bytes = self.pool.ledger.committed_bytes
             self._empty_parked()
@@ -237,7 +243,7 @@ class GrowthScheduler:
         """
         if self.pool.is_foreign:
             return 0
-        with tiers.between_rounds(self.pool):
+        with tiers.between_uses(self.pool, tags):
             tiers.check_can_move(self.pool)
             used_bytes = self.pool.ledger.committed_bytes - self.pool.ledger.free_bytes
             for sleeper in self.pool.sleepers:
@@ -336,8 +342,7 @@ class GrowthScheduler:
             self.pool.let_go(self._forsaken.popleft())
         self.pool.driver.collect()
         num_dead = len(self._dead)  # one that dies during this call may have work behind this call's fence
-        # The scheduler's own thread leaves it to others: it cannot know that somebody is capturing a graph meanwhile.
-        if not num_dead or self.pool.driver.is_capturing() or threading.current_thread().name == _THREAD_NAME:
+        if not num_dead or self.pool.driver.is_capturing() or self._leaves_fences_to_others():
             return
         fence = self.pool.driver.fence()
         while num_dead and self._dead:  # a close() in a finalizer can come in between
@@ -365,9 +370,12 @@ class GrowthScheduler:
             self._empty_retired(wait=True)
 
     def _offload_idle(self, nbytes: float) -> None:
-        # The scheduler's own thread leaves it to others: memory ahead of need is not worth it.
-        if threading.current_thread().name != _THREAD_NAME:
+        if not is_ahead_of_need() and not self._leaves_fences_to_others():
             tiers.offload_idle(self, nbytes)
+
+    def _leaves_fences_to_others(self) -> bool:
+        """Whether this thread cannot know that another is capturing a graph meanwhile, which a fence would break."""
+        return is_ahead_of_need() or (is_watching() and self.pool.driver.fences_break_captures)
 
     def _collect(self) -> None:
         """Empty what is retired and, above the watermark, what is parked, as far as the device is done with it."""

@@ -112,6 +112,7 @@ class HostDriver:
     keeps_offloaded_mapped = False
     growth_fraction = 0.125
     zeroes_pages = True
+    fences_break_captures = False
 
     def __init__(self, page_bytes: int = 64 * 1024, offload_folder: str = "/var/tmp") -> None:
         if page_bytes < mmap.PAGESIZE or page_bytes & (page_bytes - 1):

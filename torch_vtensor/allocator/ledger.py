@@ -64,6 +64,8 @@ def load_library() -> ctypes.PyDLL:
         ("pop", ctypes.c_int, [pointer, pointer, pointer]),
         ("uncharge", ctypes.c_int, [pointer, i64]),
         ("set_budget", None, [pointer, i64]),
+        ("show", None, [pointer, pointer]),
+        ("note", None, [pointer, i64, i64, i64]),
         ("read", None, [pointer, pointer]),
     ):
         function = getattr(library, f"vtp_ledger_{name}")
@@ -157,10 +159,19 @@ class Ledger:
     def budget_bytes(self, value: int | None) -> None:
         self._library.vtp_ledger_set_budget(self.address, _as_budget(value))
 
+    def show(self, address: int | None) -> None:
+        """Write all figures to a ``vtp_shown`` at ``address``, now and at every change, until it is None."""
+        self._library.vtp_ledger_show(self.address, address)
+
+    def note(self, reserved_bytes: int, shared_bytes: int, offloaded_bytes: int) -> None:
+        """Show these beside the ledger's own figures."""
+        self._library.vtp_ledger_note(self.address, reserved_bytes, shared_bytes, offloaded_bytes)
+
     def close(self) -> None:
         """Let go of the C ledger; pooled pages are forgotten, so destroy them first. Closing twice is closing once."""
         address, self._address = self._address, None
         if address is not None:
+            self._library.vtp_ledger_show(address, None)  # which others that own it go on with
             self._library.vtp_ledger_delete(address)
 
     def __del__(self) -> None:

@@ -8,18 +8,19 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, KeysView, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, KeysView, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch_vtensor.allocator.driver import Driver
 from torch_vtensor.allocator.ledger import Ledger, Take
 from torch_vtensor.allocator.offload_pool import OffloadPool
+from torch_vtensor.allocator.recorder import Sample
 from torch_vtensor.allocator.timed_driver import CallStats, TimedDriver
 from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
-from torch_vtensor.status import Figures
 
 if TYPE_CHECKING:
     from torch_vtensor.allocator.address_range import AddressRange
+    from torch_vtensor.allocator.recorder import Recorder
     from torch_vtensor.allocator.tiers import Rounds, Sleeper
     from torch_vtensor.status import StatusRecord
 
@@ -113,7 +114,7 @@ class PagePool:
     A page whose last reference is dropped stays in the pool, because taking a pooled page costs no driver call.
     Under pressure the pool first asks its ``reclaimers`` (parked ranges give their pages back), then its ``evictors``
     (prefixes that nobody uses go), then destroys pooled pages of other sizes, then asks its ``offloaders`` (what is
-    idle leaves the device), and only then raises.
+    idle leaves the device), then, where it is the device that is full, other processes, and only then raises.
 
     Args:
         driver: the device's memory.
@@ -153,7 +154,13 @@ class PagePool:
         self.tags: set[str] = set()
         """Every tag that memory ever had, by which it can be put to sleep."""
         self.status: StatusRecord | None = None
-        """Where other processes see this pool's figures, and ask for another budget."""
+        """Where other processes see this pool's figures, and ask for another budget, or for idle memory."""
+        self.ask_others: Callable[[int], Iterator[None]] = lambda nbytes: iter(())
+        """Asks other processes for so much of the device; an item whenever some may have come back."""
+        self._listen: Callable[[], object] | None = None
+        self._noted = (0, 0, 0)
+        self.recorder: Recorder | None = None
+        """Keeps what the pool held over time, if somebody wants to see it."""
         self.reserved_bytes = 0
         self.shared_bytes = 0
         self.held_bytes = 0
@@ -177,7 +184,6 @@ class PagePool:
     def budget_bytes(self, value: int | None) -> None:
         with self.lock:
             self.ledger.budget_bytes = value
-            self.publish()
 
     @property
     def limit_bytes(self) -> int:
@@ -232,6 +238,7 @@ class PagePool:
                 self.drop(pages)
                 raise
             self.publish()
+            self.listen()
             return pages
 
     def share(self, pages: Iterable[Page]) -> None:
@@ -295,17 +302,12 @@ class PagePool:
         Raises: OffloadLimitError, or the driver's error, with the pool as it was.
         """
         with self.lock:
-            handles = self.offloads.take(sizes)
-            pages = [Page(handle, nbytes, tier=tier) for handle, nbytes in zip(handles, sizes, strict=True)]
-            self._pages.update(dict.fromkeys(pages))
-            return pages
+            return self._new_pages(self.offloads.take(sizes), sizes, tier)
 
-    def discarded(self, sizes: Iterable[int]) -> list[Page]:
+    def discarded(self, sizes: Sequence[int]) -> list[Page]:
         """New pages without memory, to take the place of what device pages hold."""
         with self.lock:
-            pages = [Page(-1, nbytes, tier=Tier.DISCARDED) for nbytes in sizes]
-            self._pages.update(dict.fromkeys(pages))
-            return pages
+            return self._new_pages([-1] * len(sizes), sizes, Tier.DISCARDED)
 
     def exchange(self, page: Page, other: Page) -> None:
         """Let two pages of one size, neither of them mapped, change their memory and what is known of it."""
@@ -337,20 +339,59 @@ class PagePool:
             self.publish()
         return freed_bytes
 
+    # Other processes
+
+    def show(self, status: StatusRecord, listen: Callable[[], object]) -> None:
+        """Show other processes what this one has here, and do what they ask for.
+
+        Args:
+            listen: called once, with the first page: has ``heed`` called when somebody asks.
+        """
+        self.status, self._listen = status, listen
+        self.ledger.show(status.figures_address)
+
     def publish(self) -> None:
-        """Show other processes what this one has here. No system call."""
-        if self.status is not None and not self.is_foreign:
-            counts = self.ledger.counts()
-            self.status.publish(
-                Figures(
-                    reserved_bytes=self.reserved_bytes,
-                    committed_bytes=counts.committed_bytes,
-                    pooled_bytes=counts.free_bytes,
-                    shared_bytes=self.shared_bytes,
-                    offloaded_bytes=self.offloads.used_bytes,
-                    budget_bytes=-1 if counts.budget_bytes is None else counts.budget_bytes,
-                )
-            )
+        """Note that what the pool holds has changed, for the recorder and for other processes. No system call."""
+        if self.recorder is not None:
+            self.recorder.note()
+        noted = self.reserved_bytes, self.shared_bytes, self.offloads.used_bytes
+        if noted != self._noted and self.status is not None and not self.is_foreign:
+            self._noted = noted
+            self.ledger.note(*noted)
+
+    def sample(self, time_s: float) -> Sample:
+        """What a recorder keeps of this moment."""
+        counts = self.ledger.counts()
+        return Sample(
+            time_s,
+            self.reserved_bytes,
+            counts.committed_bytes,
+            counts.free_bytes,
+            counts.torch_bytes,
+            self.shared_bytes,
+            self.offloads.used_bytes,
+            counts.budget_bytes,
+        )
+
+    def listen(self) -> None:
+        """Be ready for what others ask for, from now on."""
+        if self._listen is not None:
+            listen, self._listen = self._listen, None
+            listen()
+
+    def heed(self) -> None:
+        """Do what other processes have asked for since: take another budget, give idle memory back to the device."""
+        if self.status is None or self.is_foreign:
+            return
+        with self.lock:
+            self._obey()
+            nbytes = self.status.asked_trim()
+            if nbytes > 0:
+                try:
+                    self.reclaim(nbytes)
+                    self.trim(max(self.ledger.free_bytes - nbytes, 0))
+                finally:
+                    self.status.trimmed()
 
     def live_pages(self) -> KeysView[Page]:
         """The pages that somebody has now, the oldest first."""
@@ -378,6 +419,11 @@ class PagePool:
                 f"{live_bytes} live + {counts.free_bytes} pooled + {counts.torch_bytes} torch bytes are not the "
                 f"{counts.committed_bytes} committed"
             )
+
+    def _new_pages(self, handles: Sequence[int], sizes: Sequence[int], tier: Tier) -> list[Page]:
+        pages = [Page(handle, nbytes, tier=tier) for handle, nbytes in zip(handles, sizes, strict=True)]
+        self._pages.update(dict.fromkeys(pages))
+        return pages
 
     def _acquire_one(self, nbytes: int, missing_bytes: int, asked_bytes: int, salt: Hashable) -> Page:
         taken = self.ledger.take(nbytes)
@@ -425,15 +471,9 @@ class PagePool:
 
     def _create(self, nbytes: int, missing_bytes: int, asked_bytes: int) -> int:
         """Create a page for bytes that are already charged; uncharges them on failure."""
+        refusal: DriverError | None = None
         try:
-            try:
-                return self.driver.create(nbytes)
-            except DriverError as error:
-                if not error.is_out_of_memory:
-                    raise
-            for relieve in (self.reclaim, self._offload):
-                relieve(missing_bytes)
-                self.trim(max(self.ledger.free_bytes - missing_bytes, 0))
+            for _ in self._ways_to_memory(missing_bytes):
                 try:
                     return self.driver.create(nbytes)
                 except DriverError as error:
@@ -441,14 +481,21 @@ class PagePool:
                         raise
                     refusal = error
             # The device's limit, not the budget's: the page itself is charged already, and was not had.
-            committed_bytes = self.ledger.committed_bytes - nbytes
-            try:
-                raise OutOfPagesError(self.device, asked_bytes, committed_bytes, None) from refusal
-            finally:
-                del refusal  # an error that its own traceback leads to would keep alive what else that does
+            raise OutOfPagesError(self.device, asked_bytes, self.ledger.committed_bytes - nbytes, None) from refusal
         except BaseException:
             self.ledger.uncharge(nbytes)
             raise
+        finally:
+            del refusal  # an error that its own traceback leads to would keep alive what else that does
+
+    def _ways_to_memory(self, missing_bytes: int) -> Iterator[None]:
+        """Ways to have the device give more, each to be tried when the one before was in vain; the first is to ask."""
+        yield
+        for relieve in (self.reclaim, self._offload):
+            relieve(missing_bytes)
+            self.trim(max(self.ledger.free_bytes - missing_bytes, 0))
+            yield
+        yield from self.ask_others(missing_bytes)
 
     def _obey(self) -> None:
         """Take the budget that another process asked for, and return idle memory beyond it to the system."""
@@ -460,7 +507,6 @@ class PagePool:
                 if shortfall_bytes > 0:
                     relieve(shortfall_bytes)
                     self.trim(max(self.ledger.free_bytes - shortfall_bytes, 0))
-            self.publish()
 
     def _add_reference(self, page: Page) -> None:
         page.num_refs += 1
@@ -516,6 +562,7 @@ def _renew_locks_in_child() -> None:
     # Another thread of the parent may have held one, and does not exist here to release it.
     for pool in _pools:
         pool.lock = threading.RLock()
+        pool.ledger.show(None)  # in the parent's file
 
 
 os.register_at_fork(after_in_child=_renew_locks_in_child)

@@ -38,7 +38,8 @@ def sleep(
 
     Returns: bytes of physical memory given back to the devices. What it took outside of them stays for the next time,
         until ``trim``.
-    Effects: waits for the device. Managers of continuous batching on it pause until ``wake``; requests whose rows were
+    Effects: waits for the device, and for what other threads are writing, or calling generate() for under ``enable()``
+        or by a ``Session``. Managers of continuous batching on it pause until ``wake``; requests whose rows were
         discarded are run again from their tokens.
     Raises:  ValueError for a tag that no tensor ever had; OffloadLimitError or DriverError, with every tensor as it
         was, or awake; VTensorError while a graph is being captured.

@@ -11,8 +11,10 @@ memory has everything; from there on, the new one has.
     1  take the new memory            2  copy, over addresses of its own, and wait for the device
     3  unmap the old memory           4  exchange what the pages stand for           5  map the new memory
 
-A page that several ranges map moves once. What the driver refuses in step 3 or 5 is tried again at once; a range of
-which a page could still not be mapped sleeps, with all of its rows, until ``wake`` succeeds.
+Nothing moves under somebody's hands: who writes to a range, or reads while others may move it, holds its lease. What
+is idle and leased stays; ``sleep`` waits. A page that several ranges map moves once. What the driver refuses in step 3
+or 5 is tried again at once; a range of which a page could still not be mapped sleeps, with all of its rows, until
+``wake`` succeeds.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PREFIX_TAG",
+    "Leases",
     "Rounds",
     "Sleeper",
-    "between_rounds",
+    "between_uses",
     "check_can_move",
     "has_tag",
     "offload",
@@ -60,7 +63,7 @@ class Sleeper(Protocol):
 
 
 class Rounds:
-    """Work over a pool's memory on a thread of its own, round after round: none begins while the memory moves.
+    """Work over a pool's memory, round after round or once: none begins while the memory moves.
 
     Who runs them holds ``lock`` in each one, taken before the pool's, and looks first at what sleeps.
     """
@@ -72,17 +75,47 @@ class Rounds:
 
 
 @contextmanager
-def between_rounds(pool: PagePool) -> Iterator[None]:
-    """Hold the pool's lock while nobody is in a round."""
+def between_uses(pool: PagePool, tags: Collection[str] | None) -> Iterator[None]:
+    """Hold the pool's lock while nobody is in a round, or has a lease on a range with these tags (None: any)."""
+    awaited: threading.RLock | None = None
     while True:
         with ExitStack() as held:
+            if awaited is not None:  # with nothing held that its holder may be waiting for
+                held.enter_context(awaited)
             several = list(pool.rounds)
-            for rounds in several:
-                held.enter_context(rounds.lock)
-            held.enter_context(pool.lock)
-            if all(rounds in several for rounds in pool.rounds):  # nobody began meanwhile
-                yield
-                return
+            awaited = next((rounds.lock for rounds in several if not _taken(rounds.lock, held)), None)
+            if awaited is None:
+                held.enter_context(pool.lock)
+                leases, ranges = Leases(held), [it for it in list(pool.ranges.values()) if has_tag(it.tag, tags)]
+                awaited = next((range_.lease for range_ in ranges if not leases.take(range_)), None)
+                if awaited is None and all(rounds in several for rounds in pool.rounds):  # nobody began meanwhile
+                    yield
+                    return
+
+
+def _taken(lock: threading.RLock, held: ExitStack) -> bool:
+    """Whether nobody else had the lock, which is held until ``held`` ends."""
+    is_free = lock.acquire(blocking=False)
+    if is_free:
+        held.callback(lock.release)
+    return is_free
+
+
+class Leases:
+    """The leases of ranges that nobody else uses, until ``held`` ends. Who takes some holds the pool's lock.
+
+    Never waits: users take the pool's lock while they have a lease.
+    """
+
+    def __init__(self, held: ExitStack) -> None:
+        self._held = held
+        self._known: dict[AddressRange, bool] = {}
+
+    def take(self, range_: AddressRange) -> bool:
+        """Whether the range stays as it is until then, as far as users go."""
+        if range_ not in self._known:
+            self._known[range_] = _taken(range_.lease, self._held)
+        return self._known[range_]
 
 
 _Places = dict[Page, list[tuple[AddressRange, int]]]
@@ -114,7 +147,7 @@ def put_to_sleep(scheduler: GrowthScheduler, tags: Collection[str] | None, disca
         lost = dict.fromkeys(page for page in leaving if _is_discarded(page, places[page], discard))
         kept = [page for page in leaving if page.tier is Tier.DEVICE and page not in lost]
         new = pool.outside([page.nbytes for page in kept], Tier.ASLEEP)
-        new += pool.discarded(page.nbytes for page in lost)
+        new += pool.discarded([page.nbytes for page in lost])
         _move(scheduler, [*kept, *lost], new, unmapped, [], places)
 
 
@@ -126,12 +159,13 @@ def wake(scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
     Raises:  OutOfPagesError or DriverError, with every range as it was, or awake.
     """
     pool = scheduler.pool
-    with pool.lock:
+    with pool.lock, ExitStack() as held:
+        leases = Leases(held)
         coming = [
             page
             for page, at in _places_of(pool).items()
             if page.tier in (Tier.ASLEEP, Tier.DISCARDED)
-            and _may_move(at)
+            and _may_move(at, leases)
             and (
                 any(_wakes(range_, ptr, tags) for range_, ptr in at)
                 if at
@@ -144,21 +178,21 @@ def wake(scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
 def offload(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> int:
     """Move the pages of idle ranges to outside the device, at the same addresses; returns the bytes that left it.
 
-    Pages that a range maps which is not idle stay.
+    Pages that a range maps which is not idle, or in use by another thread, stay.
 
     Effects: waits for the device.
     Raises:  OffloadLimitError or DriverError, with every row where it was, or outside the device.
     """
     pool = scheduler.pool
-    with pool.lock:
+    with pool.lock, ExitStack() as held:
         check_can_move(pool)
-        places = _places_of(pool)
+        places, leases = _places_of(pool), Leases(held)
         pages = [
             page
             for page, at in places.items()
             if page.tier is Tier.DEVICE
             and any(range_ in ranges for range_, _ in at)
-            and all(range_.is_idle and not range_.is_asleep for range_, _ in at)
+            and all(range_.is_idle and not range_.is_asleep and leases.take(range_) for range_, _ in at)
         ]
         unmapped = [(range_, ptr, page) for page in pages for range_, ptr in places[page]]
         new = pool.outside([page.nbytes for page in pages], Tier.OFFLOADED)
@@ -175,12 +209,13 @@ def prefetch(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> in
     Raises:  OutOfPagesError or DriverError, with every row where it was, or on the device.
     """
     pool = scheduler.pool
-    with pool.lock:
+    with pool.lock, ExitStack() as held:
         check_can_move(pool)
+        leases = Leases(held)
         wanted = [
             page
             for page, at in _places_of(pool).items()
-            if page.is_outside and any(range_ in ranges for range_, _ in at) and _may_move(at, ranges)
+            if page.is_outside and any(range_ in ranges for range_, _ in at) and _may_move(at, leases, ranges)
         ]
         _bring_back(scheduler, wanted, lambda range_, ptr: False)
         return sum(page.nbytes for page in wanted)
@@ -227,9 +262,9 @@ def _wakes(range_: AddressRange, ptr: int, tags: Collection[str] | None) -> bool
     return range_.is_vacant(ptr) and has_tag(range_.tag, tags)
 
 
-def _may_move(at: list[tuple[AddressRange, int]], own: Collection[AddressRange] = ()) -> bool:
+def _may_move(at: list[tuple[AddressRange, int]], leases: Leases, own: Collection[AddressRange] = ()) -> bool:
     """Whether a page may be unmapped for a moment wherever it is mapped: nobody but the caller uses it there."""
-    return all(range_ in own or range_.is_idle or range_.is_vacant(ptr) for range_, ptr in at)
+    return all(range_ in own or range_.is_vacant(ptr) or (range_.is_idle and leases.take(range_)) for range_, ptr in at)
 
 
 def _is_discarded(page: Page, at: list[tuple[AddressRange, int]], discard: Collection[str] | None) -> bool:

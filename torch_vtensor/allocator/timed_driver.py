@@ -38,6 +38,7 @@ class TimedDriver:
         self.keeps_offloaded_mapped = inner.keeps_offloaded_mapped
         self.growth_fraction = inner.growth_fraction
         self.zeroes_pages = inner.zeroes_pages
+        self.fences_break_captures = inner.fences_break_captures
         self.marks_ranges = False
         """Whether every call is a range of its own in a profile that reads NVTX."""
         self.num_calls_by_thread: Counter[int] = Counter()

@@ -28,6 +28,7 @@ from torch_vtensor.allocator.page_copy import Transfer, copy_pages
 from torch_vtensor.allocator.page_pool import Page, PagePool, Tier, check_budget
 from torch_vtensor.allocator.pools import default_pool
 from torch_vtensor.allocator.tiers import has_tag
+from torch_vtensor.allocator.watcher import is_watching
 from torch_vtensor.errors import DriverError, OutOfPagesError, VTensorError
 
 __all__ = ["TorchPoolStats", "memory_pool", "release_idle", "torch_pool_stats"]
@@ -216,6 +217,8 @@ class TorchPools:
 
     def _reclaim(self, nbytes: float) -> None:
         """PagePool runs out of pages: waits for the device only if nothing else helps."""
+        if is_watching():  # to empty torch's cache breaks what another thread may be capturing
+            return
         for wait in (False, True):
             if self.pool.ledger.free_bytes < nbytes and self.pool.ledger.torch_bytes > 0:
                 self.release_idle(wait)
@@ -325,4 +328,5 @@ def _pools_on(device: torch.device) -> TorchPools:
             peers = [index for index in others if torch.cuda.can_device_access_peer(index, device.index)]
             _native.attach(device, pool.ledger, pool.driver.page_sizes, peers)
             _pools[device.index] = TorchPools(pool, _native, _allocator)
+            pool.listen()
         return _pools[device.index]

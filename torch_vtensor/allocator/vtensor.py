@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
@@ -80,6 +81,7 @@ class VTensor:
         self._base_rows = 0
         self.salt = salt
         self.tag = tag
+        self._lease = threading.RLock()
         self._hold: RangeHold | None = self.scheduler.reserve(
             math.prod(self.outer_shape),
             capacity * self.row_bytes,
@@ -87,6 +89,7 @@ class VTensor:
             salt,
             tag,
         )
+        self._hold.range.lease = self._lease
         self.capacity = capacity
 
     # What it is
@@ -212,6 +215,23 @@ class VTensor:
         outer = tuple(stride * strip_elements for stride in _contiguous_strides(self.outer_shape))
         return (*outer, row_elements, *row)
 
+    def in_place(self) -> threading.RLock:
+        """A lock: while a thread holds it, no other one moves this tensor's pages; they wait, in sleep() too.
+
+            with vtensor.in_place():
+                attend(query, vtensor.tensor())
+
+        All that this class does takes it by itself; a view that is read later, while others may move it, needs it.
+
+        Raises: ForkedProcessError in a process that fork() made since, where its holder may not exist.
+        """
+        self.scheduler.pool.check_process()
+        return self._lease
+
+    def stay_with(self, other: VTensor) -> None:
+        """Have the same lock ``in_place``; before anybody else can have taken this tensor's."""
+        self._lease = self._range.lease = other._lease
+
     # Growing and shrinking
 
     def append(self, rows: torch.Tensor) -> torch.Tensor:
@@ -237,11 +257,12 @@ class VTensor:
                 "append got rows that require gradients; rows are overwritten in place, which autograd would have to "
                 "remember for good: append rows.detach(), or under torch.no_grad()"
             )
-        start, stop = self.length, self.length + expected[axis]
-        self.prepare_write(start, stop)
-        self._rows(start, stop).copy_(rows)
-        self.length = stop
-        return self.tensor()
+        with self.in_place():
+            start, stop = self.length, self.length + expected[axis]
+            self.prepare_write(start, stop)
+            self._rows(start, stop).copy_(rows)
+            self.length = stop
+            return self.tensor()
 
     def commit(self, num_rows: int) -> None:
         """Make sure that rows [first_row, num_rows) have memory; does not change the length.
@@ -365,12 +386,13 @@ class VTensor:
 
         Rows that others can see must not be among those written.
         """
-        if padding == 0:
-            self._bytes(start_bytes)[slot].copy_(source._bytes(start_bytes)[0])
-            return
-        self._rows(0, padding)[slot].zero_()
-        if source.length:
-            self._rows(padding, padding + source.length)[slot].copy_(source._rows(0, source.length)[0])
+        with source.in_place(), self.in_place():
+            if padding == 0:
+                self._bytes(start_bytes)[slot].copy_(source._bytes(start_bytes)[0])
+                return
+            self._rows(0, padding)[slot].zero_()
+            if source.length:
+                self._rows(padding, padding + source.length)[slot].copy_(source._rows(0, source.length)[0])
 
     # Leaving the device
 
@@ -379,7 +401,7 @@ class VTensor:
 
         The rows move to outside the device, at the same addresses: they can still be read, only slower, and graphs stay
         valid. The next append, fork or ``prefetch`` brings them back, and ends it; one in another thread waits until
-        all are outside.
+        all are outside, as this waits for one that has begun, and for who holds ``in_place``.
 
         Args:
             when_needed: move nothing now, but when another tensor would find no page otherwise; of several tensors, the
@@ -388,11 +410,12 @@ class VTensor:
         Effects: waits for the device. Pages that another tensor uses stay; so does what cannot be mapped at once.
         Raises:  OffloadLimitError, or DriverError, with all rows as they were; AsleepError.
         """
-        hold = self._awake()
-        if when_needed:
-            self.scheduler.mark_idle(hold)
-            return 0
-        return self.scheduler.offload(hold)
+        with self.in_place():
+            hold = self._awake()
+            if when_needed:
+                self.scheduler.mark_idle(hold)
+                return 0
+            return self.scheduler.offload(hold)
 
     def prefetch(self) -> int:
         """Bring the rows back to the device, at the same addresses, and end ``offload``; returns the bytes that came.
@@ -400,7 +423,8 @@ class VTensor:
         Effects: waits for the device. Pages that another tensor uses, which is not idle, stay where they are.
         Raises:  OutOfPagesError, with all rows where they were; AsleepError.
         """
-        return self.scheduler.prefetch(self._awake())
+        with self.in_place():
+            return self.scheduler.prefetch(self._awake())
 
     def use(self) -> None:
         """What every use but reading begins with: end ``offload``, bringing back the rows if there is room for them.
@@ -413,7 +437,7 @@ class VTensor:
         pool = self.scheduler.pool
         if not pool.is_tiered:
             return
-        with pool.lock:  # who moves it holds the lock, and what is not idle does not move
+        with self.in_place(), pool.lock:  # who moves it holds the lock, and what is not idle does not move
             range_ = self._awake().range
             if range_.is_idle:
                 range_.is_idle = False
@@ -491,6 +515,7 @@ class VTensor:
 
     def _move(self, moved: VTensor) -> None:
         """Go on in the range of ``moved``, which holds the same rows."""
+        moved._range.lease = self._lease
         self._hold, self._base = moved._hold, None
         self._shared_bytes, self._seen_rows = moved._shared_bytes, 0
 
@@ -498,6 +523,12 @@ class VTensor:
         self, select: Sequence[int] | None, capacity: int | None, share_rows: int, commit_rows: int = 0
     ) -> VTensor:
         """A new tensor that maps the whole pages below ``share_rows`` and copies the rows behind them."""
+        with self.in_place():
+            return self._fork_in_place(select, capacity, share_rows, commit_rows)
+
+    def _fork_in_place(
+        self, select: Sequence[int] | None, capacity: int | None, share_rows: int, commit_rows: int
+    ) -> VTensor:
         self.use()
         source, slots = self._range, self._slots(select)
         capacity = self.capacity if capacity is None else capacity

@@ -26,5 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     limit = "no limit" if budget_bytes is None else f"a budget of {format_bytes(budget_bytes)}"
-    print(f"process {arguments.pid} has {limit} on {', '.join(devices)} from the next time on that it needs memory")
+    print(
+        f"process {arguments.pid} was given {limit} on {', '.join(devices)}, and gives back what it keeps idle beyond"
+    )
     return 0

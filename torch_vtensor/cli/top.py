@@ -11,7 +11,7 @@ from torch_vtensor.status import DeviceStatus, processes
 NAME = "top"
 SUMMARY = "show what every process of this user holds of each device through torch_vtensor"
 
-_COLUMNS = ("reserved", "committed", "pooled", "shared", "offloaded", "budget")
+_COLUMNS = ("reserved", "committed", "pooled", "torch", "shared", "offloaded", "budget")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

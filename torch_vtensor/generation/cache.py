@@ -18,6 +18,7 @@ from torch_vtensor.generation._transformers_compat import (
     growing_layers,
 )
 from torch_vtensor.generation.enable import REPLACEMENTS
+from torch_vtensor.generation.in_use import in_use
 
 __all__ = [
     "CacheMemory",
@@ -146,19 +147,23 @@ def offload(cache: Cache, *, when_needed: bool = False) -> int:
         when_needed: move nothing now, but when another cache would find no memory otherwise; of several caches, the one
             that is idle the longest moves first.
 
-    Effects: waits for the device. Pages that a cache shares with one that is not idle stay.
+    Effects: waits for the device, and for a call of generate() in another thread that uses the cache, if it was made
+        under ``enable()`` or by a ``Session``; for calls of the model itself, only for what they are writing. Pages
+        that a cache shares with one that is not idle stay.
     Raises:  OffloadLimitError or DriverError, with all tokens as they were, or outside the device.
     """
-    return sum(vtensor.offload(when_needed=when_needed) for vtensor in _vtensors_of(cache))
+    with in_use(cache):
+        return sum(vtensor.offload(when_needed=when_needed) for vtensor in _vtensors_of(cache))
 
 
 def prefetch(cache: Cache) -> int:
     """Bring the tokens of a cache back to the device, where they stay; returns the bytes that came.
 
-    Effects: waits for the device.
+    Effects: waits for the device, and for others as ``offload`` does.
     Raises:  OutOfPagesError or DriverError, with all tokens where they were, or on the device.
     """
-    return sum(vtensor.prefetch() for vtensor in _vtensors_of(cache))
+    with in_use(cache):
+        return sum(vtensor.prefetch() for vtensor in _vtensors_of(cache))
 
 
 def _layers_of(cache: Cache) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch_vtensor.allocator.pools import set_default_budget
 from torch_vtensor.generation import attention as fast_attention
-from torch_vtensor.generation import layers
+from torch_vtensor.generation import in_use, layers
 from torch_vtensor.generation import prefix_cache as prefixes
 from torch_vtensor.generation._transformers_compat import (
     Cache,
@@ -299,6 +299,7 @@ def _install() -> None:
             _stock.append((owner, name, owner.__dict__.get(name)))
             setattr(owner, name, method)
         _install_loop(_BATCHING, _init_batching, _BATCHES)
+        _install_loop("generate", in_use.generate)
 
 
 def _remove() -> None:

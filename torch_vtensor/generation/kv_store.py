@@ -142,6 +142,10 @@ class KVStore:
         self.num_layers = len(written)
         self.written = written
         self.vtensors = vtensors
+        for vtensor in vtensors[1:]:
+            vtensor.stay_with(vtensors[0])
+        self.lease = vtensors[0].in_place()
+        """A lock: while a thread holds it, no other one moves these rows; see ``VTensor.in_place``."""
         self.pool = vtensors[0].scheduler.pool
         self.viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
         self._derived: weakref.WeakValueDictionary[Hashable, KVStore] = weakref.WeakValueDictionary()

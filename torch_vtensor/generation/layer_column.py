@@ -12,6 +12,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -24,6 +26,7 @@ from torch_vtensor.generation.slot_history import SlotHistory
 
 __all__ = ["LayerColumn", "LayerGroup"]
 
+_IN_ORDINARY_MEMORY = nullcontext()
 _AHEAD_TOKENS = 2
 _NEVER = sys.maxsize
 _SHARED_ANEW_PART = 8  # slots are merged anew when another eighth of their tokens is the same
@@ -73,6 +76,7 @@ class LayerColumn:
         self._view_of: tuple[int, int, int, int, tuple[int, ...], tuple[int, ...], int, int]  # for as_strided()
         self._written = Written()  # the store's, once there is one
         self.store: KVStore | None = None
+        self._lease: AbstractContextManager[Any] = _IN_ORDINARY_MEMORY
         self._keys: torch.Tensor | None = None  # rows [_origin, _end) of the layer
         self._values: torch.Tensor | None = None
         self._origin = 0
@@ -101,23 +105,19 @@ class LayerColumn:
             captured into keeps the memory.
         Raises:  OutOfPagesError or DriverError, with everything written before intact.
         """
-        num_new = key.shape[2]
-        new_stop = stop + num_new
-        if self.store is not None and self.store.pool.is_tiered:
-            self.store.use()
-        if stop < self._seen:
-            self._make_writable(stop)
-        if new_stop > self._end:
-            self._grow(first, stop, new_stop)
-        if is_observed() or not self.append_next(key, value, first, stop):
-            keys, values, position = self._keys, self._values, stop - self._origin
-            assert keys is not None and values is not None
-            keys.narrow(2, position, num_new).copy_(key)
-            values.narrow(2, position, num_new).copy_(value)
-            if self.store is not None:
-                self.store.retain_in_capture()
-            self._note_written(first, new_stop)
-        return self.views(first, new_stop)
+        new_stop = stop + key.shape[2]
+        while True:
+            store = self.store
+            with self._lease:
+                if store is not None and store.pool.is_tiered:
+                    store.use()
+                if stop < self._seen:
+                    self._make_writable(stop)
+                if new_stop > self._end:
+                    self._grow(first, stop, new_stop)
+                if self.store is store:  # otherwise once more, with the rows where they are now held in place
+                    self._write(key, value, first, stop)
+                    return self.views(first, new_stop)
 
     def append_next(self, key: torch.Tensor, value: torch.Tensor, first: int, stop: int) -> int:
         """`append`, if all there is to do is to write rows that nobody sees to memory that is there; else nothing.
@@ -126,18 +126,33 @@ class LayerColumn:
         Raises:  DriverError, with everything written before intact.
         """
         keys, values, store = self._keys, self._values, self.store
-        if keys is None or values is None or stop < self._seen or (store is not None and store.pool.is_tiered):
+        if keys is None or values is None or stop < self._seen:
             return 0
-        # Nobody's view shows the rows written here (_make_writable), so no one misses a bump of version counters.
-        num_new = self._copier.write(keys, values, stop - self._origin, key, value)
-        if num_new == NOT_COPIED:
-            return 0
-        if num_new >= CAPTURED:
-            num_new -= CAPTURED
-            if store is not None:
-                store.retain_in_capture()
+        with self._lease:
+            if store is not None and store.pool.is_tiered:
+                return 0
+            # Nobody's view shows the rows written here (_make_writable), so no one misses a bump of version counters.
+            num_new = self._copier.write(keys, values, stop - self._origin, key, value)
+            if num_new == NOT_COPIED:
+                return 0
+            if num_new >= CAPTURED:
+                num_new -= CAPTURED
+                if store is not None:
+                    store.retain_in_capture()
+            self._note_written(first, stop + num_new)
+            return num_new
+
+    def _write(self, key: torch.Tensor, value: torch.Tensor, first: int, stop: int) -> None:
+        if not is_observed() and self.append_next(key, value, first, stop):
+            return
+        num_new, position = key.shape[2], stop - self._origin
+        keys, values = self._keys, self._values
+        assert keys is not None and values is not None
+        keys.narrow(2, position, num_new).copy_(key)
+        values.narrow(2, position, num_new).copy_(value)
+        if self.store is not None:
+            self.store.retain_in_capture()
         self._note_written(first, stop + num_new)
-        return num_new
 
     def _note_written(self, first: int, stop: int) -> None:
         written = self._written
@@ -147,6 +162,10 @@ class LayerColumn:
         if stop >= self._ahead_from and self.store is not None:
             self._ahead_from, self._asked_ahead = _NEVER, self._end
             self.store.commit_ahead()
+
+    def in_place(self) -> AbstractContextManager[Any]:
+        """A block during which no other thread moves the rows that the column has now."""
+        return self._lease
 
     def reach(self, first: int, stop: int, num_new: int, capacity: int) -> KVStore:
         """Make the rows from ``stop`` on this column's own, with addresses up to ``capacity``, for others to write.
@@ -322,7 +341,11 @@ class LayerColumn:
             start = stop if share is None else max(first, share)
             if len(set(sources)) < len(sources):
                 self._merged = history.num_donated
-        if start < stop:
+        if start == stop:
+            return
+        with self.in_place():
+            if self.store is not None:
+                self.store.use()
             for tensor, old in zip(self.views(start, stop), (old_keys, old_values), strict=True):
                 tensor.copy_(old.narrow(2, start - first, stop - start).index_select(0, index.to(old.device)))
 
@@ -371,7 +394,7 @@ class LayerColumn:
         if self.store is not None:
             self.store.viewers.discard(self)
         store.viewers.add(self)
-        self.store = store
+        self.store, self._lease = store, store.lease
         self.shape = store.shape
         self._written = store.written[self.index]
         asks = self.index == 0 and self._asked_ahead != self._end

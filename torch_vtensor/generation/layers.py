@@ -318,8 +318,10 @@ def deepcopy(layer: DynamicLayer, memo: dict[Any, Any]) -> DynamicLayer:
 def getstate(layer: DynamicLayer) -> dict[str, Any]:
     """What pickle, ``torch.save`` and ``copy.copy`` see: the tokens alone, not the address range they lie in."""
     attributes: dict[str, Any] = layer.__dict__.copy()
-    if state_of(layer) is not None:
-        attributes["keys"], attributes["values"] = layer.keys.clone(), layer.values.clone()
+    state = state_of(layer)
+    if state is not None:
+        with state.column.in_place():
+            attributes["keys"], attributes["values"] = layer.keys.clone(), layer.values.clone()
     return attributes
 
 
@@ -343,7 +345,7 @@ def leaving(leaves: Callable[[DynamicLayer], bool]) -> Iterator[None]:
 def _leave(layer: DynamicLayer) -> None:
     state = states.get(layer)
     if state is not None:
-        with state.lock:
+        with state.lock, state.column.in_place():
             if state_of(layer) is state:
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
             states.discard(layer)
@@ -511,7 +513,7 @@ def _select(layer: DynamicLayer, indices: torch.Tensor | Sequence[int]) -> bool:
     state = state_of(layer)
     if state is None or state.first == state.stop:
         return False
-    with state.lock:
+    with state.lock, state.column.in_place():
         is_done = state.is_of(layer) and _select_slots(layer, state, indices)
         if not is_done:
             states.discard(layer)  # the stock method makes other tensors

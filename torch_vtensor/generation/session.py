@@ -29,6 +29,7 @@ from torch_vtensor.generation._transformers_compat import (
 from torch_vtensor.generation.cache import CacheMemory, VTensorCache
 from torch_vtensor.generation.cached_rows import ROWS_BEHIND, Checkpoint, checkpoint_of, most_lendable, shorten
 from torch_vtensor.generation.enable import keeps_prefixes
+from torch_vtensor.generation.in_use import call_with, in_use
 from torch_vtensor.generation.report import why_all_stock
 from torch_vtensor.generation.tenant import current_salt, prefix_salt
 from torch_vtensor.generation.turns import Turn, are_messages, checked_settings, known_tokens, num_common, tokens_of
@@ -284,7 +285,8 @@ class Session:
             if layer.is_initialized and layer.get_seq_length() > 0
         }
         chat = session_file.Chat(self.messages, self._num_chatted, self._answer_ends)
-        session_file.write(Path(path), self.model, self._tokens, chat, layers)
+        with in_use(cache):
+            session_file.write(Path(path), self.model, self._tokens, chat, layers)
 
     @classmethod
     def load(cls, path: str | Path, model: Any, tokenizer: Any = None) -> Session:
@@ -352,9 +354,10 @@ class Session:
             try:
                 self._checkpoint = checkpoint_of(self._open())
                 ids = tokens.to(model.device)[None]
-                output = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), **{CACHE_NAME: self._cache}, **generate_kwargs
-                )
+                with call_with(self._open()):
+                    output = model.generate(
+                        ids, attention_mask=torch.ones_like(ids), **{CACHE_NAME: self._cache}, **generate_kwargs
+                    )
             except BaseException:
                 self._shorten(num_kept)
                 raise

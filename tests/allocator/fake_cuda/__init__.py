@@ -199,6 +199,7 @@ class FakeDriver:
     keeps_offloaded_mapped = True
     growth_fraction = 0.0
     zeroes_pages = False
+    fences_break_captures = True
 
     def __init__(self, fake: FakeCuda) -> None:
         self._fake = fake

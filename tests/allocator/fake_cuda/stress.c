@@ -21,6 +21,7 @@ static void (*fake_read)(int64_t counts[7]);
 static const char *(*fake_violation)(void);
 
 static vtp_ledger *ledger;
+static vtp_shown shown;
 static int num_rounds;
 
 typedef struct {
@@ -76,6 +77,18 @@ static void *use_torch(void *argument) {
 
 /* What PagePool does: takes pooled pages and puts them back. It has no pages of its own, so what it is charged for it
  * uncharges. */
+/* As another process reads them. */
+static void look_at_shown(void) {
+    int64_t version = __atomic_load_n(&shown.version, __ATOMIC_ACQUIRE);
+    int64_t committed_bytes = __atomic_load_n(&shown.committed_bytes, __ATOMIC_ACQUIRE);
+    int64_t free_bytes = __atomic_load_n(&shown.free_bytes, __ATOMIC_ACQUIRE);
+    int64_t torch_bytes = __atomic_load_n(&shown.torch_bytes, __ATOMIC_ACQUIRE);
+    if (version % 2 == 0 && __atomic_load_n(&shown.version, __ATOMIC_ACQUIRE) == version &&
+        free_bytes + torch_bytes > committed_bytes) {
+        printf("what is shown does not add up\n");
+    }
+}
+
 static void *use_ledger(void *argument) {
     unsigned random = (unsigned)((worker *)argument)->id + 1;
     for (int round = 0; round < num_rounds; round++) {
@@ -96,6 +109,7 @@ static void *use_ledger(void *argument) {
         if (counts.free_bytes + counts.torch_bytes > counts.committed_bytes || counts.torch_bytes < 0) {
             printf("the ledger does not add up\n");
         }
+        look_at_shown();
         vtp_torch_counts torch_counts;
         vtp_torch_read(0, &torch_counts);
     }
@@ -128,6 +142,7 @@ int main(int argc, char **argv) {
 
     fake_reset((uint64_t)300 * MIB); /* less than the largest budget, so that the device runs out as well */
     ledger = vtp_ledger_new(500 * MIB);
+    vtp_ledger_show(ledger, &shown);
     int32_t peers[] = {1, 2};
     vtp_torch_config config = {
         .driver = argv[1],

@@ -24,7 +24,28 @@ struct vtp_ledger {
     int64_t torch_bytes;
     size_class *classes; /* ascending by bytes */
     int num_classes;
+    vtp_shown *shown;
+    int64_t noted[3];
 };
+
+/* Let go of the mutex behind a change, which others see first. */
+static void unlock(vtp_ledger *ledger) {
+    vtp_shown *shown = __atomic_load_n(&ledger->shown, __ATOMIC_RELAXED);
+    if (shown != NULL) {
+        int64_t version = shown->version;
+        __atomic_store_n(&shown->version, version + 1, __ATOMIC_RELAXED);
+        /* Each behind those before it, the odd version first of all. */
+        __atomic_store_n(&shown->committed_bytes, ledger->committed_bytes, __ATOMIC_RELEASE);
+        __atomic_store_n(&shown->free_bytes, ledger->free_bytes, __ATOMIC_RELEASE);
+        __atomic_store_n(&shown->torch_bytes, ledger->torch_bytes, __ATOMIC_RELEASE);
+        __atomic_store_n(&shown->budget_bytes, ledger->budget_bytes, __ATOMIC_RELEASE);
+        for (int i = 0; i < 3; i++) {
+            __atomic_store_n(&shown->noted[i], ledger->noted[i], __ATOMIC_RELEASE);
+        }
+        __atomic_store_n(&shown->version, version + 2, __ATOMIC_RELEASE);
+    }
+    pthread_mutex_unlock(&ledger->mutex);
+}
 
 vtp_ledger *vtp_ledger_new(int64_t budget_bytes) {
     vtp_ledger *ledger = calloc(1, sizeof *ledger);
@@ -142,7 +163,7 @@ int ledger_take(vtp_ledger *ledger, int64_t bytes, uint64_t *handle, page_holder
     if (result > 0) {
         count_held(ledger, bytes, holder);
     }
-    pthread_mutex_unlock(&ledger->mutex);
+    unlock(ledger);
     return result;
 }
 
@@ -154,7 +175,7 @@ int ledger_put(vtp_ledger *ledger, uint64_t handle, int64_t bytes, page_holder h
         ledger->free_bytes += bytes;
         count_held(ledger, -bytes, holder);
     }
-    pthread_mutex_unlock(&ledger->mutex);
+    unlock(ledger);
     return class != NULL;
 }
 
@@ -171,7 +192,7 @@ int ledger_pop(vtp_ledger *ledger, uint64_t *handle, int64_t *bytes, page_holder
             found = 1;
         }
     }
-    pthread_mutex_unlock(&ledger->mutex);
+    unlock(ledger);
     return found;
 }
 
@@ -183,7 +204,7 @@ int ledger_uncharge(vtp_ledger *ledger, int64_t bytes, page_holder holder) {
         ledger->committed_bytes -= bytes;
         count_held(ledger, -bytes, holder);
     }
-    pthread_mutex_unlock(&ledger->mutex);
+    unlock(ledger);
     return class != NULL;
 }
 
@@ -214,7 +235,25 @@ int vtp_ledger_uncharge(vtp_ledger *ledger, int64_t bytes) {
 void vtp_ledger_set_budget(vtp_ledger *ledger, int64_t budget_bytes) {
     pthread_mutex_lock(&ledger->mutex);
     ledger->budget_bytes = budget_bytes < 0 ? -1 : budget_bytes;
-    pthread_mutex_unlock(&ledger->mutex);
+    unlock(ledger);
+}
+
+void vtp_ledger_show(vtp_ledger *ledger, vtp_shown *shown) {
+    if (shown == NULL) { /* also in a child of fork(), where nobody may be left to let go of the mutex */
+        __atomic_store_n(&ledger->shown, NULL, __ATOMIC_RELAXED);
+        return;
+    }
+    pthread_mutex_lock(&ledger->mutex);
+    ledger->shown = shown;
+    unlock(ledger);
+}
+
+void vtp_ledger_note(vtp_ledger *ledger, int64_t reserved_bytes, int64_t shared_bytes, int64_t offloaded_bytes) {
+    pthread_mutex_lock(&ledger->mutex);
+    ledger->noted[0] = reserved_bytes;
+    ledger->noted[1] = shared_bytes;
+    ledger->noted[2] = offloaded_bytes;
+    unlock(ledger);
 }
 
 void vtp_ledger_read(vtp_ledger *ledger, vtp_ledger_counts *counts) {

@@ -170,6 +170,15 @@ void *vtp_torch_alloc(size_t size, int ordinal, void *stream) {
     return address;
 }
 
+/* Where the list of live segments has the one at the address; its end, NULL, where there is none. */
+static memory_segment **find_live(device_state *device, uint64_t address) {
+    memory_segment **link = &device->live;
+    while (*link != NULL && (*link)->address != address) {
+        link = &(*link)->next;
+    }
+    return link;
+}
+
 void vtp_torch_free(void *address, size_t size, int ordinal, void *stream) {
     (void)size;
     device_state *device = find_device(ordinal);
@@ -177,10 +186,7 @@ void vtp_torch_free(void *address, size_t size, int ordinal, void *stream) {
     if (device == NULL || !enter(device, &mode)) {
         return;
     }
-    memory_segment **link = &device->live;
-    while (*link != NULL && (*link)->address != (uint64_t)(uintptr_t)address) {
-        link = &(*link)->next;
-    }
+    memory_segment **link = find_live(device, (uint64_t)(uintptr_t)address);
     memory_segment *segment = *link;
     if (segment != NULL) {
         *link = segment->next;
@@ -251,47 +257,43 @@ void vtp_torch_unwatch(int ordinal) {
     }
 }
 
-static memory_segment *find_live(device_state *device, uint64_t address) {
-    memory_segment *segment = device->live;
-    while (segment != NULL && segment->address != address) {
-        segment = segment->next;
+static int put_to_sleep(const segment_plan *plan, memory_segment *segment) {
+    (void)plan;
+    return segment_sleep(segment) ? VTP_SEGMENT_DONE : VTP_SEGMENT_FAILED;
+}
+
+static int wake(const segment_plan *plan, memory_segment *segment) {
+    segment_result woken = segment_wake(plan, segment);
+    return woken == SEGMENT_MADE           ? VTP_SEGMENT_DONE
+           : woken == SEGMENT_LACKS_MEMORY ? VTP_SEGMENT_LACKS_MEMORY
+                                           : VTP_SEGMENT_FAILED;
+}
+
+/* Bring the segment at the address to where it is_asleep or not, by `move`, unless it is so already. */
+static int move_segment(int ordinal, uint64_t address, int is_asleep,
+                        int (*move)(const segment_plan *, memory_segment *)) {
+    device_state *device = find_device(ordinal);
+    int mode;
+    if (device == NULL || !enter(device, &mode)) {
+        return VTP_SEGMENT_FAILED;
     }
-    return segment;
+    memory_segment *segment = *find_live(device, address);
+    int result = segment == NULL ? VTP_SEGMENT_GONE : VTP_SEGMENT_DONE;
+    if (segment != NULL && segment->is_asleep != is_asleep) {
+        result = move(&device->plan, segment);
+        int64_t bytes = result == VTP_SEGMENT_DONE ? segment->bytes : 0;
+        device->counts.asleep_bytes += is_asleep ? bytes : -bytes;
+    }
+    leave(device, mode);
+    return result;
 }
 
 int vtp_torch_sleep(int ordinal, uint64_t address) {
-    device_state *device = find_device(ordinal);
-    int mode;
-    if (device == NULL || !enter(device, &mode)) {
-        return VTP_SEGMENT_FAILED;
-    }
-    memory_segment *segment = find_live(device, address);
-    int result = segment == NULL ? VTP_SEGMENT_GONE : VTP_SEGMENT_DONE;
-    if (segment != NULL && !segment->is_asleep) {
-        result = segment_sleep(segment) ? VTP_SEGMENT_DONE : VTP_SEGMENT_FAILED;
-        device->counts.asleep_bytes += result == VTP_SEGMENT_DONE ? segment->bytes : 0;
-    }
-    leave(device, mode);
-    return result;
+    return move_segment(ordinal, address, 1, put_to_sleep);
 }
 
 int vtp_torch_wake(int ordinal, uint64_t address) {
-    device_state *device = find_device(ordinal);
-    int mode;
-    if (device == NULL || !enter(device, &mode)) {
-        return VTP_SEGMENT_FAILED;
-    }
-    memory_segment *segment = find_live(device, address);
-    int result = segment == NULL ? VTP_SEGMENT_GONE : VTP_SEGMENT_DONE;
-    if (segment != NULL && segment->is_asleep) {
-        segment_result woken = segment_wake(&device->plan, segment);
-        result = woken == SEGMENT_MADE           ? VTP_SEGMENT_DONE
-                 : woken == SEGMENT_LACKS_MEMORY ? VTP_SEGMENT_LACKS_MEMORY
-                                                 : VTP_SEGMENT_FAILED;
-        device->counts.asleep_bytes -= result == VTP_SEGMENT_DONE ? segment->bytes : 0;
-    }
-    leave(device, mode);
-    return result;
+    return move_segment(ordinal, address, 0, wake);
 }
 
 static int retain_context(device_state *device, int ordinal) {

@@ -35,6 +35,17 @@ typedef struct {
     int64_t num_pages;
 } vtp_ledger_counts;
 
+/* What a ledger shows to other processes, in memory that they map as well. The version is odd while the figures change:
+ * whoever finds it odd, or another one after reading than before, reads again. */
+typedef struct {
+    int64_t version;
+    int64_t committed_bytes;
+    int64_t free_bytes;
+    int64_t torch_bytes;
+    int64_t budget_bytes;
+    int64_t noted[3]; /* as in vtp_ledger_note */
+} vtp_shown;
+
 /* A budget below 0 is no limit. NULL where the host has no memory. */
 VTP_EXPORT vtp_ledger *vtp_ledger_new(int64_t budget_bytes);
 /* The caller is done with the ledger; its last owner frees it. Pooled pages are forgotten, not destroyed. */
@@ -47,6 +58,11 @@ VTP_EXPORT int vtp_ledger_pop(vtp_ledger *ledger, uint64_t *handle, int64_t *byt
 /* A page of these bytes was destroyed, or never created: 1. 0 where none of these bytes is out. */
 VTP_EXPORT int vtp_ledger_uncharge(vtp_ledger *ledger, int64_t bytes);
 VTP_EXPORT void vtp_ledger_set_budget(vtp_ledger *ledger, int64_t budget_bytes);
+/* Show the counts in *shown, which must stay there, from now on and after every change; NULL: nowhere. */
+VTP_EXPORT void vtp_ledger_show(vtp_ledger *ledger, vtp_shown *shown);
+/* Show these figures, which are not the ledger's own, beside its counts. */
+VTP_EXPORT void vtp_ledger_note(vtp_ledger *ledger, int64_t reserved_bytes, int64_t shared_bytes,
+                                int64_t offloaded_bytes);
 /* All counts at one moment. */
 VTP_EXPORT void vtp_ledger_read(vtp_ledger *ledger, vtp_ledger_counts *counts);
 

@@ -20,7 +20,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 
-from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
+from torch_vtensor.errors import AsleepError, DriverError, ForkedProcessError, OutOfPagesError
 from torch_vtensor.generation import layers as cache_layers
 from torch_vtensor.generation._transformers_compat import CACHE_NAME, DynamicLayer, decoder_output, with_cache
 from torch_vtensor.generation.decode.program import DecodeProgram, Placement, Traced, traced_model
@@ -172,8 +172,16 @@ class _Decoding(AbstractContextManager["_Decoding"]):
         self.placed = placed
         self.prompt = prompt
         self.choose: Callable[[], None]
+        self._held = ExitStack()
+
+    def hold_in_place(self) -> None:
+        """Keep other threads from moving the cache's rows, until the call has ended."""
+        for group in self.placed.groups:
+            self._held.enter_context(group.store.lease)
+            group.store.use()
 
     def __exit__(self, *exception: object) -> None:
+        self._held.close()
         self.program.release()
 
 
@@ -237,6 +245,7 @@ def _prepare(call: _Call, sequences: torch.Tensor, prompt: _Prompt | None) -> _D
         program = traced.acquire_program(layout, lambda: DecodeProgram(traced, *layout))
         with ExitStack() as undo:
             decoding = undo.enter_context(_Decoding(program, placed, prompt))
+            decoding.hold_in_place()
             program.place(placements)
             newest = _newest_positions(call, sequences) if prompt is None else prompt.positions[:, -1]
             program.start(sequences, newest, max_new, call.sampling)
@@ -248,6 +257,8 @@ def _prepare(call: _Call, sequences: torch.Tensor, prompt: _Prompt | None) -> _D
         return decoding
     except OutOfPagesError as error:
         _keep_text(error, sequences, 1 if prompt is None else 0)
+        raise
+    except AsleepError:
         raise
     except (DriverError, ForkedProcessError) as error:
         return f"memory driver: {type(error).__name__}"

@@ -1,0 +1,54 @@
+"""What goes on around a call of generate(): others do not move memory under it, and what it leaves is idle at once."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch_vtensor.allocator.pools import all_schedulers
+from torch_vtensor.allocator.tiers import Rounds
+from torch_vtensor.generation._transformers_compat import CACHE_NAME, Cache
+
+__all__ = ["call_with", "generate", "in_use"]
+
+# Not the leases of its tensors: while a cache grows it exchanges them, and attention reads between two appends.
+_locks: weakref.WeakKeyDictionary[Cache, threading.RLock] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def in_use(cache: Cache) -> AbstractContextManager[Any]:
+    """A block during which no other thread offloads the cache, or brings it back: they wait for its end."""
+    with _lock:
+        return _locks.setdefault(cache, threading.RLock())
+
+
+@contextmanager
+def call_with(cache: Any) -> Iterator[None]:
+    """A block for a call of generate() on a cache, or on one of its own: offload, prefetch and sleep wait for its end.
+
+    Effects: memory that it leaves is parked, behind the device's work.
+    """
+    rounds, schedulers = Rounds(), list(all_schedulers().values())
+    try:
+        with in_use(cache) if isinstance(cache, Cache) else nullcontext(), rounds.lock:
+            for scheduler in schedulers:
+                with scheduler.pool.lock:
+                    scheduler.pool.rounds.append(rounds)
+            try:
+                yield
+            finally:
+                for scheduler in schedulers:
+                    with scheduler.pool.lock:
+                        scheduler.pool.rounds.remove(rounds)
+    finally:
+        for scheduler in all_schedulers().values():
+            scheduler.reap()
+
+
+def generate(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """``model.generate``, during which nobody moves the memory that it uses."""
+    with call_with(kwargs.get(CACHE_NAME)):
+        return stock(model, *args, **kwargs)
