@@ -117,7 +117,7 @@ class Requests(RuleBasedStateMachine):
             self.cancelled.add(request_id)
             self.served.manager.cancel_request(request_id)
 
-    @rule(num_calls_before=st.integers(0, 40), code=st.sampled_from(["EIO", "ENOMEM"]))
+    @rule(num_calls_before=st.integers(0, 12), code=st.sampled_from(["EIO", "ENOMEM"]))
     def break_driver(self, num_calls_before: int, code: str) -> None:
         self.faults.ask_for(num_calls_before, code)
 
@@ -139,10 +139,9 @@ class Requests(RuleBasedStateMachine):
             prompt, num_new = self.asked[output.request_id]
             answered = output.generated_tokens
             assert answered == alone(self.family, prompt, MOST_NEW)[: len(answered)]
-            if output.error is not None and "injected" in output.error:
+            if output.error is not None and "EIO" in output.error:
                 assert self.faults.num_fired > 0
-                assert "EIO" in output.error, "memory that is short is waited for"
-            elif output.error is not None:
+            elif output.error is not None:  # memory that is short, also by a failure, is waited for
                 needed_bytes = (len(prompt) + len(answered) + 1) * TOKEN_BYTES
                 assert self.budget is not None, "there was memory for it"
                 assert needed_bytes + 8 * PAGE_BYTES > self.budget, output.error  # pages are not full, one is spare
