@@ -279,9 +279,10 @@ def test_a_watcher_sleeps_until_somebody_writes_and_ends(tmp_path: Path) -> None
         while heard.acquire(timeout=0.05):  # a wish is two writes
             pass
         assert record.asked_budget() == (4096 + number,)
+    assert watcher._thread in threading.enumerate()
     watcher.stop()
     watcher.stop()
-    assert not any(thread.name == "torch_vtensor watcher" for thread in threading.enumerate())
+    assert watcher._thread not in threading.enumerate()
     assert ledger.committed_bytes == 4096
 
 

@@ -63,7 +63,9 @@ def test_parked_then_prefixes_then_idle_then_preemption_and_only_then_an_error_f
         while counted("gave way") == 0:
             served.round()
             assert not served.outputs, "somebody had ended before anybody had to give way"
-        assert [request.state.request_id for request in served.engine.active] == ["first"], "the newest gives way"
+        assert [request.state.request_id for request in served.engine.queues.active] == ["first"], (
+            "the newest gives way"
+        )
         served.manager.add_request(newcomer, request_id="newcomer")
         answers = served.run()
         assert "newcomer" in answers

@@ -211,17 +211,17 @@ def test_a_write_of_a_layer_that_has_begun_is_not_lost_to_an_offload(
     rows = torch.rand(1, 2, 600, 64)
     with torch.no_grad():
         cache.update(rows, rows, 0)
-        write = LayerColumn._write
+        note_written = LayerColumn._note_written
 
-        def after_an_attempt(self: LayerColumn, *args: Any) -> Any:
+        def after_an_attempt(self: LayerColumn, first: int, stop: int) -> None:
             offloads.append(threading.Thread(target=cache.offload))
             offloads[0].start()
             offloads[0].join(0.3)
             assert cache.memory().offloaded_bytes == 0
-            return write(self, *args)
+            note_written(self, first, stop)
 
         with monkeypatch.context() as patched:
-            patched.setattr(LayerColumn, "_write", after_an_attempt)
+            patched.setattr(LayerColumn, "_note_written", after_an_attempt)
             keys, _ = cache.update(rows[:, :, :3], rows[:, :, :3], 0)
     offloads[0].join()
     assert cache.memory().offloaded_bytes > 0

@@ -126,7 +126,9 @@ class Requests(RuleBasedStateMachine):
         self.faults.forget()
         torch_vtensor.sleep()
         self.served.round()
+        pools.set_default_budget(None)  # there may be more than a budget that was set later allows
         torch_vtensor.wake()
+        pools.set_default_budget(self.budget)
 
     @rule(num_rounds=st.integers(1, 16))
     def run_rounds(self, num_rounds: int) -> None:
