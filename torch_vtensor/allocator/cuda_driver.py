@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from torch_vtensor.allocator.captures import another_captures, between_captures
 from torch_vtensor.allocator.host_memory import spare_host_bytes
 from torch_vtensor.errors import DriverError, ForkedProcessError
 
@@ -38,7 +39,8 @@ class _ContextFence:
         driver.call("cuCtxPushCurrent", 0, driver.context)
         try:
             self._event = driver.call("cuEventCreate", 0, _EVENT_DISABLE_TIMING)
-            driver.call("cuCtxRecordEvent", 0, driver.context, self._event)
+            with between_captures():
+                driver.call("cuCtxRecordEvent", 0, driver.context, self._event)
         finally:
             driver.call("cuCtxPopCurrent", 0)
 
@@ -204,7 +206,11 @@ class CudaDriver:
 
     def is_capturing(self) -> bool:
         # A fence would break a capture on any stream of the context: also look at those that others captured on.
-        return torch.cuda.is_current_stream_capturing() or any(map(self._is_stream_capturing, self._capture_streams))
+        return (
+            another_captures()
+            or torch.cuda.is_current_stream_capturing()
+            or any(map(self._is_stream_capturing, self._capture_streams))
+        )
 
     def prepare_thread(self) -> None:
         torch.cuda.set_device(self.device)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
+from torch_vtensor.allocator.captures import capturing
 from torch_vtensor.generation.decode.fuse import fuse
 from torch_vtensor.generation.decode.step import LayerRows
 
@@ -114,9 +114,6 @@ class LatestGraphs:
         self._graphs.clear()
 
 
-_capturing = threading.Lock()  # torch has one capture at a time in a process
-
-
 def capture(
     run: Callable[[], None],
     device: torch.device,
@@ -151,7 +148,7 @@ def capture(
         graph = _GraphOfOwnNumbers()
         graph.default, graph.own = default, generator
     with (
-        _capturing,
+        capturing(),
         torch.cuda.stream(current),  # which a capture that fails would leave for its own
         torch.cuda.graph(graph, pool=space.memory, stream=space.stream, capture_error_mode="thread_local"),
     ):
