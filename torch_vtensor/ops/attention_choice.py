@@ -139,11 +139,11 @@ class Regime(NamedTuple):
     example: tuple[int, int]
 
 
-# Times on the device: benchmarks/results/attention_h100-80gb-hbm3_2026-11-26.md, geometric means over the uniform
-# points in the layout of our caches. FlashAttention-3's: by its times over cuDNN's and flash's on an H200, 2026-11-22.
-# On the host a call of flash takes 60 us and of triton 140, more than a small decode takes on the device. cuDNN plans
-# 50 ms for every length that it has not seen: worth it for the longest prompts alone, where 32 layers save more.
-# An eager decoding step launches triton once more for each layer, for less than either: decode_attention/repeated.py.
+# Times on the device: geometric means over the uniform points, in the layout of our caches, of decode in
+# benchmarks/results/attention_h100-80gb-hbm3_2026-11-26.md, whose times of triton are taken for prompts as well, and of
+# extend and prefill in attention_h100-80gb-hbm3_2026-11-27.md. FlashAttention-3's: by its times on an H200, 2026-11-22,
+# over cuDNN's (decode) and over gluon's there. On the host a call of flash takes 60 us and of triton 140, more than a
+# small decode takes on the device; cuDNN plans 40 ms for every length that it has not seen.
 MEASURED = (
     Regime(
         "decode below 0.5 GB",
@@ -162,28 +162,28 @@ MEASURED = (
     Regime(
         "extend: few rows over a prefix",
         lambda case: case.num_rows < case.num_tokens and case.num_blocks < _BLOCKS_THAT_FILL,
-        {"fa3": 0.80, "triton": 1.0, "flash": 1.04},
+        {"fa3": 0.63, "triton": 1.0, "flash": 1.29},
         ("fa3", "triton"),
         (16, 8192),
     ),
     Regime(
         "extend: rows over a prefix",
         lambda case: case.num_rows < case.num_tokens,
-        {"fa3": 0.93, "gluon": 1.0, "triton": 1.51, "flash": 1.95},
+        {"fa3": 0.92, "gluon": 1.0, "triton": 1.46, "flash": 2.22},
         ("fa3", "gluon", "triton"),
         (128, 8192),
     ),
     Regime(
         "prefill below 2 TFLOP",
         lambda case: case.flops < 2e12,
-        {"fa3": 0.91, "gluon": 1.0, "cudnn": 1.08, "triton": 1.54, "flash": 1.98},
+        {"fa3": 0.92, "gluon": 1.0, "cudnn": 1.03, "triton": 1.43, "flash": 1.84},
         ("fa3", "gluon", "triton"),
         (2048, 2048),
     ),
     Regime(
         "prefill from 2 TFLOP",
         lambda case: True,
-        {"fa3": 0.92, "gluon": 1.0, "cudnn": 1.12, "triton": 1.50, "flash": 2.0},
+        {"fa3": 0.92, "gluon": 1.0, "cudnn": 1.05, "triton": 1.47, "flash": 1.88},
         ("fa3", "gluon", "cudnn", "triton"),
         (32768, 32768),
     ),

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Rows", "attend", "can_begin_early", "finish", "keep_part", "slot_pointer", "take_parts"]
+__all__ = ["Rows", "attend", "can_begin_early", "finish", "keep_part", "slot_pointer"]
 
 
 class Rows(NamedTuple):
@@ -146,26 +146,3 @@ def keep_part(
     tl.store(into + rows, highest, mask=is_kept)
     tl.store(into + PARTIAL_M + rows, total, mask=is_kept)
     tl.store(into + 2 * PARTIAL_M + rows[:, None] * BLOCK_DV + dv[None, :], acc, mask=is_kept[:, None])
-
-
-@triton.jit
-def take_parts(partials, indices, is_part, rows, highest, total, acc, PARTIAL_M: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """Merge ``rows`` of the partial results ``indices`` that are parts into the running softmax of these rows."""
-    dv = tl.arange(0, BLOCK_DV)
-    source = partials + indices.to(tl.int64) * (PARTIAL_M * (BLOCK_DV + 2))
-    each = source[:, None] + rows[None, :]
-    is_part = is_part[:, None]
-    part_highest = tl.load(each, mask=is_part, other=-1.0e30, cache_modifier=".cg")
-    part_total = tl.load(each + PARTIAL_M, mask=is_part, other=0.0, cache_modifier=".cg")
-    part_acc = tl.load(
-        source[:, None, None] + 2 * PARTIAL_M + rows[None, :, None] * BLOCK_DV + dv[None, None, :],
-        mask=is_part[:, :, None],
-        other=0.0,
-        cache_modifier=".cg",
-    )
-    new_highest = tl.maximum(highest, tl.max(part_highest, 0))
-    shrink = tl.exp2(highest - new_highest)
-    factor = tl.exp2(part_highest - new_highest[None, :])
-    total = total * shrink + tl.sum(part_total * factor, 0)
-    acc = acc * shrink[:, None] + tl.sum(part_acc * factor[:, :, None], 0)
-    return new_highest, total, acc

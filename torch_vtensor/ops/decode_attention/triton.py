@@ -30,7 +30,6 @@ from torch_vtensor.ops.attention_triton import (
     finish,
     keep_part,
     slot_pointer,
-    take_parts,
 )
 
 __all__ = ["Again", "Prefix", "Workspace", "launch", "launch_rows", "make_workspace", "start"]
@@ -355,22 +354,14 @@ def _decode(
             num_parts = (last_part - first_part + 1).to(tl.int32)
             if arrived == num_parts - 1:
                 tl.store(counter, 0)
-                highest_1 = tl.full([PARTIAL_M], -1.0e30, tl.float32)
-                total_1 = tl.zeros([PARTIAL_M], tl.float32)
-                acc_1 = tl.zeros([PARTIAL_M, BLOCK_DV], tl.float32)
-                each = tl.arange(0, MERGE)
-                for base in tl.range(0, num_parts, MERGE):
-                    index = base + each
-                    ok = index < num_parts
-                    if FIXED_SPLIT:
-                        which = first_part + index
-                    else:
-                        which = first_part + index
-                        which = 2 * which + ((index == 0) & (head_begin != first_part * part)).to(tl.int64)
-                    which = which * row_blocks + row_block
-                    highest_1, total_1, acc_1 = take_parts(
-                        partials, which, ok, merged_rows, highest_1, total_1, acc_1, PARTIAL_M, BLOCK_DV
-                    )
+                if FIXED_SPLIT:
+                    before = 0
+                else:
+                    before = (head_begin != first_part * part).to(tl.int64)
+                highest_1, total_1, acc_1 = _merged(
+                    partials, first_part, before, num_parts, row_block, row_blocks,
+                    PARTIAL_M, BLOCK_DV, MERGE, FIXED_SPLIT,
+                )  # fmt: skip
                 merged_head = head * GROUP + merged_member
                 result = finish(highest_1, total_1, acc_1, sinks + merged_head, merged_ok, HAS_SINKS)
                 pointers = out_slot + merged_head * out_head_stride + merged_query * out_token_stride
@@ -380,6 +371,56 @@ def _decode(
                     mask=merged_ok[:, None] & (dv[None, :] < DV),
                 )
         place += num_granules
+
+
+@triton.jit
+def _merged(
+    partials, first_part, before, num_parts, row_block, row_blocks,
+    PARTIAL_M: tl.constexpr, BLOCK_DV: tl.constexpr, MERGE: tl.constexpr, FIXED_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The running softmax of ``num_parts`` partial results, in their order.
+
+    One program does it while the others are done: what counts is how few times it waits for memory. Sums of rows come
+    first, some 64 parts at once; then the weighted rows, MERGE parts under way together, added up where they arrive.
+    """
+    rows = tl.arange(0, PARTIAL_M)
+    dv = tl.arange(0, BLOCK_DV)
+    each = tl.arange(0, 64)
+    part_elements: tl.constexpr = PARTIAL_M * (BLOCK_DV + 2)
+    highest = tl.full([PARTIAL_M], -1.0e30, tl.float32)
+    total = tl.zeros([PARTIAL_M], tl.float32)
+    for base in tl.range(0, num_parts, 64):
+        ok = (base + each < num_parts)[:, None]
+        source = _partial(partials, first_part, base + each, before, row_block, row_blocks, part_elements, FIXED_SPLIT)
+        pointers = source[:, None] + rows[None, :]
+        part_highest = tl.load(pointers, mask=ok, other=-1.0e30, cache_modifier=".cg")
+        part_total = tl.load(pointers + PARTIAL_M, mask=ok, other=0.0, cache_modifier=".cg")
+        new_highest = tl.maximum(highest, tl.max(part_highest, 0))
+        weighted = tl.sum(part_total * tl.exp2(part_highest - new_highest[None, :]), 0)
+        total = total * tl.exp2(highest - new_highest) + weighted
+        highest = new_highest
+    acc = tl.zeros([PARTIAL_M, BLOCK_DV], tl.float32)
+    for base in tl.range(0, num_parts, MERGE):
+        for one in tl.static_range(MERGE):
+            index = base + one
+            ok = index < num_parts
+            source = _partial(partials, first_part, index, before, row_block, row_blocks, part_elements, FIXED_SPLIT)
+            part_highest = tl.load(source + rows, mask=ok, other=-1.0e30, cache_modifier=".cg")
+            pointers = source + 2 * PARTIAL_M + rows[:, None] * BLOCK_DV + dv[None, :]
+            part_acc = tl.load(pointers, mask=ok, other=0.0, cache_modifier=".cg")
+            acc += part_acc * tl.exp2(part_highest - highest)[:, None]
+    return highest, total, acc
+
+
+@triton.jit
+def _partial(
+    partials, first_part, index, before, row_block, row_blocks, part_elements: tl.constexpr, FIXED_SPLIT: tl.constexpr
+):  # fmt: skip
+    """Where the ``index``-th partial result of a sequence and head lies."""
+    which = first_part + index
+    if not FIXED_SPLIT:  # the first one is what a program ends in, if it began before
+        which = 2 * which + ((index == 0) & (before != 0)).to(tl.int64)
+    return partials + (which * row_blocks + row_block) * part_elements
 
 
 @triton.jit
@@ -439,8 +480,8 @@ def _config(dtype: torch.dtype, block_d: int, block_m: int, batch: int) -> _Conf
         return _Config(64, 8 if block_m > 64 else 4, 2, 1)
     if row_bytes > 256:
         return _Config(32, 4, 2, 1) if row_bytes > 512 else _Config(64, 4, 2, 1)
-    # Alone, a light program lets the kernels around it begin early; many sequences fill the device anyway.
-    return _Config(64, 4, 2, 2) if batch == 1 else _Config(64, 4, 3, 2)
+    # Alone, one program a multiprocessor: half as many parts are to be merged, and the kernels around it begin early.
+    return _Config(64, 4, 3, 1 if batch == 1 else 2)
 
 
 class Again:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from torch_vtensor.ops.attention_triton import finish, take_parts
+from torch_vtensor.ops.attention_triton import finish
 
 __all__ = ["merge", "seen", "share_out"]
 
@@ -169,7 +169,7 @@ def merge(
         acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
         for base in tl.range(0, num_parts, PARTS):
             part = base + tl.arange(0, PARTS)
-            highest, total, acc = take_parts(
+            highest, total, acc = _take_parts(
                 partials, begin + part, part < num_parts, rows, highest, total, acc, BLOCK_M, BLOCK_DV
             )
         row = first_row + tl.arange(0, ROWS)
@@ -184,3 +184,26 @@ def merge(
             tl.where(row_ok[:, None], result, 0.0).to(out.dtype.element_ty),
             mask=(token < num_query)[:, None] & (dv[None, :] < DV),
         )
+
+
+@triton.jit
+def _take_parts(partials, indices, is_part, rows, highest, total, acc, PARTIAL_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Merge ``rows`` of the partial results ``indices`` that are parts into the running softmax of these rows."""
+    dv = tl.arange(0, BLOCK_DV)
+    source = partials + indices.to(tl.int64) * (PARTIAL_M * (BLOCK_DV + 2))
+    each = source[:, None] + rows[None, :]
+    is_part = is_part[:, None]
+    part_highest = tl.load(each, mask=is_part, other=-1.0e30, cache_modifier=".cg")
+    part_total = tl.load(each + PARTIAL_M, mask=is_part, other=0.0, cache_modifier=".cg")
+    part_acc = tl.load(
+        source[:, None, None] + 2 * PARTIAL_M + rows[None, :, None] * BLOCK_DV + dv[None, None, :],
+        mask=is_part[:, :, None],
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    new_highest = tl.maximum(highest, tl.max(part_highest, 0))
+    shrink = tl.exp2(highest - new_highest)
+    factor = tl.exp2(part_highest - new_highest[None, :])
+    total = total * shrink + tl.sum(part_total * factor, 0)
+    acc = acc * shrink[:, None] + tl.sum(part_acc * factor[:, :, None], 0)
+    return new_highest, total, acc
