@@ -63,18 +63,27 @@ class ManualDriver(HostDriver):
 
 
 class FailingDriver(HostDriver):
-    """Refuses the calls on memory number ``fail_at`` to ``fail_at + num_failures - 1``, counted from 0."""
+    """Refuses the calls on memory number ``fail_at`` to ``fail_at + num_failures - 1``, counted from 0.
 
-    def __init__(self, fail_at: int | None = None, num_failures: int = 1, code: str = "EIO") -> None:
+    Of all kinds of calls, or of one ``kind``.
+    """
+
+    def __init__(
+        self, fail_at: int | None = None, num_failures: int = 1, code: str = "EIO", kind: str | None = None
+    ) -> None:
         super().__init__(PAGE, OFFLOAD_FOLDER)
         self.calls: list[str] = []
         self.refused: list[str] = []
-        self.fail_at, self._num_failures, self._code = fail_at, num_failures, code
+        self.fail_at, self._num_failures, self._code, self._kind = fail_at, num_failures, code, kind
 
     def _count(self, name: str, nbytes: int) -> None:
-        number = len(self.calls)
+        number = len(self.calls) if self._kind is None else self.calls.count(name)
         self.calls.append(name)
-        if self.fail_at is not None and self.fail_at <= number < self.fail_at + self._num_failures:
+        if (
+            self.fail_at is not None
+            and self._kind in (None, name)
+            and self.fail_at <= number < self.fail_at + self._num_failures
+        ):
             self.refused.append(name)
             raise DriverError(name, self._code, self.device, nbytes)
 
