@@ -10,9 +10,9 @@ from scripted_drivers import OFFLOAD_FOLDER, PAGE
 from vtensors import MakeScheduler, pages
 
 from torch_vtensor.allocator.host_driver import HostDriver
-from torch_vtensor.allocator.tiers import Rounds
+from torch_vtensor.allocator.tiers import Rounds, call
 from torch_vtensor.allocator.vtensor import VTensor
-from torch_vtensor.errors import AsleepError, OutOfPagesError
+from torch_vtensor.errors import AsleepError, OutOfPagesError, VTensorError
 
 _SHORT_S = 0.3  # in which a move that does not wait has long begun
 
@@ -179,3 +179,63 @@ def test_two_that_want_all_memory_at_rest_at_once_do_not_wait_for_each_other(mak
     sleeper.join()
     scheduler.wake()
     assert vtensor.tensor().unique().tolist() == [1]
+
+
+def test_calls_that_follow_each_other_let_memory_rest_in_between(make_scheduler: MakeScheduler) -> None:
+    """Also where one begins before the other ends, on and on; those that begin meanwhile wait."""
+    scheduler, stop = make_scheduler(), threading.Event()
+    pages(scheduler, 3)
+
+    def work() -> None:
+        while not stop.is_set():
+            with call(), call():
+                stop.wait(0.02)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    sleeper = threading.Thread(target=scheduler.sleep, daemon=True)
+    sleeper.start()
+    sleeper.join(10)
+    stop.set()
+    assert not sleeper.is_alive()
+    for thread in threads:
+        thread.join(10)
+    scheduler.wake()
+
+
+def test_a_call_is_waited_for_by_memory_that_is_made_in_it(make_scheduler: MakeScheduler) -> None:
+    with call():
+        scheduler = make_scheduler()
+        vtensor = pages(scheduler, 3)
+        sleeper = threading.Thread(target=scheduler.sleep)
+        sleeper.start()
+        sleeper.join(_SHORT_S)
+        assert not vtensor.is_asleep
+    sleeper.join()
+    assert vtensor.is_asleep
+    scheduler.wake()
+
+
+def test_of_two_calls_that_move_memory_one_is_refused(make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler()
+    pages(scheduler, 3)
+    both, refused = threading.Barrier(2), []
+
+    def work() -> None:
+        try:
+            with call():
+                both.wait(10)
+                scheduler.sleep()
+                scheduler.wake()
+        except VTensorError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert len(refused) == 1
+    assert "sleep or wake after the call" in str(refused[0])

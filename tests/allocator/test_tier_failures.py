@@ -16,9 +16,11 @@ from torch_vtensor.allocator.vtensor import VTensor
 from torch_vtensor.errors import DriverError, OffloadLimitError, OutOfPagesError
 
 
-@pytest.fixture(autouse=True)
-def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[False, True], ids=["mapped_for_a_copy", "always_mapped"])
+def _several_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And memory outside that is mapped as the CPU's is, or as a GPU's."""
     monkeypatch.setattr(page_copy, "_CHUNK_BYTES", 5 * PAGE)
+    monkeypatch.setattr(FailingDriver, "keeps_offloaded_mapped", request.param)
 
 
 class MovingLife(Life):
@@ -77,6 +79,8 @@ class MovingLife(Life):
     def end(self) -> None:
         del self.view
         super().end()
+        offloads = self.scheduler.pool.offloads
+        assert (offloads._ptrs, offloads._unmapped) == ({}, {}), "addresses are left"
 
 
 def test_the_life_makes_every_call() -> None:

@@ -6,37 +6,57 @@ fails. torch tells a thread of its own captures alone, so whoever captures says 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 __all__ = ["another_captures", "between_captures", "capturing"]
 
-_lock = threading.RLock()
 _MOST_SECONDS = 10.0  # whoever captures may in the end wait for a lock that the caller has
+
+
+class _Captures:
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.thread: int | None = None  # whose capture it is
+
+
+_captures = _Captures()
 
 
 @contextmanager
 def capturing() -> Iterator[None]:
     """A block in which this thread captures a graph; waits for those of other threads."""
-    with _lock:
-        yield
+    captures = _captures
+    with captures.lock:
+        before, captures.thread = captures.thread, threading.get_ident()
+        try:
+            yield
+        finally:
+            captures.thread = before
 
 
 def another_captures() -> bool:
     """Whether another thread is inside `capturing`."""
-    if not _lock.acquire(blocking=False):
-        return True
-    _lock.release()
-    return False
+    return _captures.thread not in (None, threading.get_ident())
 
 
 @contextmanager
 def between_captures() -> Iterator[None]:
     """A block, a short one, in which no other thread begins a capture."""
-    is_held = _lock.acquire(timeout=_MOST_SECONDS)
+    lock = _captures.lock
+    is_held = lock.acquire(timeout=_MOST_SECONDS)
     try:
         yield
     finally:
         if is_held:
-            _lock.release()
+            lock.release()
+
+
+def _start_afresh_in_child() -> None:
+    global _captures
+    _captures = _Captures()
+
+
+os.register_at_fork(after_in_child=_start_afresh_in_child)

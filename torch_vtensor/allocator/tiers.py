@@ -19,6 +19,7 @@ or 5 is tried again at once; a range of which a page could still not be mapped s
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -38,6 +39,7 @@ __all__ = [
     "Rounds",
     "Sleeper",
     "between_uses",
+    "call",
     "check_can_move",
     "has_tag",
     "offload",
@@ -74,23 +76,99 @@ class Rounds:
         """How often rows were discarded."""
 
 
+_MOST_SECONDS = 10.0  # that a call waits before it begins: a mover may wait for a lease that the caller has
+
+
+class _Calls:
+    """Calls of generate() under way in this process, on whatever device: a device may get its pool in one of them."""
+
+    def __init__(self) -> None:
+        self.running: list[Rounds] = []
+        self.of_thread = threading.local()
+        self._changed = threading.Condition()
+        self._num_movers = 0
+        self._mover_inside: int | None = None  # the thread that moves memory from inside a call of its own
+
+    def begin(self, rounds: Rounds, is_inside: bool) -> None:
+        """Note a call, which is inside another one of its thread, or begins once nobody waits for calls to end."""
+        with self._changed:
+            if not is_inside:
+                self._changed.wait_for(lambda: self._num_movers == 0, _MOST_SECONDS)
+            self.running.append(rounds)
+
+    @contextmanager
+    def no_more(self) -> Iterator[None]:
+        """A block in which no call begins, but inside another one of its thread.
+
+        Raises: VTensorError inside a call, if another thread does the same: each would wait for the other's to end.
+        """
+        thread = threading.get_ident() if getattr(self.of_thread, "depth", 0) else None
+        with self._changed:
+            before = self._mover_inside
+            if thread is not None and before not in (None, thread):
+                raise VTensorError(
+                    "another thread moves memory from inside generate() and waits for this call of it to end: sleep or "
+                    "wake after the call."
+                )
+            self._num_movers += 1
+            self._mover_inside = before or thread
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_movers -= 1
+                if thread is not None:
+                    self._mover_inside = before
+                self._changed.notify_all()
+
+
+_calls = _Calls()
+
+
+@contextmanager
+def call() -> Iterator[None]:
+    """A block during which no memory moves, of a call of generate(); waits for what moves some now."""
+    calls, rounds = _calls, Rounds()
+    depth = getattr(calls.of_thread, "depth", 0)
+    with rounds.lock:
+        calls.begin(rounds, depth > 0)
+        calls.of_thread.depth = depth + 1
+        try:
+            yield
+        finally:
+            calls.of_thread.depth = depth
+            calls.running.remove(rounds)
+
+
+def _start_afresh_in_child() -> None:
+    global _calls
+    _calls = _Calls()
+
+
+os.register_at_fork(after_in_child=_start_afresh_in_child)
+
+
 @contextmanager
 def between_uses(pool: PagePool, tags: Collection[str] | None) -> Iterator[None]:
-    """Hold the pool's lock while nobody is in a round, or has a lease on a range with these tags (None: any)."""
+    """Hold the pool's lock while nobody is in a call or a round, or has a lease on a range with these tags (None: any).
+
+    Raises: VTensorError inside a call of generate(), if another thread does the same.
+    """
     awaited: threading.RLock | None = None
-    while True:
-        with ExitStack() as held:
-            if awaited is not None:  # with nothing held that its holder may be waiting for
-                held.enter_context(awaited)
-            several = list(pool.rounds)
-            awaited = next((rounds.lock for rounds in several if not _taken(rounds.lock, held)), None)
-            if awaited is None:
-                held.enter_context(pool.lock)
-                leases, ranges = Leases(held), [it for it in list(pool.ranges.values()) if has_tag(it.tag, tags)]
-                awaited = next((range_.lease for range_ in ranges if not leases.take(range_)), None)
-                if awaited is None and all(rounds in several for rounds in pool.rounds):  # nobody began meanwhile
-                    yield
-                    return
+    with _calls.no_more():
+        while True:
+            with ExitStack() as held:
+                if awaited is not None:  # with nothing held that its holder may be waiting for
+                    held.enter_context(awaited)
+                several = [*_calls.running, *pool.rounds]
+                awaited = next((rounds.lock for rounds in several if not _taken(rounds.lock, held)), None)
+                if awaited is None:
+                    held.enter_context(pool.lock)
+                    leases, ranges = Leases(held), [it for it in list(pool.ranges.values()) if has_tag(it.tag, tags)]
+                    awaited = next((range_.lease for range_ in ranges if not leases.take(range_)), None)
+                    if awaited is None and all(rounds in several for rounds in pool.rounds):  # nobody began meanwhile
+                        yield
+                        return
 
 
 def _taken(lock: threading.RLock, held: ExitStack) -> bool:

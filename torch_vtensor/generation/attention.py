@@ -60,7 +60,8 @@ class Turn:
     """
 
     __slots__ = (
-        "__weakref__", "_again", "_checked", "_dtype", "_key_shape", "_mask", "_names", "_query_shape", "_value_shape"
+        "__weakref__", "_again", "_checked", "_dtype", "_key_shape", "_mask", "_names", "_pattern", "_query_shape",
+        "_value_shape",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +76,7 @@ class Turn:
         self._again = again
         self._query_shape, self._key_shape, self._value_shape = query.shape, key.shape, value.shape
         self._dtype, self._mask = query.dtype, mask
+        self._pattern = None if mask is None else mask.pattern
         self._names = frozenset(kwargs)
         counted = [name for name in kwargs if name in _COUNTED or name not in _HARMLESS]
         self._checked = tuple((name, kwargs[name], type(kwargs[name])) for name in counted)
@@ -85,6 +87,7 @@ class Turn:
         """[B, 1, Hq, Dv]; None, with nothing done, for a call that looks different."""
         if (
             mask is not self._mask
+            or (mask is not None and mask.pattern is not self._pattern)  # a model has written to it
             or key.shape != self._key_shape
             or query.shape != self._query_shape
             or value.shape != self._value_shape

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from torch_vtensor.allocator import tiers
 from torch_vtensor.allocator.pools import all_schedulers
-from torch_vtensor.allocator.tiers import Rounds
+from torch_vtensor.errors import DriverError
 from torch_vtensor.generation._transformers_compat import CACHE_NAME, Cache
 
 __all__ = ["call_with", "generate", "in_use"]
@@ -17,6 +20,16 @@ __all__ = ["call_with", "generate", "in_use"]
 # Not the leases of its tensors: while a cache grows it exchanges them, and attention reads between two appends.
 _locks: weakref.WeakKeyDictionary[Cache, threading.RLock] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+_log = logging.getLogger(__name__)
+
+
+def _start_afresh_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_start_afresh_in_child)
 
 
 def in_use(cache: Cache) -> AbstractContextManager[Any]:
@@ -31,21 +44,15 @@ def call_with(cache: Any) -> Iterator[None]:
 
     Effects: memory that it leaves is parked, behind the device's work.
     """
-    rounds, schedulers = Rounds(), list(all_schedulers().values())
     try:
-        with in_use(cache) if isinstance(cache, Cache) else nullcontext(), rounds.lock:
-            for scheduler in schedulers:
-                with scheduler.pool.lock:
-                    scheduler.pool.rounds.append(rounds)
-            try:
-                yield
-            finally:
-                for scheduler in schedulers:
-                    with scheduler.pool.lock:
-                        scheduler.pool.rounds.remove(rounds)
+        with in_use(cache) if isinstance(cache, Cache) else nullcontext(), tiers.call():
+            yield
     finally:
         for scheduler in all_schedulers().values():
-            scheduler.reap()
+            try:
+                scheduler.reap()
+            except (DriverError, RuntimeError) as error:  # whatever becomes of the call matters more
+                _log.info("what a call left on %s is parked later: %s", scheduler.pool.device, error)
 
 
 def generate(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -74,6 +74,8 @@ class StepGraphs:
         """
         shares = self._shares
         if (size, shares) not in self._steps:
+            if any(shares):
+                self._tell(size)  # rehearsing reads what the tables say
             try:
                 self._steps[size, shares] = self._capture(size, shares)
             except Exception as error:
