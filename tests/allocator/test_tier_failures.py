@@ -79,8 +79,7 @@ class MovingLife(Life):
     def end(self) -> None:
         del self.view
         super().end()
-        offloads = self.scheduler.pool.offloads
-        assert (offloads._ptrs, offloads._unmapped) == ({}, {}), "addresses are left"
+        assert not self.scheduler.pool.offloads._places, "addresses are left"
 
 
 def test_the_life_makes_every_call() -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass
 
 from torch_vtensor.allocator.timed_driver import TimedDriver
 from torch_vtensor.errors import OffloadLimitError
 
 __all__ = ["OffloadPool"]
+
+
+@dataclass(slots=True)
+class _Place:
+    """Addresses of a handle, and how far it is mapped there."""
+
+    ptr: int
+    is_mapped: bool = False
+    is_accessible: bool = False
 
 
 class OffloadPool:
@@ -29,8 +38,7 @@ class OffloadPool:
         self.pooled_bytes = 0
         self._driver = driver
         self._pooled: dict[int, list[int]] = {}
-        self._ptrs: dict[int, int] = {}
-        self._unmapped: dict[int, int] = {}  # addresses that the driver has not taken back yet
+        self._places: dict[int, _Place] = {}
 
     def take(self, sizes: Sequence[int]) -> list[int]:
         """A handle of each size, all or none.
@@ -55,7 +63,8 @@ class OffloadPool:
 
     def ptr_of(self, handle: int) -> int | None:
         """Where a handle of this pool is mapped for copies; None if it is nowhere."""
-        return self._ptrs.get(handle)
+        place = self._places.get(handle)
+        return place.ptr if place is not None and place.is_accessible else None
 
     def put(self, handle: int, nbytes: int) -> None:
         """Pool what nobody uses any more. No driver call, cannot fail."""
@@ -79,39 +88,38 @@ class OffloadPool:
         return freed_bytes
 
     def _take_one(self, nbytes: int) -> int:
-        handles = self._pooled.get(nbytes)
-        if handles:
-            self.pooled_bytes -= nbytes
-            handle = handles.pop()
-        else:
+        handles = self._pooled.setdefault(nbytes, [])
+        if not handles:
             if self.limit_bytes is not None:  # pooled memory of other sizes makes room
                 self.trim(max(self.limit_bytes - self.used_bytes - nbytes, 0))
-            handle = self._driver.create_offloaded(nbytes)
-            try:
-                self._map(handle, nbytes)
-            except BaseException:
-                self._driver.destroy(handle, nbytes)
-                raise
+            handles.append(self._driver.create_offloaded(nbytes))
+            self.pooled_bytes += nbytes
+        self._map(handles[-1], nbytes)
+        self.pooled_bytes -= nbytes
         self.used_bytes += nbytes
-        return handle
+        return handles.pop()
 
     def _map(self, handle: int, nbytes: int) -> None:
+        """Raises: DriverError; what is left to do is done the next time."""
         if not self._driver.keeps_offloaded_mapped:
             return
-        with ExitStack() as undo:
-            ptr = self._driver.reserve(nbytes)
-            undo.callback(self._driver.release, ptr, nbytes)
-            self._driver.map(ptr, nbytes, handle)
-            undo.callback(self._driver.unmap, ptr, nbytes)
-            self._driver.set_access(ptr, nbytes)
-            undo.pop_all()
-        self._ptrs[handle] = ptr
+        place = self._places.get(handle)
+        if place is None:
+            place = self._places[handle] = _Place(self._driver.reserve(nbytes))
+        if not place.is_mapped:
+            self._driver.map(place.ptr, nbytes, handle)
+            place.is_mapped = True
+        if not place.is_accessible:
+            self._driver.set_access(place.ptr, nbytes)
+            place.is_accessible = True
 
     def _unmap(self, handle: int, nbytes: int) -> None:
         """Raises: DriverError; what is left to do is done the next time."""
-        if handle in self._ptrs:
-            self._driver.unmap(self._ptrs[handle], nbytes)
-            self._unmapped[handle] = self._ptrs.pop(handle)
-        if handle in self._unmapped:
-            self._driver.release(self._unmapped[handle], nbytes)
-            del self._unmapped[handle]
+        place = self._places.get(handle)
+        if place is None:
+            return
+        if place.is_mapped:
+            self._driver.unmap(place.ptr, nbytes)
+            place.is_mapped = place.is_accessible = False
+        self._driver.release(place.ptr, nbytes)
+        del self._places[handle]

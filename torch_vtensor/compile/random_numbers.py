@@ -83,7 +83,7 @@ def find_streams(plan: Plan, segments: Sequence[Segment]) -> Mapping[Segment, in
 
 def draw_seed() -> int:
     """A seed from torch's generator of the CPU, which `torch.manual_seed` sets."""
-    return int(torch.randint(2**62, ()))
+    return int(torch.randint(2**62, (), device="cpu"))
 
 
 def begin_stream(seed: int, stream: int, device: torch.device) -> None:
