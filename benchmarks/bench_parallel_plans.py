@@ -46,30 +46,15 @@ _HEADER = ("mode", "tokens/s (10th-90th)", "of fsdp2", "peak GiB", "of fsdp2", "
 
 def main() -> None:
     """Run all points of all models, or, as a child, one rank of one point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--modes", nargs="+", help=f"instead of all: {', '.join(STOCK)}, or a plan; 'equal' for T5's")
-    parser.add_argument("--batch", type=int, help="rows of all ranks together; default: llama 8, t5 32")
-    parser.add_argument("--layers", type=int, help="layers, of each half of t5; default: llama 16, t5 12")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--timeout", type=int, default=900, help="seconds that a point may take")
-    parser.add_argument("--seconds", type=int, default=36_000, help="what all points may take; later ones are not run")
-    parser.add_argument(
-        "--codegen", choices=("inductor", "eager"), default="inductor", help="eager: to see that it runs"
+    parser = points.parser(
+        __doc__,
+        SUBJECTS,
+        modes=f"instead of all: {', '.join(STOCK)}, or a plan; 'equal' for T5's",
+        batch="rows of all ranks together; default: llama 8, t5 32",
+        layers="layers, of each half of t5; default: llama 16, t5 12",
     )
-    parser.add_argument("--quick", action="store_true", help="tiny models, to see that it runs")
-    parser.add_argument("--out", type=Path, help="folder of the result files")
-    parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)  # model, mode, file of the right gradients
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.point:
-        model, mode, reference = arguments.point
-        points.leave(arguments.result, lambda: point(model, mode, Path(reference), arguments))
-    clock = points.Clock(arguments.seconds)
-    for model in arguments.models:
-        print(measure(model, arguments, clock))
+    parser.add_argument("--ranks", type=int, default=2)
+    points.run_all(parser.parse_args(), point, measure)
 
 
 def measure(model: str, arguments: argparse.Namespace, clock: points.Clock) -> Path:
@@ -123,12 +108,8 @@ def row(mode: str, found: dict[str, Any], base: dict[str, Any] | None) -> list[s
 
 def run(model: str, mode: str, reference: Path, arguments: argparse.Namespace, clock: points.Clock) -> dict[str, Any]:
     """A point in processes of its own; what went wrong, where something did."""
-    given = ["--point", model, mode, str(reference)]
-    passed = ("device", "repeats", "codegen", "batch", "layers")
-    given += [f"--{name}={value}" for name in passed if (value := getattr(arguments, name))]
-    given += ["--quick"] if arguments.quick else []
     num_ranks = 1 if mode == "reference" else arguments.ranks
-    return points.run(__file__, given, clock.left(arguments.timeout), num_ranks)
+    return points.run_point(__file__, model, mode, reference, arguments, clock, num_ranks)
 
 
 def sizes(model: str, arguments: argparse.Namespace) -> tuple[int, int]:

@@ -43,32 +43,17 @@ HEADER = (
 
 def main() -> None:
     """Run all points of all models, or, as a child, one point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--modes", nargs="+", help="instead of all: compile, checkpoint, uncut, a plan's name, …")
-    parser.add_argument("--batch", type=int, help="rows, images, proteins; by default what the baseline has room for")
-    parser.add_argument("--layers", type=int, help="blocks; by default the published model's, 8 of the Evoformer")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--timeout", type=int, default=900, help="seconds that a point may take")
-    parser.add_argument("--seconds", type=int, default=36_000, help="what all points may take; later ones are not run")
-    parser.add_argument(
-        "--codegen", choices=("inductor", "eager"), default="inductor", help="eager: to see that it runs"
+    parser = points.parser(
+        __doc__,
+        SUBJECTS,
+        modes="instead of all: compile, checkpoint, uncut, a plan's name, …",
+        batch="rows, images, proteins; by default what the baseline has room for",
+        layers="blocks; by default the published model's, 8 of the Evoformer",
     )
-    parser.add_argument("--quick", action="store_true", help="tiny models, to see that it runs")
-    parser.add_argument("--out", type=Path, help="folder of the result files")
-    parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)  # model, mode, file of the baseline's gradients
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.point:
-        model, mode, reference = arguments.point
-        points.leave(arguments.result, lambda: point(model, mode, Path(reference), arguments))
-    clock = points.Clock(arguments.seconds)
-    for model in arguments.models:
-        print(measure(model, arguments, torch.device(arguments.device), clock))
+    points.run_all(parser.parse_args(), point, measure)
 
 
-def measure(model: str, arguments: argparse.Namespace, device: torch.device, clock: points.Clock) -> Path:
+def measure(model: str, arguments: argparse.Namespace, clock: points.Clock) -> Path:
     """Run all points of a model; the file that has them."""
     batch, layers = sizes(model, arguments)
     title = f"{SUBJECTS[model].__doc__}\n\nBatch {batch}, {layers} layers, bfloat16, fused AdamW."
@@ -78,16 +63,17 @@ def measure(model: str, arguments: argparse.Namespace, device: torch.device, clo
     base = None
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "gradients.pt"
-        found = run(model, "reference", reference, arguments, clock)
+        found = points.run_point(__file__, model, "reference", reference, arguments, clock)
         if "error" in found:
             title += f"\n\nThere are no gradients to compare with: {found['error']}."
         for mode in arguments.modes or (*BASELINES, CHECKPOINT[model], *OURS[model]):
-            found = run(model, mode, reference, arguments, clock)
+            found = points.run_point(__file__, model, mode, reference, arguments, clock)
             if mode == "compile":
                 base = found
             rows.append(row(mode, found, base))
             print(model, *rows[-1], sep=" | ", flush=True)
-            path = report.write(f"plans-{model}", device, f"{title}\n\n" + report.table(header, rows), arguments.out)
+            text = f"{title}\n\n" + report.table(header, rows)
+            path = report.write(f"plans-{model}", torch.device(arguments.device), text, arguments.out)
     return path
 
 
@@ -120,15 +106,6 @@ def row(mode: str, found: dict[str, Any], base: dict[str, Any] | None) -> list[s
         f"{error:.4f}" if "error_of_gradients" in found else "not compared",
         found["chosen"],
     ]
-
-
-def run(model: str, mode: str, reference: Path, arguments: argparse.Namespace, clock: points.Clock) -> dict[str, Any]:
-    """A point in a process of its own; what went wrong, where something did."""
-    given = ["--point", model, mode, str(reference)]
-    passed = ("device", "repeats", "codegen", "batch", "layers")
-    given += [f"--{name}={value}" for name in passed if (value := getattr(arguments, name))]
-    given += ["--quick"] if arguments.quick else []
-    return points.run(__file__, given, clock.left(arguments.timeout))
 
 
 def sizes(model: str, arguments: argparse.Namespace) -> tuple[int, int]:

@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,54 @@ class Clock:
     def left(self, most: float) -> float:
         """How many seconds a point may take: `most`, or what is left of the run."""
         return min(most, self._end - time.monotonic())
+
+
+def parser(description: str | None, models: Collection[str], *, modes: str, batch: str, layers: str) -> ArgumentParser:
+    """What a benchmark of plans may be asked for, and how it asks itself for one point.
+
+    Args:
+        modes, batch, layers: what the help says of these.
+    """
+    made = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--models", nargs="+", choices=models, default=list(models))
+    made.add_argument("--modes", nargs="+", help=modes)
+    made.add_argument("--batch", type=int, help=batch)
+    made.add_argument("--layers", type=int, help=layers)
+    made.add_argument("--repeats", type=int, default=10)
+    made.add_argument("--timeout", type=int, default=900, help="seconds that a point may take")
+    made.add_argument("--seconds", type=int, default=36_000, help="what all points may take; later ones are not run")
+    made.add_argument("--codegen", choices=("inductor", "eager"), default="inductor", help="eager: to see that it runs")
+    made.add_argument("--quick", action="store_true", help="tiny models, to see that it runs")
+    made.add_argument("--out", type=Path, help="folder of the result files")
+    made.add_argument("--point", nargs=3, help=SUPPRESS)  # model, mode, file of the gradients to compare with
+    made.add_argument("--result", type=Path, help=SUPPRESS)
+    return made
+
+
+def run_all(
+    arguments: Namespace,
+    point: Callable[[str, str, Path, Namespace], dict[str, Any]],
+    measure: Callable[[str, Namespace, Clock], Path],
+) -> None:
+    """Measure all models; in a child, leave what its point found."""
+    if arguments.point:
+        model, mode, reference = arguments.point
+        leave(arguments.result, lambda: point(model, mode, Path(reference), arguments))
+    clock = Clock(arguments.seconds)
+    for model in arguments.models:
+        print(measure(model, arguments, clock))
+
+
+def run_point(
+    script: str, model: str, mode: str, reference: Path, arguments: Namespace, clock: Clock, num_ranks: int = 1
+) -> dict[str, Any]:
+    """A point of ``script``, which `run_all` runs, in processes of its own; what went wrong, where something did."""
+    given = ["--point", model, mode, str(reference)]
+    passed = ("device", "repeats", "codegen", "batch", "layers")
+    given += [f"--{name}={value}" for name in passed if (value := getattr(arguments, name))]
+    given += ["--quick"] if arguments.quick else []
+    return run(script, given, clock.left(arguments.timeout), num_ranks)
 
 
 def run(script: str, arguments: Sequence[str], seconds: float, num_ranks: int = 1) -> dict[str, Any]:
