@@ -144,8 +144,8 @@ def is_meant(family: str, mode: str) -> bool:
 
 def lacks(family: str, mode: str) -> bool:
     """Whether this version of transformers cannot do it."""
-    if mode in ("lookup", "assisted"):
-        return family in SLIDING and VERSION == (5, 0)
+    if mode in ("lookup", "assisted") and family in SLIDING:  # by masks that do not fit its cropped windows
+        return VERSION == (5, 0) or (mode == "assisted" and (5, 1) <= VERSION < (5, 23))
     if mode == "chunked-prefill":
         if family == "qwen2_vl" and VERSION > (5, 0):
             return VERSION < (5, 23)

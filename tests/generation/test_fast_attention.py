@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paged_memory import PAGE_BYTES, Memory
 from test_families import MODES, cases, expected
-from tiny_models import FAMILIES, SHORT_WINDOW, model_of, prompt, sizes
+from tiny_models import FAMILIES, SHORT_WINDOW, SLIDING, VERSION, model_of, prompt, sizes
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 import torch_vtensor
@@ -30,6 +30,8 @@ STOCK_REASONS = {
     "t5": {"stock: an argument of the model's own (position_bias)"},
 }
 """What keeps calls of a family stock, where it is not its prompt's mask."""
+CROPPED_WINDOW = "stock: a mask that is more than padding, a window or packed sequences"
+"""Of what 5.1 to 5.22 say once a window was cropped."""
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +100,10 @@ def check_family(family: str, mode: str) -> None:
         assert "fast" not in counted
         return
     assert counted["fast"] > 0
-    assert reasons <= STOCK_REASONS.get(family, set()), counted
+    allowed = STOCK_REASONS.get(family, set())
+    if mode == "lookup" and family in SLIDING and (5, 1) <= VERSION < (5, 23):
+        allowed = allowed | {CROPPED_WINDOW}
+    assert reasons <= allowed, counted
 
 
 QUICK = [

@@ -55,8 +55,10 @@ def test_what_sequences_share_is_read_once(
     out = cached_attention(*call.arguments(), groups=tables[0], num_shared=tables[1])
     torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
     for slot, length in enumerate(case.lengths):
-        for name, rows in written.items():
-            assert torch.equal(call.given[name][slot, :, length - 1], rows[slot, :, length - 1])
+        for name, rows in written.items():  # where a rotation is a step of its own, it rounds on its own
+            tolerance = 1e-6 if has_rotation and name == "keys" else 0
+            now, then = call.given[name][slot, :, length - 1], rows[slot, :, length - 1]
+            torch.testing.assert_close(now, then, rtol=tolerance, atol=tolerance)
 
 
 def test_offsets_and_repeated_steps() -> None:
