@@ -27,6 +27,7 @@ from torch_vtensor.errors import OutOfPagesError
 from torch_vtensor.generation import shared_reads
 from torch_vtensor.generation.decode import graphs, loop, program, prompt_parts
 from torch_vtensor.generation.decode import step as step_module
+from torch_vtensor.generation.decode.sampling import Sampling
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +215,17 @@ def test_greedy_with_processors(name: str, memory: Memory) -> None:
     theirs = generate(model, prompt(3), **options)
     assert torch.equal(compiled(model, prompt(3), **options), theirs)
     assert reasons(memory) == {}
+
+
+@pytest.mark.parametrize("size", [1, 7, 509, 512, 50257])
+def test_the_highest_score_is_found_in_two_steps(size: int) -> None:
+    """As argmax finds it: the first of equals, and of scores of which none counts."""
+    choice = Sampling([], False, None, None)
+    scores = torch.randint(0, 4, (5, size)).float()
+    scores[3] = float("-inf")
+    scores[4, size // 2] = float("nan")
+    first = [int((row == row.max()).nonzero()[0]) for row in scores[:4]]
+    assert choice.draw(scores).tolist() == [*first, size // 2]
 
 
 @pytest.mark.parametrize(("batch", "memory"), [(1, "strips"), (3, "token-major")], indirect=["memory"])

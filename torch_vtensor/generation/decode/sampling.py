@@ -96,10 +96,10 @@ class Sampling:
     def draw(self, scores: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """The next tokens [B] of sequences that go on; random numbers come from the device's generator or this one."""
         if not self.do_sample:
-            return scores.argmax(-1)
+            return _highest(scores)
         # What torch.multinomial does for one draw, without its check of the probabilities on the host.
         probabilities = torch.softmax(scores, dim=-1)
-        return (probabilities / torch.empty_like(probabilities).exponential_(1, generator=generator)).argmax(-1)
+        return _highest(probabilities / torch.empty_like(probabilities).exponential_(1, generator=generator))
 
     def choose(self, scores: torch.Tensor, is_open: torch.Tensor) -> torch.Tensor:
         """The next tokens [B]; the padding token for sequences that are not open [B] any more."""
@@ -109,6 +109,19 @@ class Sampling:
     def remains_open(self, tokens: torch.Tensor, is_open: torch.Tensor) -> torch.Tensor:
         """Which sequences [B] go on after these tokens."""
         return is_open if self.end_tokens is None else is_open & ~_are_among(tokens, self.end_tokens)
+
+
+def _highest(scores: torch.Tensor) -> torch.Tensor:
+    """``scores.argmax(-1)`` [B] of scores [B, V], the first of equals, in two steps.
+
+    torch's own gives a row to one multiprocessor, which for few rows leaves the others of a GPU idle.
+    """
+    size = scores.shape[-1]
+    num_parts = next(number for number in range(min(256, size), 0, -1) if size % number == 0)
+    values, places = scores.unflatten(-1, (num_parts, -1)).max(-1)
+    part = values.argmax(-1, keepdim=True)
+    highest: torch.Tensor = part * (size // num_parts) + places.gather(-1, part)
+    return highest.squeeze(-1)
 
 
 def _signature(steps: Sequence[Any], *others: Any) -> Any:

@@ -38,7 +38,7 @@ _LOG2E = 1.4426950408889634
 _GRANULE_TOKENS = 16
 _MAX_ROWS = 128
 _ALIGNMENT_BYTES = 16  # of addresses that a kernel was compiled for
-_MAX_PROGRAMS_PER_SM = 2
+_MAX_PROGRAMS_PER_SM = 3
 
 
 @triton.jit
@@ -61,14 +61,14 @@ def _segment(
     length = tl.sum(tl.where(mine, all_lengths, 0), 0)
     slot_start = tl.sum(tl.where(mine, all_starts, 0), 0)
     slot_begin = tl.sum(tl.where(mine, ends, 0), 0) - slot_granules * HEADS
-    head = (place - slot_begin) // slot_granules
+    head = (place - slot_begin) // tl.maximum(slot_granules, 1)
     head_begin = slot_begin + head * slot_granules
     from_granule = place - head_begin
     num_granules = tl.minimum(slot_granules - from_granule, end - place)
     if FIXED_SPLIT:
         num_granules = tl.minimum(num_granules, 1)
-    start = slot_start + from_granule.to(tl.int32) * granule_tokens
-    stop = tl.minimum(start + num_granules.to(tl.int32) * granule_tokens, length)
+    start = slot_start + from_granule * granule_tokens
+    stop = tl.minimum(start + num_granules * granule_tokens, length)
     return slot, head, head_begin, slot_granules, num_granules, start, stop, length
 
 
@@ -154,7 +154,7 @@ def _decode(
 ):
     if EARLY:
         gdc_launch_dependents()
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     row_blocks = tl.num_programs(1)
     row_block = tl.program_id(1)
 
@@ -172,7 +172,7 @@ def _decode(
     granules = tl.cdiv(tl.maximum(all_lengths - all_starts, 1), 16)
     if FIXED_SPLIT:
         granules = tl.cdiv(granules, split_granules)
-    granules = tl.where(slots < num_slots, granules, 0).to(tl.int64)
+    granules = tl.where(slots < num_slots, granules, 0)  # 2^31 of them are terabytes
     line = tl.sum(granules, 0) * HEADS
     if FIXED_SPLIT:
         part = tl.cdiv(line, tl.num_programs(0))
@@ -193,24 +193,25 @@ def _decode(
     begin = program * part
     place = begin
     end = tl.minimum(begin + part, line)
+    slot, head, head_begin, slot_granules, num_granules, start, stop, length = _segment(
+        place, end, slots, ends, granules, all_lengths, all_starts, granule_tokens, HEADS, FIXED_SPLIT
+    )
+    slot = tl.minimum(slot, num_slots - 1)  # of a program that has nothing to do
+    key_rows = slot_pointer(keys, key_addresses, slot, key_slot_stride, key_offset, HAS_ADDRESSES)
+    value_rows = slot_pointer(values, value_addresses, slot, value_slot_stride, value_offset, HAS_ADDRESSES)
+    key_rows += head.to(tl.int64) * key_head_stride
+    value_rows += head.to(tl.int64) * value_head_stride
     if EARLY:
         if place < end:
             # What it reads first is on its way into the L2 cache before the kernel that it depends on is done.
-            slot, head, head_begin, slot_granules, num_granules, start, stop, length = _segment(
-                place, end, slots, ends, granules, all_lengths, all_starts, granule_tokens, HEADS, FIXED_SPLIT
-            )
-            key_rows = slot_pointer(keys, key_addresses, slot, key_slot_stride, key_offset, HAS_ADDRESSES)
-            value_rows = slot_pointer(values, value_addresses, slot, value_slot_stride, value_offset, HAS_ADDRESSES)
             position = tl.minimum(start + tl.arange(0, BLOCK_T), tl.maximum(stop - num_added - 1, start)).to(tl.int64)
             line_elements: tl.constexpr = 128 * 8 // keys.dtype.element_ty.primitive_bitwidth
             num_key_lines: tl.constexpr = (BLOCK_D + line_elements - 1) // line_elements
             num_value_lines: tl.constexpr = (BLOCK_DV + line_elements - 1) // line_elements
             key_lines = tl.arange(0, num_key_lines) * line_elements
             value_lines = tl.arange(0, num_value_lines) * line_elements
-            _prefetch(key_rows + head * key_head_stride + position[:, None] * key_token_stride + key_lines[None, :])
-            _prefetch(
-                value_rows + head * value_head_stride + position[:, None] * value_token_stride + value_lines[None, :]
-            )
+            _prefetch(key_rows + position[:, None] * key_token_stride + key_lines[None, :])
+            _prefetch(value_rows + position[:, None] * value_token_stride + value_lines[None, :])
         gdc_wait()
 
     d = tl.arange(0, BLOCK_D)
@@ -227,14 +228,18 @@ def _decode(
     merged_query = merged_row // GROUP
     merged_member = merged_row % GROUP
     while place < end:
-        slot, head, head_begin, slot_granules, num_granules, start, stop, length = _segment(
-            place, end, slots, ends, granules, all_lengths, all_starts, granule_tokens, HEADS, FIXED_SPLIT
-        )
         slot64 = slot.to(tl.int64)
-        key_rows = slot_pointer(keys, key_addresses, slot, key_slot_stride, key_offset, HAS_ADDRESSES)
-        value_rows = slot_pointer(values, value_addresses, slot, value_slot_stride, value_offset, HAS_ADDRESSES)
-        key_rows += head * key_head_stride
-        value_rows += head * value_head_stride
+        head64 = head.to(tl.int64)
+        query_head = head64 * GROUP + row_member
+        query_pointers = query + slot64 * query_slot_stride + query_head * query_head_stride
+        query_pointers += row_query * query_token_stride
+        q = tl.load(query_pointers[:, None] + d[None, :], mask=row_ok[:, None] & (d[None, :] < D), other=0.0)
+        if HAS_ROTATION:
+            q_partner = tl.load(
+                query_pointers[:, None] + partner[None, :], mask=row_ok[:, None] & (d[None, :] < D), other=0.0
+            )
+            q_turns = slot64 * rotation_slot_stride + row_query[:, None] * rotation_token_stride + d[None, :]
+            q = _rotated(q, q_partner, cos + q_turns, sin + q_turns, d, row_ok, D)
         if HAS_NEW:
             if stop > length - num_query:
                 # The part that a new token falls in writes it, before it reads it like any other.
@@ -242,14 +247,14 @@ def _decode(
                 position = length - num_query + new
                 is_mine = (new < num_query) & (position >= start) & (position < stop)
                 new_key = tl.load(
-                    (new_keys + slot64 * new_key_slot_stride + head * new_key_head_stride)
+                    (new_keys + slot64 * new_key_slot_stride + head64 * new_key_head_stride)
                     + new[:, None] * new_key_token_stride
                     + d[None, :],
                     mask=is_mine[:, None] & (d[None, :] < D),
                 )
                 if HAS_ROTATION:
                     other = tl.load(
-                        (new_keys + slot64 * new_key_slot_stride + head * new_key_head_stride)
+                        (new_keys + slot64 * new_key_slot_stride + head64 * new_key_head_stride)
                         + new[:, None] * new_key_token_stride
                         + partner[None, :],
                         mask=is_mine[:, None] & (d[None, :] < D),
@@ -257,7 +262,7 @@ def _decode(
                     turns = slot64 * rotation_slot_stride + new[:, None] * rotation_token_stride + d[None, :]
                     new_key = _rotated(new_key, other, cos + turns, sin + turns, d, is_mine, D)
                 new_value = tl.load(
-                    (new_values + slot64 * new_value_slot_stride + head * new_value_head_stride)
+                    (new_values + slot64 * new_value_slot_stride + head64 * new_value_head_stride)
                     + new[:, None] * new_value_token_stride
                     + dv[None, :],
                     mask=is_mine[:, None] & (dv[None, :] < DV),
@@ -274,16 +279,6 @@ def _decode(
                     mask=is_mine[:, None] & (dv[None, :] < DV),
                 )
                 tl.debug_barrier()
-        query_head = head * GROUP + row_member
-        query_pointers = query + slot64 * query_slot_stride + query_head * query_head_stride
-        query_pointers += row_query * query_token_stride
-        q = tl.load(query_pointers[:, None] + d[None, :], mask=row_ok[:, None] & (d[None, :] < D), other=0.0)
-        if HAS_ROTATION:
-            other = tl.load(
-                query_pointers[:, None] + partner[None, :], mask=row_ok[:, None] & (d[None, :] < D), other=0.0
-            )
-            turns = slot64 * rotation_slot_stride + row_query[:, None] * rotation_token_stride + d[None, :]
-            q = _rotated(q, other, cos + turns, sin + turns, d, row_ok, D)
         row_last = length - num_query + row_query
         row_first = tl.zeros([BLOCK_M], tl.int32)
         if HAS_FIRSTS:
@@ -339,7 +334,7 @@ def _decode(
             if FIXED_SPLIT:
                 partial = place
             else:
-                partial = 2 * program + (place != begin).to(tl.int64)
+                partial = 2 * program + (place != begin).to(tl.int32)
             partial = partial * row_blocks + row_block
             keep_part(partials, partial, highest, total, acc, PARTIAL_M, BLOCK_M, BLOCK_DV)
             if FIXED_SPLIT:
@@ -351,18 +346,18 @@ def _decode(
             tl.debug_barrier()  # all of the program's stores come before its arrival
             counter = arrivals + (slot64 * HEADS + head) * row_blocks + row_block
             arrived = tl.atomic_add(counter, 1, sem="acq_rel")
-            num_parts = (last_part - first_part + 1).to(tl.int32)
+            num_parts = last_part - first_part + 1
             if arrived == num_parts - 1:
                 tl.store(counter, 0)
                 if FIXED_SPLIT:
                     before = 0
                 else:
-                    before = (head_begin != first_part * part).to(tl.int64)
+                    before = (head_begin != first_part * part).to(tl.int32)
                 highest_1, total_1, acc_1 = _merged(
                     partials, first_part, before, num_parts, row_block, row_blocks,
                     PARTIAL_M, BLOCK_DV, MERGE, FIXED_SPLIT,
                 )  # fmt: skip
-                merged_head = head * GROUP + merged_member
+                merged_head = head64 * GROUP + merged_member
                 result = finish(highest_1, total_1, acc_1, sinks + merged_head, merged_ok, HAS_SINKS)
                 pointers = out_slot + merged_head * out_head_stride + merged_query * out_token_stride
                 tl.store(
@@ -371,6 +366,14 @@ def _decode(
                     mask=merged_ok[:, None] & (dv[None, :] < DV),
                 )
         place += num_granules
+        if place < end:
+            slot, head, head_begin, slot_granules, num_granules, start, stop, length = _segment(
+                place, end, slots, ends, granules, all_lengths, all_starts, granule_tokens, HEADS, FIXED_SPLIT
+            )
+            key_rows = slot_pointer(keys, key_addresses, slot, key_slot_stride, key_offset, HAS_ADDRESSES)
+            value_rows = slot_pointer(values, value_addresses, slot, value_slot_stride, value_offset, HAS_ADDRESSES)
+            key_rows += head.to(tl.int64) * key_head_stride
+            value_rows += head.to(tl.int64) * value_head_stride
 
 
 @triton.jit
@@ -419,8 +422,8 @@ def _partial(
     """Where the ``index``-th partial result of a sequence and head lies."""
     which = first_part + index
     if not FIXED_SPLIT:  # the first one is what a program ends in, if it began before
-        which = 2 * which + ((index == 0) & (before != 0)).to(tl.int64)
-    return partials + (which * row_blocks + row_block) * part_elements
+        which = 2 * which + ((index == 0) & (before != 0)).to(tl.int32)
+    return partials + (which.to(tl.int64) * row_blocks + row_block) * part_elements
 
 
 @triton.jit
@@ -471,7 +474,7 @@ def _num_sms(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-def _config(dtype: torch.dtype, block_d: int, block_m: int, batch: int) -> _Config:
+def _config(dtype: torch.dtype, block_d: int, block_m: int) -> _Config:
     """Measured on an H200 (benchmarks/results): what keeps most bytes in flight without spilling."""
     row_bytes = block_d * dtype.itemsize
     if dtype is torch.float32:
@@ -480,8 +483,8 @@ def _config(dtype: torch.dtype, block_d: int, block_m: int, batch: int) -> _Conf
         return _Config(64, 8 if block_m > 64 else 4, 2, 1)
     if row_bytes > 256:
         return _Config(32, 4, 2, 1) if row_bytes > 512 else _Config(64, 4, 2, 1)
-    # Alone, one program a multiprocessor: half as many parts are to be merged, and the kernels around it begin early.
-    return _Config(64, 4, 3, 1 if batch == 1 else 2)
+    # Many light programs: while one waits for its scores another one reads, and the kernels around them find room.
+    return _Config(32, 4, 3, 3)
 
 
 class Again:
@@ -640,7 +643,7 @@ def start_rows(
     partial_m = min(block_m, _power_of_2(num_rows))
     block_d, block_dv = _power_of_2(dim), _power_of_2(value_dim)
     num_sms = _num_sms(query.device.index or 0)
-    config = config or _config(query.dtype, max(block_d, block_dv), block_m, batch)
+    config = config or _config(query.dtype, max(block_d, block_dv), block_m)
     num_programs = max(1, num_sms * config.programs_per_sm // row_blocks)
     if out is None:
         out = query.new_empty(batch, query_heads, num_query, value_dim)

@@ -182,14 +182,18 @@ class Config(NamedTuple):
 
 
 def _config(k: int, has_norm: bool) -> Config:
-    """Measured on an H200 (benchmarks/results): a whole row at once as long as that fits into registers."""
+    """Measured on an H200 (benchmarks/results): whole rows at once as long as they fit into registers.
+
+    Every program sums a norm, so there are fewer of them then.
+    """
     block_k = triton.next_power_of_2(k) if k <= 4096 else 2048
-    return Config(4, block_k, 8 if has_norm and block_k > 2048 else 4)
+    if has_norm:
+        return Config(4, block_k, 8 if block_k > 2048 else 4)
+    return Config(2 if k <= 4096 else 4, min(block_k, 2048), 4)
 
 
-def _gated_config(k: int, has_norm: bool) -> Config:
-    block_n, block_k, num_warps = _config(k, has_norm)
-    return Config(block_n // 2, block_k, num_warps)
+def _gated_config(k: int) -> Config:
+    return Config(2, triton.next_power_of_2(k) if k <= 4096 else 2048, 4)
 
 
 class Norm(NamedTuple):
@@ -254,7 +258,7 @@ def launch_gated(
 ) -> Tensor:
     """``silu(gate_weight @ norm(x)) * (up_weight @ norm(x))`` for one row x."""
     k = _check(x, [gate_weight, up_weight])
-    config = config or _gated_config(k, norm is not None)
+    config = config or _gated_config(k)
     num_rows = gate_weight.shape[0]
     out = x.new_empty(*x.shape[:-1], num_rows)
     _gated_linear[(triton.cdiv(num_rows, config.block_n),)](
