@@ -250,7 +250,9 @@ def row(point: str, mode: str, runs: list[Run], baseline: list[Run]) -> tuple[ob
     )
 
 
-def make_model(device: torch.device, quick: bool, kv_heads: int | None = None) -> tuple[LlamaForCausalLM, str]:
+def make_model(
+    device: torch.device, quick: bool, kv_heads: int | None = None, dtype: torch.dtype | None = None
+) -> tuple[LlamaForCausalLM, str]:
     """A random model and its description; ``kv_heads`` heads of keys and values, by default as many as is usual."""
     torch.manual_seed(0)
     if device.type == "cuda" and not quick:
@@ -264,7 +266,7 @@ def make_model(device: torch.device, quick: bool, kv_heads: int | None = None) -
             max_position_embeddings=131072,
             rope_theta=500000.0,
         )
-        shape, dtype = "Llama-3-8B's shape, random weights, bfloat16", torch.bfloat16
+        shape, dtype = "Llama-3-8B's shape", dtype or torch.bfloat16
     else:
         config = LlamaConfig(
             vocab_size=1024,
@@ -275,16 +277,13 @@ def make_model(device: torch.device, quick: bool, kv_heads: int | None = None) -
             num_key_value_heads=kv_heads or 8,
             max_position_embeddings=32768,
         )
-        shape, dtype = (
-            f"8 layers, 8 heads of 64, {kv_heads or 8} of keys and values, random weights, float32",
-            torch.float32,
-        )
+        shape, dtype = f"8 layers, 8 heads of 64, {kv_heads or 8} of keys and values", dtype or torch.float32
     config.pad_token_id = config.eos_token_id = None
     with torch.device(device):
         torch.set_default_dtype(dtype)
         model = LlamaForCausalLM(config).eval()
         torch.set_default_dtype(torch.float32)
-    return model, shape
+    return model, f"{shape}, random weights, {str(dtype).removeprefix('torch.')}"
 
 
 def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: int) -> Run:

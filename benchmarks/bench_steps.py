@@ -1,10 +1,10 @@
 """Eager decoding steps over several caches in turn, each step of one right before that of the next.
 
-    python benchmarks/bench_steps.py [--device cuda] [--points 1x1024,8x8192] [--steps 48] [--kv-heads 8]
+    python benchmarks/bench_steps.py [--device cuda] [--points 1x1024,8x8192] [--steps 48] [--kv-heads 8] [--dtype bfloat16]
 
 A host that launches kernels has fast and slow phases, of seconds and up to twice as slow: times of calls that ran one
 after the other say little about a few percent. Ratios of neighbouring steps do. The models are bench_generate.py's.
-Writes benchmarks/results/steps_<device>_<date>.md, losses included.
+Writes benchmarks/results/steps_<device>_<date>.md, losses included; a dtype or number of heads given is in the name.
 """
 
 from __future__ import annotations
@@ -40,12 +40,15 @@ def main() -> None:
     parser.add_argument("--points", help="batch x context, comma separated")
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--kv-heads", type=int, help="heads of keys and values, fewer than the queries' to group them")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--out", type=Path, help="folder of the result file")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     points = (arguments.points or (GPU_POINTS if device.type == "cuda" else CPU_POINTS)).split(",")
-    model, shape = make_model(device, arguments.quick, arguments.kv_heads)
+    model, shape = make_model(
+        device, arguments.quick, arguments.kv_heads, arguments.dtype and getattr(torch, arguments.dtype)
+    )
     rows, notes = [], []
     for point in tqdm(points, desc="points"):
         batch, context = map(int, point.split("x"))
@@ -57,7 +60,9 @@ def main() -> None:
         give_back(device)
     legend = LEGEND.format(steps=arguments.steps)
     body = "\n\n".join((f"Model: {shape}.", report.table(HEADER, rows), legend, "\n".join(notes)))
-    print(report.write("steps", device, body, arguments.out).read_text())
+    variants = (arguments.dtype, arguments.kv_heads and f"{arguments.kv_heads}-kv-heads")
+    subject = "-".join(("steps", *(variant for variant in variants if variant)))
+    print(report.write(subject, device, body, arguments.out).read_text())
 
 
 def measure_point(model: PreTrainedModel, batch: int, context: int, num_steps: int) -> tuple[str, ...]:
