@@ -1,6 +1,7 @@
 """Eager decoding steps over several caches in turn, each step of one right before that of the next.
 
-    python benchmarks/bench_steps.py [--device cuda] [--points 1x1024,8x8192] [--steps 48] [--kv-heads 8] [--dtype bfloat16]
+    python benchmarks/bench_steps.py [--device cuda] [--points 1x1024,8x8192] [--steps 48]
+        [--kv-heads 8] [--dtype bfloat16]
 
 A host that launches kernels has fast and slow phases, of seconds and up to twice as slow: times of calls that ran one
 after the other say little about a few percent. Ratios of neighbouring steps do. The models are bench_generate.py's.
