@@ -178,7 +178,7 @@ def merge(
         row_ok = token < num_tokens
         result = finish(highest, total, acc, sinks + query_head, row_ok, HAS_SINKS)
         dv = tl.arange(0, BLOCK_DV)
-        pointers = out + slot * out_slot_stride + query_head * out_head_stride + token * out_token_stride
+        pointers = out + slot * out_slot_stride + query_head * out_head_stride + token.to(tl.int64) * out_token_stride
         tl.store(
             pointers[:, None] + dv[None, :],
             tl.where(row_ok[:, None], result, 0.0).to(out.dtype.element_ty),

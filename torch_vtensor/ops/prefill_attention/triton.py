@@ -146,7 +146,7 @@ def _prefill(
     q = tl.load(
         query
         + slot * query_slot_stride
-        + (query_head * query_head_stride + row_query * query_token_stride)[:, None]
+        + (query_head * query_head_stride + row_query.to(tl.int64) * query_token_stride)[:, None]
         + d[None, :],
         mask=row_ok[:, None] & (d[None, :] < D),
         other=0.0,
@@ -181,7 +181,9 @@ def _prefill(
             keep_part(partials, program, highest, total, acc, BLOCK_M, BLOCK_M, BLOCK_DV)
     if is_whole:
         result = finish(highest, total, acc, sinks + query_head, row_ok, HAS_SINKS)
-        pointers = out + slot * out_slot_stride + query_head * out_head_stride + row_query * out_token_stride
+        pointers = (
+            out + slot * out_slot_stride + query_head * out_head_stride + row_query.to(tl.int64) * out_token_stride
+        )
         tl.store(
             pointers[:, None] + dv[None, :],
             tl.where(row_ok[:, None], result, 0.0).to(out.dtype.element_ty),
