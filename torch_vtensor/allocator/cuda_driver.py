@@ -30,15 +30,18 @@ _libc.calloc.restype = ctypes.c_void_p
 _libc.calloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
 
 
-class _ContextFence:
-    """An event that has passed when all work submitted to the context before it, on any stream, is done."""
+class _EventFence:
+    """An event that has passed when all work submitted before it is done: on one stream, or on any of the context."""
 
-    def __init__(self, driver: CudaDriver) -> None:
+    def __init__(self, driver: CudaDriver, stream: int | None) -> None:
         self._driver = driver
         # An event belongs to the context that is current, and on a thread new to CUDA none is.
         driver.call("cuCtxPushCurrent", 0, driver.context)
         try:
             self._event = driver.call("cuEventCreate", 0, _EVENT_DISABLE_TIMING)
+            if stream is not None:
+                driver.call("cuEventRecord", 0, self._event, stream)
+                return
             with between_captures():
                 driver.call("cuCtxRecordEvent", 0, driver.context, self._event)
         finally:
@@ -201,8 +204,11 @@ class CudaDriver:
     def free_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self.device)[0])
 
-    def fence(self) -> _ContextFence:
-        return _ContextFence(self)
+    def fence(self) -> _EventFence:
+        return _EventFence(self, None)
+
+    def copied(self) -> _EventFence:
+        return _EventFence(self, torch.cuda.current_stream(self.device).cuda_stream)
 
     def is_capturing(self) -> bool:
         # A fence would break a capture on any stream of the context: also look at those that others captured on.

@@ -212,6 +212,9 @@ class HostDriver:
     def fence(self) -> _PassedFence:
         return _PassedFence()
 
+    def copied(self) -> _PassedFence:
+        return _PassedFence()
+
     def is_capturing(self) -> bool:
         return False
 

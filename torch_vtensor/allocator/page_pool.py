@@ -310,10 +310,13 @@ class PagePool:
             return self._new_pages([-1] * len(sizes), sizes, Tier.DISCARDED)
 
     def exchange(self, page: Page, other: Page) -> None:
-        """Let two pages of one size, neither of them mapped, change their memory and what is known of it."""
-        assert page.nbytes == other.nbytes
+        """Let two pages, neither of them mapped, change their memory, its size and what is known of it."""
         with self.lock:
+            for one, its in ((page, other.nbytes), (other, page.nbytes)):
+                self.shared_bytes += its - one.nbytes if one.num_refs > 1 else 0
+                self.held_bytes += its - one.nbytes if one.num_held else 0
             page.handle, other.handle = other.handle, page.handle
+            page.nbytes, other.nbytes = other.nbytes, page.nbytes
             page.tier, other.tier = other.tier, page.tier
             page.is_dirty, other.is_dirty = other.is_dirty, page.is_dirty
 

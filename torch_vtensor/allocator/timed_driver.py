@@ -84,6 +84,9 @@ class TimedDriver:
     def fence(self) -> Fence:
         return self.inner.fence()
 
+    def copied(self) -> Fence:
+        return self.inner.copied()
+
     def is_capturing(self) -> bool:
         return self.inner.is_capturing()
 

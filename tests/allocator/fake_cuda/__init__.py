@@ -241,6 +241,9 @@ class FakeDriver:
     def fence(self) -> _PassedFence:
         return _PassedFence()
 
+    def copied(self) -> _PassedFence:
+        return _PassedFence()
+
     def is_capturing(self) -> bool:
         return False
 
