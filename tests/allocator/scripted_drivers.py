@@ -1,6 +1,7 @@
 """Host drivers whose device, refusals and pauses a test decides."""
 
 import threading
+from collections import deque
 
 from torch_vtensor.allocator.host_driver import HostDriver
 from torch_vtensor.errors import DriverError
@@ -122,6 +123,49 @@ class FailingDriver(HostDriver):
     def unmap(self, ptr: int, nbytes: int) -> None:
         self._count("unmap", nbytes)
         super().unmap(ptr, nbytes)
+
+
+class LateDriver(HostDriver):
+    """Copies when somebody waits for that, as late as a device may, and no memory may be unmapped before."""
+
+    def __init__(self) -> None:
+        super().__init__(PAGE, OFFLOAD_FOLDER)
+        self.num_unmapped_meanwhile = self.num_copies = 0
+        self._queued: deque[tuple[int, int, int]] = deque()
+
+    def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
+        self.num_copies += 1
+        self._queued.append((target_ptr, source_ptr, nbytes))
+
+    def copied(self) -> "_LateFence":
+        return _LateFence(self, self.num_copies)
+
+    fence = copied
+
+    def finish(self, number: int) -> None:
+        while self.num_copies - len(self._queued) < number:
+            super().copy(*self._queued.popleft())
+
+    def unmap(self, ptr: int, nbytes: int) -> None:
+        for *sides, copied_bytes in self._queued:
+            assert not any(side < ptr + nbytes and ptr < side + copied_bytes for side in sides), "it is still copied"
+        self.num_unmapped_meanwhile += bool(self._queued)
+        super().unmap(ptr, nbytes)
+
+
+class _LateFence:
+    def __init__(self, driver: LateDriver, number: int) -> None:
+        self._driver, self._number = driver, number
+
+    def passed(self) -> bool:
+        self.wait()
+        return True
+
+    def wait(self) -> None:
+        self._driver.finish(self._number)
+
+    def order_after(self) -> None:
+        self.wait()
 
 
 class PausingDriver(HostDriver):

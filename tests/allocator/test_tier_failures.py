@@ -33,6 +33,9 @@ class MovingLife(Life):
         for name, tag in (("a", "kv_cache"), ("w", "weights"), ("z", "kv_cache")):
             self.make(name, tag=tag, adopt=False)
             self.append(name, 8)
+        self.make("g", adopt=False)
+        for _ in range(4):  # in small pages, which become large ones on the way
+            self.append("g", 6)
         self.tensors["b"], self.expected["b"] = self.tensors["a"].fork([1, 0]), self.expected["a"][[1, 0]]
         self.append("b", 5)
         self.tensors["c"], self.expected["c"] = self.tensors["b"].fork(), self.expected["b"]
@@ -49,6 +52,8 @@ class MovingLife(Life):
             lambda: self.scheduler.sleep(["kv_cache"]),
             lambda: self.scheduler.wake(["kv_cache"]),
             lambda: self.scheduler.wake(["weights"]),
+            lambda: self.append("g", 30),
+            lambda: self.tensors["g"].offload(),
             lambda: self.tensors["a"].offload(),
             lambda: self.tensors["b"].offload(),
             lambda: self.tensors["c"].offload(),
