@@ -37,6 +37,7 @@ class ManualDriver(HostDriver):
         super().__init__(page_bytes, OFFLOAD_FOLDER)
         self.fences: list[ManualFence] = []
         self.capturing = False
+        self.capturer: threading.Thread | None = None  # None: whoever asks
         self.graph_owners: list[object] = []
         self.ended_owners: list[object] = []
 
@@ -51,6 +52,9 @@ class ManualDriver(HostDriver):
 
     def is_capturing(self) -> bool:
         return self.capturing
+
+    def is_capturing_here(self) -> bool:
+        return self.capturing and self.capturer in (None, threading.current_thread())
 
     def retain_in_capture(self, owner: object) -> None:
         if self.capturing:

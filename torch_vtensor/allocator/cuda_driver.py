@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from torch_vtensor.allocator.captures import another_captures, between_captures
+from torch_vtensor.allocator.captures import another_captures, between_captures, captures_here
 from torch_vtensor.allocator.host_memory import spare_host_bytes
 from torch_vtensor.errors import DriverError, ForkedProcessError
 
@@ -217,6 +217,9 @@ class CudaDriver:
             or torch.cuda.is_current_stream_capturing()
             or any(map(self._is_stream_capturing, self._capture_streams))
         )
+
+    def is_capturing_here(self) -> bool:
+        return captures_here() or torch.cuda.is_current_stream_capturing()
 
     def prepare_thread(self) -> None:
         torch.cuda.set_device(self.device)

@@ -99,6 +99,9 @@ class Driver(Protocol):
         No fence may be made or asked then.
         """
 
+    def is_capturing_here(self) -> bool:
+        """Whether it is the calling thread that captures: to wait for the end would be in vain."""
+
     def prepare_thread(self) -> None:
         """Make the calling thread fit to call this driver."""
 

@@ -218,6 +218,9 @@ class HostDriver:
     def is_capturing(self) -> bool:
         return False
 
+    def is_capturing_here(self) -> bool:
+        return False
+
     def prepare_thread(self) -> None:
         return None
 

@@ -268,7 +268,6 @@ def offload(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> int
     """
     pool = scheduler.pool
     with pool.lock, ExitStack() as held:
-        check_can_move(pool)
         places, leases = _places_of(pool), Leases(held)
         pages = [
             page
@@ -292,7 +291,6 @@ def prefetch(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> in
     """
     pool = scheduler.pool
     with pool.lock, ExitStack() as held:
-        check_can_move(pool)
         leases = Leases(held)
         wanted = [
             page
@@ -359,8 +357,9 @@ def check_can_move(pool: PagePool) -> None:
     """Raise VTensorError while a graph is being captured, ForkedProcessError in a child process."""
     pool.check_process()
     if pool.driver.is_capturing():
+        whose = "a graph" if pool.driver.is_capturing_here() else "another thread's graph, which was waited for,"
         raise VTensorError(
-            f"memory on {pool.device} cannot change places while a graph is being captured: sleep, wake, offload or "
+            f"memory on {pool.device} cannot change places while {whose} is being captured: sleep, wake, offload or "
             "prefetch before the capture, or after it."
         )
 

@@ -90,6 +90,9 @@ class TimedDriver:
     def is_capturing(self) -> bool:
         return self.inner.is_capturing()
 
+    def is_capturing_here(self) -> bool:
+        return self.inner.is_capturing_here()
+
     def prepare_thread(self) -> None:
         self.inner.prepare_thread()
 

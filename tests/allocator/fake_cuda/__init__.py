@@ -247,6 +247,9 @@ class FakeDriver:
     def is_capturing(self) -> bool:
         return False
 
+    def is_capturing_here(self) -> bool:
+        return False
+
     def collect(self) -> None:
         return None
 
