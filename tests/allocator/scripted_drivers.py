@@ -4,6 +4,7 @@ import threading
 from collections import deque
 
 from torch_vtensor.allocator.host_driver import HostDriver
+from torch_vtensor.allocator.pinned_memory import PinnedMemory
 from torch_vtensor.errors import DriverError
 
 PAGE = 4096
@@ -73,17 +74,27 @@ class FailingDriver(HostDriver):
     Of all kinds of calls, or of one ``kind``.
     """
 
+    has_pins = False
+
     def __init__(
         self, fail_at: int | None = None, num_failures: int = 1, code: str = "EIO", kind: str | None = None
     ) -> None:
         super().__init__(PAGE, OFFLOAD_FOLDER)
+        self._lock = threading.Lock()
+        if self.has_pins:
+            self.pins = PinnedMemory(
+                self.device,
+                lambda ptr, nbytes: self._count("register", nbytes),
+                lambda ptr, nbytes: self._count("unregister", nbytes),
+            )
         self.calls: list[str] = []
         self.refused: list[str] = []
         self.fail_at, self._num_failures, self._code, self._kind = fail_at, num_failures, code, kind
 
     def _count(self, name: str, nbytes: int) -> None:
-        number = len(self.calls) if self._kind is None else self.calls.count(name)
-        self.calls.append(name)
+        with self._lock:  # several threads pin memory
+            number = len(self.calls) if self._kind is None else self.calls.count(name)
+            self.calls.append(name)
         if (
             self.fail_at is not None
             and self._kind in (None, name)

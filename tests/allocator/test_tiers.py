@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripted_drivers import OFFLOAD_FOLDER, PAGE, ManualDriver, ManualFence
+from scripted_drivers import OFFLOAD_FOLDER, PAGE, FailingDriver, ManualDriver, ManualFence
 from sequences import LANES, append, check, close, record
 from sequences import make as make_sequences
 from vtensors import MakeScheduler, make, pages, rows
@@ -177,8 +177,17 @@ def test_a_discarded_cache_leaves_prefixes_their_rows(make_scheduler: MakeSchedu
     tree.evict()
 
 
-def test_a_prefix_sleeps_and_can_be_lent_meanwhile(make_scheduler: MakeScheduler) -> None:
-    scheduler = make_scheduler()
+@pytest.fixture(params=[False, True], ids=["mappable", "pinned"])
+def sleeping_driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FailingDriver:
+    """What sleeps on it can be mapped, or not."""
+    monkeypatch.setattr(FailingDriver, "has_pins", request.param)
+    return FailingDriver()
+
+
+def test_a_prefix_sleeps_and_can_be_lent_meanwhile(
+    make_scheduler: MakeScheduler, sleeping_driver: FailingDriver
+) -> None:
+    scheduler = make_scheduler(sleeping_driver)
     tree = PrefixTree(LANES, scheduler=scheduler)
     tokens = list(range(60))
     record(tree, tokens)
@@ -334,8 +343,10 @@ def test_a_page_that_somebody_else_uses_outside_the_device_stays_there(make_sche
     assert torch.equal(fork.tensor(), source.tensor())
 
 
-def test_waking_leaves_what_is_used_outside_the_device(make_scheduler: MakeScheduler) -> None:
-    scheduler = make_scheduler()
+def test_waking_leaves_what_is_used_outside_the_device(
+    make_scheduler: MakeScheduler, sleeping_driver: FailingDriver
+) -> None:
+    scheduler = make_scheduler(sleeping_driver)
     tree = PrefixTree(LANES, scheduler=scheduler)
     tokens = list(range(60))
     record(tree, tokens)

@@ -212,6 +212,7 @@ class AddressRange:
         Raises: OutOfPagesError or DriverError, with the range as it was.
         """
         assert self.committed_bytes == 0 and len(strips) == self.num_strips and bounds[-1] <= self.strip_bytes
+        assert all(page.is_mappable for strip in strips if strip is not None for page in strip)
         with self.pool.lock:
             self._unmap_strays()
             sizes = [end - start for start, end in pairwise(bounds)]

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from torch_vtensor.allocator.captures import another_captures, between_captures, captures_here
-from torch_vtensor.allocator.host_memory import spare_host_bytes
+from torch_vtensor.allocator.driver import Pins
+from torch_vtensor.allocator.host_memory import cpus_of_node, spare_host_bytes
+from torch_vtensor.allocator.pinned_memory import PinnedMemory
 from torch_vtensor.errors import DriverError, ForkedProcessError
 
 __all__ = ["CudaDriver", "format_version"]
@@ -150,6 +152,12 @@ class CudaDriver:
             else cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_HOST
         )
         location.id = max(node, 0)
+        can_pin = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED
+        self.pins: Pins | None = (
+            PinnedMemory(self.device, self._pin, self._unpin, cpus_of_node(node))
+            if self.call("cuDeviceGetAttribute", 0, can_pin, self.call("cuDeviceGet", 0, index))
+            else None
+        )
         self._access = cuda.CUmemAccessDesc()
         self._access.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._access.location.id = index
@@ -191,11 +199,7 @@ class CudaDriver:
     def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
         # torch would name the direction, device to device; the driver finds out which side is the host's.
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        self.call("cuCtxPushCurrent", nbytes, self.context)
-        try:
-            self.call("cuMemcpyAsync", nbytes, target_ptr, source_ptr, nbytes, stream)
-        finally:
-            self.call("cuCtxPopCurrent", nbytes)
+        self._in_context("cuMemcpyAsync", nbytes, target_ptr, source_ptr, nbytes, stream)
 
     def tensor(self, ptr: int, nbytes: int, owner: object) -> torch.Tensor:
         # An empty array names no address, since nothing may be mapped there and torch asks the driver what is.
@@ -252,6 +256,20 @@ class CudaDriver:
         if error != self.cuda.CUresult.CUDA_SUCCESS:
             raise DriverError(name, error.name, self.device, nbytes)
         return values[0] if values else None
+
+    def _pin(self, ptr: int, nbytes: int) -> None:
+        self._in_context("cuMemHostRegister", nbytes, ptr, nbytes, 0)
+
+    def _unpin(self, ptr: int, nbytes: int) -> None:
+        self._in_context("cuMemHostUnregister", nbytes, ptr)
+
+    def _in_context(self, name: str, nbytes: int, *arguments: object) -> None:
+        """Call a function that works on the context that is current, on a thread where none may be."""
+        self.call("cuCtxPushCurrent", nbytes, self.context)
+        try:
+            self.call(name, nbytes, *arguments)
+        finally:
+            self.call("cuCtxPopCurrent", nbytes)
 
     def _is_stream_capturing(self, stream: int) -> bool:
         error, status = self.cuda.cuStreamIsCapturing(stream)

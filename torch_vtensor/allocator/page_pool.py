@@ -75,6 +75,11 @@ class Page:
         """Whether its bytes lie outside the device."""
         return self.tier in (Tier.OFFLOADED, Tier.ASLEEP)
 
+    @property
+    def is_mappable(self) -> bool:
+        """Whether it has memory that can be mapped: what sleeps may have some that is for copies alone."""
+        return self.tier is not Tier.DISCARDED and (self.tier is Tier.DEVICE or OffloadPool.is_mappable(self.handle))
+
 
 class PoolStats(NamedTuple):
     """Where a device's bytes are, exactly.
@@ -296,13 +301,16 @@ class PagePool:
                     page.is_dirty = False
                     self._belongs_to(page.handle, page.salt)
 
-    def outside(self, sizes: Sequence[int], tier: Tier) -> list[Page]:
+    def outside(self, sizes: Sequence[int], tier: Tier, *, mappable: bool = False) -> list[Page]:
         """New pages outside the device, all or none, for what device pages hold.
+
+        Args:
+            mappable: whether they can be mapped, as those that are offloaded always can.
 
         Raises: OffloadLimitError, or the driver's error, with the pool as it was.
         """
         with self.lock:
-            return self._new_pages(self.offloads.take(sizes), sizes, tier)
+            return self._new_pages(self.offloads.take(sizes, mappable=mappable or tier is Tier.OFFLOADED), sizes, tier)
 
     def discarded(self, sizes: Sequence[int]) -> list[Page]:
         """New pages without memory, to take the place of what device pages hold."""

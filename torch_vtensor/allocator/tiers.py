@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
 from torch_vtensor.allocator.address_range import AddressRange
 from torch_vtensor.allocator.moves import Arrival, Place, arrive, leave, units_of
 from torch_vtensor.allocator.page_pool import Page, PagePool, Tier
-from torch_vtensor.errors import DriverError, OffloadLimitError, VTensorError
+from torch_vtensor.errors import DriverError, OffloadLimitError, OutOfPagesError, VTensorError
 
 if TYPE_CHECKING:
     from torch_vtensor.allocator.growth import GrowthScheduler
@@ -39,6 +39,7 @@ __all__ = [
     "call",
     "check_can_move",
     "has_tag",
+    "make_mappable",
     "offload",
     "offload_idle",
     "prefetch",
@@ -299,6 +300,24 @@ def prefetch(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> in
         ]
         _bring_back(scheduler, wanted, lambda place: False)
         return sum(page.nbytes for page in wanted)
+
+
+def make_mappable(scheduler: GrowthScheduler, pages: Iterable[Page]) -> None:
+    """Move those of the pages that sleep where they cannot be mapped: to the device or, without room, to outside of it.
+
+    Effects: waits for the device if there are any.
+    Raises:  OffloadLimitError or DriverError, with all as it was.
+    """
+    pool = scheduler.pool
+    with pool.lock:
+        asleep = [page for page in dict.fromkeys(pages) if page.tier is Tier.ASLEEP and not page.is_mappable]
+        if not asleep:
+            return
+        try:
+            _bring_back(scheduler, asleep, lambda place: False)
+        except OutOfPagesError:
+            new = pool.outside([page.nbytes for page in asleep], Tier.ASLEEP, mappable=True)
+            arrive(scheduler, [Arrival(page, it, [], []) for page, it in zip(asleep, new, strict=True)])
 
 
 def offload_idle(scheduler: GrowthScheduler, nbytes: float) -> None:

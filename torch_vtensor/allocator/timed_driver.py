@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
-from torch_vtensor.allocator.driver import Driver, Fence
+from torch_vtensor.allocator.driver import Driver, Fence, Pins
 
 __all__ = ["CallStats", "TimedDriver"]
 
@@ -28,6 +28,18 @@ class CallStats:
     p99_us: float
 
 
+class _TimedPins:
+    def __init__(self, driver: TimedDriver, inner: Pins) -> None:
+        self._driver = driver
+        self._inner = inner
+
+    def pin(self, sizes: Sequence[int], keep: Callable[[int, int], object]) -> None:
+        self._driver.timed("pin", lambda: self._inner.pin(sizes, keep))
+
+    def unpin(self, ptr: int, nbytes: int) -> None:
+        self._driver.timed("unpin", lambda: self._inner.unpin(ptr, nbytes))
+
+
 class TimedDriver:
     """A Driver that counts and times the calls of the driver inside it."""
 
@@ -36,6 +48,7 @@ class TimedDriver:
         self.device = inner.device
         self.page_sizes = inner.page_sizes
         self.keeps_offloaded_mapped = inner.keeps_offloaded_mapped
+        self.pins: Pins | None = None if inner.pins is None else _TimedPins(self, inner.pins)
         self.growth_fraction = inner.growth_fraction
         self.zeroes_pages = inner.zeroes_pages
         self.fences_break_captures = inner.fences_break_captures
@@ -46,34 +59,34 @@ class TimedDriver:
         self._seconds: dict[str, deque[float]] = {}
 
     def reserve(self, nbytes: int) -> int:
-        return self._timed("reserve", lambda: self.inner.reserve(nbytes))
+        return self.timed("reserve", lambda: self.inner.reserve(nbytes))
 
     def release(self, ptr: int, nbytes: int) -> None:
-        self._timed("release", lambda: self.inner.release(ptr, nbytes))
+        self.timed("release", lambda: self.inner.release(ptr, nbytes))
 
     def create(self, nbytes: int) -> int:
-        return self._timed("create", lambda: self.inner.create(nbytes))
+        return self.timed("create", lambda: self.inner.create(nbytes))
 
     def check_offload(self, nbytes: int) -> None:
         self.inner.check_offload(nbytes)
 
     def create_offloaded(self, nbytes: int) -> int:
-        return self._timed("create_offloaded", lambda: self.inner.create_offloaded(nbytes))
+        return self.timed("create_offloaded", lambda: self.inner.create_offloaded(nbytes))
 
     def destroy(self, handle: int, nbytes: int) -> None:
-        self._timed("destroy", lambda: self.inner.destroy(handle, nbytes))
+        self.timed("destroy", lambda: self.inner.destroy(handle, nbytes))
 
     def map(self, ptr: int, nbytes: int, handle: int) -> None:
-        self._timed("map", lambda: self.inner.map(ptr, nbytes, handle))
+        self.timed("map", lambda: self.inner.map(ptr, nbytes, handle))
 
     def set_access(self, ptr: int, nbytes: int) -> None:
-        self._timed("set_access", lambda: self.inner.set_access(ptr, nbytes))
+        self.timed("set_access", lambda: self.inner.set_access(ptr, nbytes))
 
     def unmap(self, ptr: int, nbytes: int) -> None:
-        self._timed("unmap", lambda: self.inner.unmap(ptr, nbytes))
+        self.timed("unmap", lambda: self.inner.unmap(ptr, nbytes))
 
     def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
-        self._timed("copy", lambda: self.inner.copy(target_ptr, source_ptr, nbytes))
+        self.timed("copy", lambda: self.inner.copy(target_ptr, source_ptr, nbytes))
 
     def tensor(self, ptr: int, nbytes: int, owner: object) -> torch.Tensor:
         return self.inner.tensor(ptr, nbytes, owner)
@@ -111,7 +124,8 @@ class TimedDriver:
             result[name] = CallStats(self._num_calls[name], p50 * 1e6, p99 * 1e6)
         return result
 
-    def _timed(self, name: str, call: Callable[[], _T]) -> _T:
+    def timed(self, name: str, call: Callable[[], _T]) -> _T:
+        """Do a call that is to be counted and timed."""
         start = time.perf_counter()
         try:
             if self.marks_ranges:

@@ -12,6 +12,7 @@ from types import TracebackType
 
 import torch
 
+from torch_vtensor.allocator import tiers
 from torch_vtensor.allocator._torch_compat import num_storage_users
 from torch_vtensor.allocator.address_range import AddressRange
 from torch_vtensor.allocator.captures import outlast_captures
@@ -375,10 +376,14 @@ class VTensor:
         strips_per_slot = self._range.num_strips // len(own_slots)
         lent = iter(run.strips)
         strips = [None if own else next(lent) for own in own_slots for _ in range(strips_per_slot)]
-        self._range.commit_run(run.bounds, strips)
+        pool = self.scheduler.pool
+        with pool.lock:
+            if pool.is_tiered:
+                tiers.make_mappable(self.scheduler, run.pages())
+            self._range.commit_run(run.bounds, strips)
         self._shared_bytes = self._range.committed_bytes
         self._range.commit(length * self.row_bytes)
-        if self.scheduler.pool.is_tiered:
+        if pool.is_tiered:
             self._bring_back()
         self.length = length
 

@@ -197,6 +197,7 @@ class FakeDriver:
     device = torch.device("cuda", 0)
     page_sizes = (PAGE, LARGE_PAGE)
     keeps_offloaded_mapped = True
+    pins = None
     growth_fraction = 0.0
     zeroes_pages = False
     fences_break_captures = True
