@@ -95,8 +95,8 @@ def test_the_life_makes_every_call() -> None:
 
 @pytest.mark.parametrize(
     ("num_failures", "step"),
-    [(1, 11), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.slow)],
-    ids=["every-11th", "every", "4-in-a-row"],
+    [(1, 17), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(4, 1, marks=pytest.mark.slow)],
+    ids=["every-17th", "every", "4-in-a-row"],
 )
 def test_every_call_may_fail(num_failures: int, step: int) -> None:
     refuse_each(lambda driver: MovingLife(driver, num_failures), num_failures, step)
