@@ -70,9 +70,8 @@ class PinnedMemory:
 
     def _stay_near(self) -> None:
         """Memory lies beside the CPU that is the first to touch it."""
-        if self._cpus:
-            with suppress(OSError):  # other ones are this process's
-                os.sched_setaffinity(0, self._cpus)
+        if near := self._cpus & os.sched_getaffinity(0):
+            os.sched_setaffinity(0, near)
 
     def _pin(self, nbytes: int) -> int:
         try:
