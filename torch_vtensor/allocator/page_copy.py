@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Piece", "Transfer", "copy_pieces"]
 
 _CHUNK_BYTES = 64 * 2**20
+_MOST_CHUNKS = 2  # that are begun and not ended
 
 
 class Transfer(NamedTuple):
@@ -70,7 +71,7 @@ def copy_pieces(scheduler: GrowthScheduler, pieces: Iterable[Piece]) -> None:
     try:
         for several in _in_chunks(pieces):
             running.append(_start(scheduler, several))
-            if len(running) > 1:
+            if len(running) == _MOST_CHUNKS:
                 running[0].finish()
                 running.popleft()
         while running:
