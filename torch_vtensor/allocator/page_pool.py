@@ -337,7 +337,8 @@ class PagePool:
             return 0
         freed_bytes = 0
         with self.lock:
-            while self.ledger.free_bytes > keep_bytes and (popped := self.ledger.pop_free()) is not None:
+            left_bytes = self.ledger.free_bytes
+            while left_bytes > keep_bytes and (popped := self.ledger.pop_free()) is not None:
                 handle, nbytes = popped
                 try:
                     self.driver.destroy(handle, nbytes)
@@ -347,6 +348,7 @@ class PagePool:
                 self._tenants.pop(handle, None)
                 self.ledger.uncharge(nbytes)
                 freed_bytes += nbytes
+                left_bytes -= nbytes
             self.publish()
         return freed_bytes
 
@@ -530,12 +532,12 @@ class PagePool:
 
     def _put(self, page: Page) -> None:
         """Pool the memory of a page that nobody has any more."""
-        if page.is_outside:
-            self.offloads.put(page.handle, page.nbytes)
-        elif page.tier is Tier.DEVICE:
+        if page.tier is Tier.DEVICE:
             if page.is_dirty:
                 self._tenants.setdefault(page.handle, _UNKNOWN)
             self.ledger.put(page.handle, page.nbytes)
+        elif page.is_outside:
+            self.offloads.put(page.handle, page.nbytes)
 
     def _offload(self, nbytes: float) -> None:
         """Have at least ``nbytes`` pooled, if enough of what lives is idle and may leave the device."""
