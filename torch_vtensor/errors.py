@@ -37,16 +37,25 @@ class OutOfPagesError(VTensorError, torch.OutOfMemoryError):
     Units: bytes in every field; ``budget_bytes`` is None where only the device itself is the limit.
     """
 
-    def __init__(self, device: torch.device, asked_bytes: int, committed_bytes: int, budget_bytes: int | None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        asked_bytes: int,
+        committed_bytes: int,
+        budget_bytes: int | None,
+        *,
+        is_capturing: bool = False,
+    ) -> None:
         self.device = device
         self.asked_bytes = asked_bytes
         self.committed_bytes = committed_bytes
         self.budget_bytes = budget_bytes
         limit = "the device has no more" if budget_bytes is None else f"the budget is {_mib(budget_bytes)}"
+        kept = " While a graph is being captured, nothing is taken back: commit before." if is_capturing else ""
         super().__init__(
             f"out of pages on {device}: asked for {_mib(asked_bytes)} more with {_mib(committed_bytes)} committed, and "
             f"{limit}. Nothing was changed. Close or shorten sequences, call torch_vtensor.trim(), or raise the budget "
-            f"(budget_bytes= of enable(), or TORCH_VTENSOR_BUDGET_BYTES)."
+            f"(budget_bytes= of enable(), or TORCH_VTENSOR_BUDGET_BYTES).{kept}"
         )
 
 

@@ -1,8 +1,10 @@
 """Host drivers whose device, refusals and pauses a test decides."""
 
 import threading
+from collections import deque
 
 from torch_vtensor.allocator.host_driver import HostDriver
+from torch_vtensor.allocator.pinned_memory import PinnedMemory
 from torch_vtensor.errors import DriverError
 
 PAGE = 4096
@@ -36,6 +38,7 @@ class ManualDriver(HostDriver):
         super().__init__(page_bytes, OFFLOAD_FOLDER)
         self.fences: list[ManualFence] = []
         self.capturing = False
+        self.capturer: threading.Thread | None = None  # None: whoever asks
         self.graph_owners: list[object] = []
         self.ended_owners: list[object] = []
 
@@ -50,6 +53,9 @@ class ManualDriver(HostDriver):
 
     def is_capturing(self) -> bool:
         return self.capturing
+
+    def is_capturing_here(self) -> bool:
+        return self.capturing and self.capturer in (None, threading.current_thread())
 
     def retain_in_capture(self, owner: object) -> None:
         if self.capturing:
@@ -68,17 +74,27 @@ class FailingDriver(HostDriver):
     Of all kinds of calls, or of one ``kind``.
     """
 
+    has_pins = False
+
     def __init__(
         self, fail_at: int | None = None, num_failures: int = 1, code: str = "EIO", kind: str | None = None
     ) -> None:
         super().__init__(PAGE, OFFLOAD_FOLDER)
+        self._lock = threading.Lock()
+        if self.has_pins:
+            self.pins = PinnedMemory(
+                self.device,
+                lambda ptr, nbytes: self._count("register", nbytes),
+                lambda ptr, nbytes: self._count("unregister", nbytes),
+            )
         self.calls: list[str] = []
         self.refused: list[str] = []
         self.fail_at, self._num_failures, self._code, self._kind = fail_at, num_failures, code, kind
 
     def _count(self, name: str, nbytes: int) -> None:
-        number = len(self.calls) if self._kind is None else self.calls.count(name)
-        self.calls.append(name)
+        with self._lock:  # several threads pin memory
+            number = len(self.calls) if self._kind is None else self.calls.count(name)
+            self.calls.append(name)
         if (
             self.fail_at is not None
             and self._kind in (None, name)
@@ -122,6 +138,49 @@ class FailingDriver(HostDriver):
     def unmap(self, ptr: int, nbytes: int) -> None:
         self._count("unmap", nbytes)
         super().unmap(ptr, nbytes)
+
+
+class LateDriver(HostDriver):
+    """Copies when somebody waits for that, as late as a device may, and no memory may be unmapped before."""
+
+    def __init__(self) -> None:
+        super().__init__(PAGE, OFFLOAD_FOLDER)
+        self.num_unmapped_meanwhile = self.num_copies = 0
+        self._queued: deque[tuple[int, int, int]] = deque()
+
+    def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
+        self.num_copies += 1
+        self._queued.append((target_ptr, source_ptr, nbytes))
+
+    def copied(self) -> "_LateFence":
+        return _LateFence(self, self.num_copies)
+
+    fence = copied
+
+    def finish(self, number: int) -> None:
+        while self.num_copies - len(self._queued) < number:
+            super().copy(*self._queued.popleft())
+
+    def unmap(self, ptr: int, nbytes: int) -> None:
+        for *sides, copied_bytes in self._queued:
+            assert not any(side < ptr + nbytes and ptr < side + copied_bytes for side in sides), "it is still copied"
+        self.num_unmapped_meanwhile += bool(self._queued)
+        super().unmap(ptr, nbytes)
+
+
+class _LateFence:
+    def __init__(self, driver: LateDriver, number: int) -> None:
+        self._driver, self._number = driver, number
+
+    def passed(self) -> bool:
+        self.wait()
+        return True
+
+    def wait(self) -> None:
+        self._driver.finish(self._number)
+
+    def order_after(self) -> None:
+        self.wait()
 
 
 class PausingDriver(HostDriver):

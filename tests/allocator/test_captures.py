@@ -1,13 +1,19 @@
-"""Captures of one thread, and fences of another: neither begins during the other."""
+"""Captures of one thread, and fences of another: neither begins during the other. What needs memory back waits."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
+import torch
+from scripted_drivers import PAGE, ManualDriver
+from vtensors import MakeScheduler, pages
 
+from torch_vtensor.allocator import captures
 from torch_vtensor.allocator.captures import another_captures, between_captures, capturing
+from torch_vtensor.errors import OutOfPagesError, VTensorError
 
 
 class Capturing:
@@ -68,3 +74,82 @@ def test_a_capture_waits_for_a_fence() -> None:
         assert not another_captures()
     thread.join(10)
     assert not thread.is_alive()
+
+
+class Ending:
+    """Another thread's capture, which ends soon after somebody has asked for it for the first time."""
+
+    def __init__(self, driver: ManualDriver) -> None:
+        self.driver, self._asked = driver, threading.Event()
+        self._thread = threading.Thread(target=self._end, daemon=True)
+        driver.capturing, driver.capturer = True, self._thread
+        driver.is_capturing = self._is_capturing
+        self._thread.start()
+
+    def _is_capturing(self) -> bool:
+        self._asked.set()
+        return self.driver.capturing
+
+    def _end(self) -> None:
+        assert self._asked.wait(10)
+        time.sleep(0.05)
+        self.driver.capturing = False
+
+    def join(self) -> None:
+        self._thread.join(10)
+
+
+def test_growth_waits_for_another_threads_capture_and_takes_back_then(make_scheduler: MakeScheduler) -> None:
+    driver = ManualDriver()
+    scheduler = make_scheduler(driver, budget_bytes=40 * PAGE)
+    pages(scheduler, 30).close()
+    scheduler.reap()  # parked: nobody else's
+    scheduler.settle()
+    source = pages(scheduler, 5, adopt=False)
+    capture = Ending(driver)
+    assert source.append(torch.ones(20, PAGE, dtype=torch.uint8)).unique().tolist() == [1]
+    capture.join()
+    source.close()
+    scheduler.trim()
+
+
+def test_a_copy_on_write_waits_as_well(make_scheduler: MakeScheduler) -> None:
+    driver = ManualDriver()
+    scheduler = make_scheduler(driver, budget_bytes=40 * PAGE)
+    source = pages(scheduler, 15, adopt=False)
+    pages(scheduler, 20, adopt=False).close()
+    scheduler.reap()
+    scheduler.settle()
+    capture = Ending(driver)
+    fork = source.fork(share_rows=0)
+    capture.join()
+    assert torch.equal(fork.tensor(), source.tensor())
+
+
+def test_what_moves_waits_for_another_threads_capture(make_scheduler: MakeScheduler) -> None:
+    driver = ManualDriver()
+    scheduler = make_scheduler(driver)
+    vtensor = pages(scheduler, 10)
+    for move in (scheduler.sleep, scheduler.wake, vtensor.offload, vtensor.prefetch):
+        capture = Ending(driver)
+        move()
+        capture.join()
+    assert vtensor.tensor().unique().tolist() == [1]
+
+
+def test_a_capture_that_does_not_end_is_named(make_scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captures, "_MOST_SECONDS", 0.01)
+    driver = ManualDriver()
+    scheduler = make_scheduler(driver, budget_bytes=40 * PAGE)
+    pages(scheduler, 30).close()
+    scheduler.reap()
+    scheduler.settle()
+    vtensor = pages(scheduler, 5, adopt=False)
+    for capturer in (threading.Thread(), None):
+        driver.capturing, driver.capturer = True, capturer
+        with pytest.raises(OutOfPagesError, match="While a graph is being captured, nothing is taken back"):
+            vtensor.append(torch.ones(20, PAGE, dtype=torch.uint8))
+        with pytest.raises(VTensorError, match="another thread's graph, which was" if capturer else "while a graph is"):
+            vtensor.offload()
+        driver.capturing = False
+    assert vtensor.tensor().unique().tolist() == [1]

@@ -18,6 +18,8 @@ from torch_vtensor.allocator.driver import Driver
 from torch_vtensor.allocator.host_driver import HostDriver
 from torch_vtensor.errors import DriverError
 
+MIB = 2**20
+
 HOST = ["host-4KiB", "host-64KiB", "host-2MiB"]
 
 
@@ -271,12 +273,14 @@ def test_a_signal_during_a_call_does_not_fail_it(monkeypatch: pytest.MonkeyPatch
     assert len(interrupted) == 4
 
 
-def test_a_fence_passes_and_orders(driver: Driver) -> None:
-    fence = driver.fence()
+@pytest.mark.parametrize("kind", ["fence", "copied"])
+def test_a_fence_passes_and_orders(driver: Driver, kind: str) -> None:
+    fence = getattr(driver, kind)()
     fence.order_after()
     fence.wait()
     assert fence.passed()
     assert not driver.is_capturing()
+    assert not driver.is_capturing_here()
 
 
 def test_another_thread_can_use_the_driver_after_preparing(driver: Driver) -> None:
@@ -291,6 +295,41 @@ def test_another_thread_can_use_the_driver_after_preparing(driver: Driver) -> No
     thread.start()
     thread.join()
     assert seen == [(4 * size)]
+
+
+@pytest.mark.gpu
+def test_copies_are_done_while_another_stream_works_on() -> None:
+    from torch_vtensor.allocator.cuda_driver import CudaDriver
+
+    driver, stream, copies = CudaDriver("cuda"), torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+    with torch.cuda.stream(copies):
+        driver.copied().wait()
+    assert not stream.query()
+    with torch.cuda.stream(stream):
+        copied = driver.copied()
+    assert not copied.passed()
+    copied.wait()
+    assert stream.query()
+
+
+@pytest.mark.gpu
+def test_what_is_pinned_is_good_for_copies() -> None:
+    from torch_vtensor.allocator.cuda_driver import CudaDriver
+
+    driver, sizes, pinned = CudaDriver("cuda"), [2 * MIB, 32 * MIB, 2 * MIB], list[tuple[int, int]]()
+    assert driver.pins is not None
+    driver.pins.pin(sizes, lambda ptr, nbytes: pinned.append((ptr, nbytes)))
+    assert [nbytes for _, nbytes in pinned] == sizes
+    given, back = (torch.randint(256, (32 * MIB,), dtype=torch.uint8, device="cuda") for _ in range(2))
+    for ptr, nbytes in pinned:
+        driver.copy(ptr, given.data_ptr(), nbytes)
+        driver.copy(back.data_ptr(), ptr, nbytes)
+        assert torch.equal(back[:nbytes], given[:nbytes])
+        driver.copied().wait()
+        driver.pins.unpin(ptr, nbytes)
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from vtensors import MakeScheduler
 import torch_vtensor
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.pools import default_pool, default_scheduler
+from torch_vtensor.allocator.prefix import Lane, PrefixTree
 from torch_vtensor.allocator.torch_pool import torch_pool_stats
 from torch_vtensor.allocator.vtensor import VTensor
 from torch_vtensor.errors import AsleepError
@@ -115,6 +116,39 @@ def test_an_offloaded_tensor_is_read_and_written_in_place(scheduler: GrowthSched
     more = random_rows(100)
     assert torch.equal(vtensor.append(more)[10_000:], more)
     assert vtensor.offloaded_bytes == 0
+
+
+def test_a_prefix_that_sleeps_in_memory_for_copies_alone_can_be_lent(scheduler: GrowthScheduler) -> None:
+    tree = PrefixTree((Lane((ROW,), (), torch.int32),), scheduler=scheduler)
+    expected, tokens = random_rows(3000), list(range(3000))
+    source = make(scheduler, expected)
+    tree.record(tokens, [source])
+    source.close()
+    scheduler.sleep()
+    loan = tree.fork([tokens], capacity=4000)
+    assert loan is not None
+    assert torch.equal(loan.vtensors[0].tensor()[0], expected[: loan.num_rows])
+    assert loan.vtensors[0].offloaded_bytes == 0
+    scheduler.sleep()
+    scheduler.wake()
+    assert torch.equal(loan.vtensors[0].tensor()[0], expected[: loan.num_rows])
+    loan.vtensors[0].close()
+    tree.evict()
+
+
+def test_what_grew_in_small_steps_comes_back_in_large_pages(scheduler: GrowthScheduler) -> None:
+    expected = random_rows(20_000)
+    vtensor = make(scheduler, expected[:1])
+    for start in range(1, 20_000, 300):
+        vtensor.append(expected[start : start + 300])
+    assert vtensor.num_pages == 40
+    view = vtensor.tensor()
+    for leave, come_back in ((scheduler.sleep, scheduler.wake), (vtensor.offload, vtensor.prefetch)):
+        leave()
+        come_back()
+        assert vtensor.num_pages == 10  # 2 of 32 MiB, 8 of 2
+        assert torch.equal(view, expected)
+    del view
 
 
 def test_idle_tensors_make_room(make_cuda_scheduler: MakeScheduler) -> None:

@@ -42,9 +42,11 @@ class Modelled:
 class TiersMachine(RuleBasedStateMachine):
     """The model: clones of all rows, and which tensors are known to sleep."""
 
+    make_driver: Callable[[], FailingDriver] = FailingDriver
+
     @initialize(budget=st.sampled_from(_BUDGETS), idle_pages=st.sampled_from([0, 20]))
     def make(self, budget: int | None, idle_pages: int) -> None:
-        self.driver = FailingDriver()
+        self.driver = self.make_driver()
         self.pool = PagePool(self.driver)
         self.scheduler = GrowthScheduler(self.pool, idle_pages * PAGE)
         self.tree = PrefixTree((_LANE,), scheduler=self.scheduler, max_bytes=100 * PAGE)
@@ -266,4 +268,17 @@ def _another_thread_in(lock: Callable[[], threading.RLock]) -> Iterator[None]:
         thread.join()
 
 
+class PinningDriver(FailingDriver):
+    """What sleeps on it cannot be mapped."""
+
+    has_pins = True
+
+
+class PinnedTiersMachine(TiersMachine):
+    """As on a GPU."""
+
+    make_driver = PinningDriver
+
+
 TestTiersMachine = pytest.mark.slow(TiersMachine.TestCase)
+TestPinnedTiersMachine = pytest.mark.slow(PinnedTiersMachine.TestCase)

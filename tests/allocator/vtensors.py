@@ -26,6 +26,7 @@ def assert_all_given_back(scheduler: GrowthScheduler) -> None:
     driver = scheduler.pool.driver.inner
     if isinstance(driver, HostDriver):
         assert (driver.physical_bytes(), driver.offloaded_bytes()) == (0, 0)
+        assert not (driver.pins and driver.pins._mappings), "memory is pinned"
 
 
 def pages(scheduler: GrowthScheduler, num_rows: int, capacity: int = 100, **options: int) -> VTensor:

@@ -67,7 +67,7 @@ class AddressRange:
         self._bounds = [0]  # page i of every strip backs offsets [_bounds[i], _bounds[i + 1])
         self._pages: list[list[Page]] = [[] for _ in range(num_strips)]
         self._strays: list[tuple[int, Page]] = []  # mapped, but not (yet) part of the range
-        self._vacant: dict[int, bool] = {}  # places whose page is not usable there; True: it is mapped, without access
+        self._vacant: dict[int, bool] = {}  # places whose page is not usable there; True: something is mapped
         self.base_ptr = pool.driver.reserve(self.reserved_bytes)
         pool.tags.add(tag)
         pool.reserved_bytes += self.reserved_bytes
@@ -132,17 +132,48 @@ class AddressRange:
             self.pool.num_mappings -= 1
             self._vacant[ptr] = False
 
+    def prepare(self, ptr: int, page: Page) -> None:
+        """Map a page at a vacant place, which stays vacant until ``admit``: for those alone who fill the page.
+
+        Raises: DriverError, with the place still vacant.
+        """
+        self.vacate(ptr, page)  # what an earlier failure left
+        self.pool.driver.map(ptr, page.nbytes, page.handle)
+        self.pool.num_mappings += 1
+        self._vacant[ptr] = True
+        self.pool.driver.set_access(ptr, page.nbytes)
+
+    def admit(self, ptr: int) -> None:
+        """Let everybody use what was prepared at ``ptr``, which is the memory of the page that belongs there."""
+        del self._vacant[ptr]
+
     def occupy(self, ptr: int, page: Page) -> None:
         """Map the page at ``ptr`` again.
 
         Raises: DriverError, with the place still vacant.
         """
-        self.vacate(ptr, page)  # what an earlier failure left without access
-        self.pool.driver.map(ptr, page.nbytes, page.handle)
-        self.pool.num_mappings += 1
-        self._vacant[ptr] = True
-        self.pool.driver.set_access(ptr, page.nbytes)
-        del self._vacant[ptr]
+        self.prepare(ptr, page)
+        self.admit(ptr)
+
+    def merge(self, offset: int, num_pages: int) -> None:
+        """Have the page that begins at ``offset`` of each strip, which grew by them, replace those behind it.
+
+        Args:
+            num_pages: how many they are, that one included: neither mapped nor anybody else's.
+
+        Effects: the others are dropped. Cannot fail.
+        """
+        first = self._bounds.index(offset)
+        bounds, pages, dropped = list(self._bounds), [list(strip) for strip in self._pages], []
+        for index in range(self.num_strips):
+            for later in range(first + 1, first + num_pages):
+                is_mapped = self._vacant.pop(self._address(index, bounds[later]))
+                assert not is_mapped, "pages are merged only while they are not mapped"
+            dropped += pages[index][first + 1 : first + num_pages]
+            del pages[index][first + 1 : first + num_pages]
+        del bounds[first + 1 : first + num_pages]
+        self._pages, self._bounds = pages, bounds
+        self.pool.drop(dropped)
 
     def commit(self, nbytes: int, *, ahead: bool = False) -> None:
         """Back every strip up to offset ``nbytes`` (rounded up to a page) with pages of its own.
@@ -181,6 +212,7 @@ class AddressRange:
         Raises: OutOfPagesError or DriverError, with the range as it was.
         """
         assert self.committed_bytes == 0 and len(strips) == self.num_strips and bounds[-1] <= self.strip_bytes
+        assert all(page.is_mappable for strip in strips if strip is not None for page in strip)
         with self.pool.lock:
             self._unmap_strays()
             sizes = [end - start for start, end in pairwise(bounds)]

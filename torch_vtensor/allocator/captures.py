@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["another_captures", "between_captures", "capturing"]
+from torch_vtensor.allocator.driver import Driver
+
+__all__ = ["another_captures", "between_captures", "captures_here", "capturing", "outlast_captures"]
 
 _MOST_SECONDS = 10.0  # whoever captures may in the end wait for a lock that the caller has
+_PAUSE_SECONDS = 0.001
 
 
 class _Captures:
@@ -40,6 +44,26 @@ def capturing() -> Iterator[None]:
 def another_captures() -> bool:
     """Whether another thread is inside `capturing`."""
     return _captures.thread not in (None, threading.get_ident())
+
+
+def captures_here() -> bool:
+    """Whether this thread is inside `capturing`."""
+    return _captures.thread == threading.get_ident()
+
+
+def outlast_captures(driver: Driver) -> bool:
+    """Wait, ten seconds at most, for captures of other threads to end; whether there were any, and none is left.
+
+    The caller holds no lock that who captures may need, a pool's for one.
+    """
+    if not driver.is_capturing() or driver.is_capturing_here():
+        return False
+    deadline = time.monotonic() + _MOST_SECONDS
+    while driver.is_capturing():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_PAUSE_SECONDS)
+    return True
 
 
 @contextmanager

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from torch_vtensor.allocator.captures import another_captures, between_captures
-from torch_vtensor.allocator.host_memory import spare_host_bytes
+from torch_vtensor.allocator.captures import another_captures, between_captures, captures_here
+from torch_vtensor.allocator.driver import Pins
+from torch_vtensor.allocator.host_memory import cpus_of_node, spare_host_bytes
+from torch_vtensor.allocator.pinned_memory import PinnedMemory
 from torch_vtensor.errors import DriverError, ForkedProcessError
 
 __all__ = ["CudaDriver", "format_version"]
@@ -30,15 +32,18 @@ _libc.calloc.restype = ctypes.c_void_p
 _libc.calloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
 
 
-class _ContextFence:
-    """An event that has passed when all work submitted to the context before it, on any stream, is done."""
+class _EventFence:
+    """An event that has passed when all work submitted before it is done: on one stream, or on any of the context."""
 
-    def __init__(self, driver: CudaDriver) -> None:
+    def __init__(self, driver: CudaDriver, stream: int | None) -> None:
         self._driver = driver
         # An event belongs to the context that is current, and on a thread new to CUDA none is.
         driver.call("cuCtxPushCurrent", 0, driver.context)
         try:
             self._event = driver.call("cuEventCreate", 0, _EVENT_DISABLE_TIMING)
+            if stream is not None:
+                driver.call("cuEventRecord", 0, self._event, stream)
+                return
             with between_captures():
                 driver.call("cuCtxRecordEvent", 0, driver.context, self._event)
         finally:
@@ -147,6 +152,12 @@ class CudaDriver:
             else cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_HOST
         )
         location.id = max(node, 0)
+        can_pin = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED
+        self.pins: Pins | None = (
+            PinnedMemory(self.device, self._pin, self._unpin, cpus_of_node(node))
+            if self.call("cuDeviceGetAttribute", 0, can_pin, self.call("cuDeviceGet", 0, index))
+            else None
+        )
         self._access = cuda.CUmemAccessDesc()
         self._access.location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._access.location.id = index
@@ -188,11 +199,7 @@ class CudaDriver:
     def copy(self, target_ptr: int, source_ptr: int, nbytes: int) -> None:
         # torch would name the direction, device to device; the driver finds out which side is the host's.
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        self.call("cuCtxPushCurrent", nbytes, self.context)
-        try:
-            self.call("cuMemcpyAsync", nbytes, target_ptr, source_ptr, nbytes, stream)
-        finally:
-            self.call("cuCtxPopCurrent", nbytes)
+        self._in_context("cuMemcpyAsync", nbytes, target_ptr, source_ptr, nbytes, stream)
 
     def tensor(self, ptr: int, nbytes: int, owner: object) -> torch.Tensor:
         # An empty array names no address, since nothing may be mapped there and torch asks the driver what is.
@@ -201,8 +208,11 @@ class CudaDriver:
     def free_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self.device)[0])
 
-    def fence(self) -> _ContextFence:
-        return _ContextFence(self)
+    def fence(self) -> _EventFence:
+        return _EventFence(self, None)
+
+    def copied(self) -> _EventFence:
+        return _EventFence(self, torch.cuda.current_stream(self.device).cuda_stream)
 
     def is_capturing(self) -> bool:
         # A fence would break a capture on any stream of the context: also look at those that others captured on.
@@ -211,6 +221,9 @@ class CudaDriver:
             or torch.cuda.is_current_stream_capturing()
             or any(map(self._is_stream_capturing, self._capture_streams))
         )
+
+    def is_capturing_here(self) -> bool:
+        return captures_here() or torch.cuda.is_current_stream_capturing()
 
     def prepare_thread(self) -> None:
         torch.cuda.set_device(self.device)
@@ -243,6 +256,20 @@ class CudaDriver:
         if error != self.cuda.CUresult.CUDA_SUCCESS:
             raise DriverError(name, error.name, self.device, nbytes)
         return values[0] if values else None
+
+    def _pin(self, ptr: int, nbytes: int) -> None:
+        self._in_context("cuMemHostRegister", nbytes, ptr, nbytes, 0)
+
+    def _unpin(self, ptr: int, nbytes: int) -> None:
+        self._in_context("cuMemHostUnregister", nbytes, ptr)
+
+    def _in_context(self, name: str, nbytes: int, *arguments: object) -> None:
+        """Call a function that works on the context that is current, on a thread where none may be."""
+        self.call("cuCtxPushCurrent", nbytes, self.context)
+        try:
+            self.call(name, nbytes, *arguments)
+        finally:
+            self.call("cuCtxPopCurrent", nbytes)
 
     def _is_stream_capturing(self, stream: int) -> bool:
         error, status = self.cuda.cuStreamIsCapturing(stream)

@@ -6,11 +6,12 @@ Two implementations exist, ``cuda_driver.CudaDriver`` and ``host_driver.HostDriv
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
-__all__ = ["Driver", "Fence", "round_up"]
+__all__ = ["Driver", "Fence", "Pins", "round_up"]
 
 
 class Fence(Protocol):
@@ -26,6 +27,16 @@ class Fence(Protocol):
         """Make the current stream's next work start after the fence. The host does not wait."""
 
 
+class Pins(Protocol):
+    """A way to memory outside the device that is only good for copies, and had sooner than what can be mapped."""
+
+    def pin(self, sizes: Sequence[int], keep: Callable[[int, int], object]) -> None:
+        """Call ``keep`` with the address and size of new memory; raise DriverError in the end if some was refused."""
+
+    def unpin(self, ptr: int, nbytes: int) -> None:
+        """Give memory back to the system."""
+
+
 class Driver(Protocol):
     """What the allocator needs of a device. No method waits for the device; each raises DriverError on refusal.
 
@@ -38,6 +49,8 @@ class Driver(Protocol):
     """Sizes a handle may have, ascending; each divides the next. The first is the granularity of every address."""
     keeps_offloaded_mapped: bool
     """Whether memory outside the device is slow to map: better once and for all, for copies to and from it."""
+    pins: Pins | None
+    """Where memory outside the device for copies alone is better from."""
     growth_fraction: float
     """How much of a range's committed bytes is worth committing ahead in one batch when it grows."""
     zeroes_pages: bool
@@ -90,11 +103,17 @@ class Driver(Protocol):
     def fence(self) -> Fence:
         """Mark the device's work as submitted so far, on every stream."""
 
+    def copied(self) -> Fence:
+        """Mark the current stream's work as submitted so far: cheaper than ``fence``, and for this thread's copies."""
+
     def is_capturing(self) -> bool:
         """True while the current stream, or one known to be captured at times, is being captured into a graph.
 
         No fence may be made or asked then.
         """
+
+    def is_capturing_here(self) -> bool:
+        """Whether it is the calling thread that captures: to wait for the end would be in vain."""
 
     def prepare_thread(self) -> None:
         """Make the calling thread fit to call this driver."""

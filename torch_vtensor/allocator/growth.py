@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from torch_vtensor.allocator import tiers
 from torch_vtensor.allocator.address_range import AddressRange
+from torch_vtensor.allocator.captures import outlast_captures
 from torch_vtensor.allocator.driver import Fence
 from torch_vtensor.allocator.page_pool import Page, PagePool, PoolStats, Tier
 from torch_vtensor.allocator.watcher import is_watching
@@ -209,6 +210,7 @@ class GrowthScheduler:
         """
         if self.pool.is_foreign:
             return 0
+        outlast_captures(self.pool.driver)
         with tiers.between_uses(self.pool, tags):
             tiers.check_can_move(self.pool)
             committed_bytes = self.pool.ledger.committed_bytes
@@ -243,6 +245,7 @@ class GrowthScheduler:
         """
         if self.pool.is_foreign:
             return 0
+        outlast_captures(self.pool.driver)
         with tiers.between_uses(self.pool, tags):
             tiers.check_can_move(self.pool)
             used_bytes = self.pool.ledger.committed_bytes - self.pool.ledger.free_bytes
@@ -262,8 +265,9 @@ class GrowthScheduler:
         """
         with self.pool.lock:
             self.mark_idle(hold)
+            tiers.check_can_move(self.pool)
             self._drain()
-            self._empty_retired(wait=not self.pool.driver.is_capturing())
+            self._empty_retired(wait=True)
             return tiers.offload(self, [hold.range])
 
     def mark_idle(self, hold: RangeHold) -> None:
@@ -280,8 +284,9 @@ class GrowthScheduler:
         with self.pool.lock:
             hold.range.is_idle = False
             try:
+                tiers.check_can_move(self.pool)
                 self._drain()
-                self._empty_retired(wait=not self.pool.driver.is_capturing())  # which may map the same pages
+                self._empty_retired(wait=True)  # which may map the same pages
                 return tiers.prefetch(self, [hold.range])
             finally:
                 hold.range.note_away()

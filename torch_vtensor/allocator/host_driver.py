@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from torch_vtensor.allocator.driver import round_up
+from torch_vtensor.allocator.driver import Pins, round_up
 from torch_vtensor.errors import DriverError
 
 __all__ = ["HostDriver"]
@@ -110,6 +110,7 @@ class HostDriver:
     """
 
     keeps_offloaded_mapped = False
+    pins: Pins | None = None
     growth_fraction = 0.125
     zeroes_pages = True
     fences_break_captures = False
@@ -212,7 +213,13 @@ class HostDriver:
     def fence(self) -> _PassedFence:
         return _PassedFence()
 
+    def copied(self) -> _PassedFence:
+        return _PassedFence()
+
     def is_capturing(self) -> bool:
+        return False
+
+    def is_capturing_here(self) -> bool:
         return False
 
     def prepare_thread(self) -> None:

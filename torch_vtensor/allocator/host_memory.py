@@ -1,13 +1,23 @@
-"""How much memory of the host may still be pinned: Linux gives out more than there is, and then kills."""
+"""How much memory of the host may still be pinned: Linux gives out more than there is, and then kills. And where."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["spare_host_bytes"]
+__all__ = ["cpus_of_node", "spare_host_bytes"]
 
 _KEPT_FRACTION = 16  # of what there is, which stays for others
+
+
+def cpus_of_node(node: int, root: Path = Path("/")) -> frozenset[int]:
+    """The CPUs of a NUMA node; none where the system does not say."""
+    try:
+        text = (root / f"sys/devices/system/node/node{node}/cpulist").read_text()
+    except OSError:
+        return frozenset()
+    spans = [span.partition("-")[::2] for span in text.strip().split(",") if span]
+    return frozenset(cpu for first, last in spans for cpu in range(int(first), int(last or first) + 1))
 
 
 def spare_host_bytes(root: Path = Path("/")) -> int:

@@ -75,6 +75,11 @@ class Page:
         """Whether its bytes lie outside the device."""
         return self.tier in (Tier.OFFLOADED, Tier.ASLEEP)
 
+    @property
+    def is_mappable(self) -> bool:
+        """Whether it has memory that can be mapped: what sleeps may have some that is for copies alone."""
+        return self.tier is not Tier.DISCARDED and (self.tier is Tier.DEVICE or OffloadPool.is_mappable(self.handle))
+
 
 class PoolStats(NamedTuple):
     """Where a device's bytes are, exactly.
@@ -296,13 +301,16 @@ class PagePool:
                     page.is_dirty = False
                     self._belongs_to(page.handle, page.salt)
 
-    def outside(self, sizes: Sequence[int], tier: Tier) -> list[Page]:
+    def outside(self, sizes: Sequence[int], tier: Tier, *, mappable: bool = False) -> list[Page]:
         """New pages outside the device, all or none, for what device pages hold.
+
+        Args:
+            mappable: whether they can be mapped, as those that are offloaded always can.
 
         Raises: OffloadLimitError, or the driver's error, with the pool as it was.
         """
         with self.lock:
-            return self._new_pages(self.offloads.take(sizes), sizes, tier)
+            return self._new_pages(self.offloads.take(sizes, mappable=mappable or tier is Tier.OFFLOADED), sizes, tier)
 
     def discarded(self, sizes: Sequence[int]) -> list[Page]:
         """New pages without memory, to take the place of what device pages hold."""
@@ -310,10 +318,13 @@ class PagePool:
             return self._new_pages([-1] * len(sizes), sizes, Tier.DISCARDED)
 
     def exchange(self, page: Page, other: Page) -> None:
-        """Let two pages of one size, neither of them mapped, change their memory and what is known of it."""
-        assert page.nbytes == other.nbytes
+        """Let two pages, neither of them mapped, change their memory, its size and what is known of it."""
         with self.lock:
+            for one, its in ((page, other.nbytes), (other, page.nbytes)):
+                self.shared_bytes += its - one.nbytes if one.num_refs > 1 else 0
+                self.held_bytes += its - one.nbytes if one.num_held else 0
             page.handle, other.handle = other.handle, page.handle
+            page.nbytes, other.nbytes = other.nbytes, page.nbytes
             page.tier, other.tier = other.tier, page.tier
             page.is_dirty, other.is_dirty = other.is_dirty, page.is_dirty
 
@@ -326,7 +337,8 @@ class PagePool:
             return 0
         freed_bytes = 0
         with self.lock:
-            while self.ledger.free_bytes > keep_bytes and (popped := self.ledger.pop_free()) is not None:
+            left_bytes = self.ledger.free_bytes
+            while left_bytes > keep_bytes and (popped := self.ledger.pop_free()) is not None:
                 handle, nbytes = popped
                 try:
                     self.driver.destroy(handle, nbytes)
@@ -336,6 +348,7 @@ class PagePool:
                 self._tenants.pop(handle, None)
                 self.ledger.uncharge(nbytes)
                 freed_bytes += nbytes
+                left_bytes -= nbytes
             self.publish()
         return freed_bytes
 
@@ -442,7 +455,7 @@ class PagePool:
             self.trim(max(self.ledger.free_bytes - shortfall_bytes, 0))
             taken = self.ledger.take(nbytes)
         if taken is Take.OVER_BUDGET:
-            raise OutOfPagesError(self.device, asked_bytes, self.ledger.committed_bytes, self.budget_bytes)
+            raise self._out_of_pages(asked_bytes, self.ledger.committed_bytes, self.budget_bytes)
         handle = self._create(nbytes, missing_bytes, asked_bytes) if taken is Take.CHARGED else taken
         assert isinstance(handle, int)
         page = Page(handle, nbytes, salt, self._is_dirty(handle, taken is Take.CHARGED, salt))
@@ -481,12 +494,16 @@ class PagePool:
                         raise
                     refusal = error
             # The device's limit, not the budget's: the page itself is charged already, and was not had.
-            raise OutOfPagesError(self.device, asked_bytes, self.ledger.committed_bytes - nbytes, None) from refusal
+            raise self._out_of_pages(asked_bytes, self.ledger.committed_bytes - nbytes, None) from refusal
         except BaseException:
             self.ledger.uncharge(nbytes)
             raise
         finally:
             del refusal  # an error that its own traceback leads to would keep alive what else that does
+
+    def _out_of_pages(self, asked_bytes: int, committed_bytes: int, budget_bytes: int | None) -> OutOfPagesError:
+        is_capturing = self.driver.is_capturing()
+        return OutOfPagesError(self.device, asked_bytes, committed_bytes, budget_bytes, is_capturing=is_capturing)
 
     def _ways_to_memory(self, missing_bytes: int) -> Iterator[None]:
         """Ways to have the device give more, each to be tried when the one before was in vain; the first is to ask."""
@@ -515,12 +532,12 @@ class PagePool:
 
     def _put(self, page: Page) -> None:
         """Pool the memory of a page that nobody has any more."""
-        if page.is_outside:
-            self.offloads.put(page.handle, page.nbytes)
-        elif page.tier is Tier.DEVICE:
+        if page.tier is Tier.DEVICE:
             if page.is_dirty:
                 self._tenants.setdefault(page.handle, _UNKNOWN)
             self.ledger.put(page.handle, page.nbytes)
+        elif page.is_outside:
+            self.offloads.put(page.handle, page.nbytes)
 
     def _offload(self, nbytes: float) -> None:
         """Have at least ``nbytes`` pooled, if enough of what lives is idle and may leave the device."""

@@ -5,30 +5,27 @@
     discard    [ 7 ][ 2 ]             what they held is gone; they come back as zeros
     wake, prefetch                    new pages of the device, filled, and mapped at the same addresses
 
-Every move has the same steps, for all of its pages at once. Up to the one in the middle, which cannot fail, the old
-memory has everything; from there on, the new one has.
-
-    1  take the new memory            2  copy, over addresses of its own, and wait for the device
-    3  unmap the old memory           4  exchange what the pages stand for           5  map the new memory
+All the new memory is taken first. Then every page moves on its own (``moves``): until its memory is exchanged, which
+cannot fail, the old one has everything, and from there on the new one.
 
 Nothing moves under somebody's hands: who writes to a range, or reads while others may move it, holds its lease. What
-is idle and leased stays; ``sleep`` waits. A page that several ranges map moves once. What the driver refuses in step 3
-or 5 is tried again at once; a range of which a page could still not be mapped sleeps, with all of its rows, until
-``wake`` succeeds.
+is idle and leased stays; ``sleep`` waits. A page that several ranges map moves once. What the driver refuses to map is
+tried again at once; a range of which a page could still not be mapped sleeps, with all of its rows, until ``wake``
+succeeds.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
 from torch_vtensor.allocator.address_range import AddressRange
-from torch_vtensor.allocator.page_copy import Transfer, copy_pages
+from torch_vtensor.allocator.moves import Arrival, Place, arrive, leave, units_of
 from torch_vtensor.allocator.page_pool import Page, PagePool, Tier
-from torch_vtensor.errors import DriverError, OffloadLimitError, VTensorError
+from torch_vtensor.errors import DriverError, OffloadLimitError, OutOfPagesError, VTensorError
 
 if TYPE_CHECKING:
     from torch_vtensor.allocator.growth import GrowthScheduler
@@ -42,6 +39,7 @@ __all__ = [
     "call",
     "check_can_move",
     "has_tag",
+    "make_mappable",
     "offload",
     "offload_idle",
     "prefetch",
@@ -196,7 +194,6 @@ class Leases:
         return self._known[range_]
 
 
-_Places = dict[Page, list[tuple[AddressRange, int]]]
 PREFIX_TAG = "kv_cache"
 """By which pages sleep that only a prefix tree holds."""
 
@@ -216,17 +213,30 @@ def put_to_sleep(scheduler: GrowthScheduler, tags: Collection[str] | None, disca
         ranges = {range_ for range_ in pool.ranges.values() if has_tag(range_.tag, tags)}
         leaving, unmapped = [], []
         for page, at in places.items():
-            mapped = [(range_, ptr) for range_, ptr in at if not range_.is_vacant(ptr)]
-            going = [(range_, ptr) for range_, ptr in mapped if range_ in ranges]
-            unmapped += [(range_, ptr, page) for range_, ptr in going]
+            mapped = [place for place in at if not place.is_vacant]
+            going = [place for place in mapped if place.range in ranges]
             is_prefix_only = page.num_held > 0 and not at
             if len(going) == len(mapped) and (going or (is_prefix_only and has_tag(PREFIX_TAG, tags))):
                 leaving.append(page)
+            unmapped += going
         lost = dict.fromkeys(page for page in leaving if _is_discarded(page, places[page], discard))
-        kept = [page for page in leaving if page.tier is Tier.DEVICE and page not in lost]
-        new = pool.outside([page.nbytes for page in kept], Tier.ASLEEP)
-        new += pool.discarded([page.nbytes for page in lost])
-        _move(scheduler, [*kept, *lost], new, unmapped, [], places)
+        kept = dict.fromkeys(page for page in leaving if page.tier is Tier.DEVICE and page not in lost)
+        only_unmapped = [place for place in unmapped if place.page not in lost and place.page not in kept]
+        try:
+            leave(
+                scheduler,
+                units_of(kept, places),
+                Tier.ASLEEP,
+                places,
+                lost=units_of(lost, places),
+                unmapped=only_unmapped,
+            )
+        except BaseException:
+            before = {(place.range, place.ptr) for place in unmapped}
+            gone = [page for page in pool.live_pages() if page in kept and page.tier is Tier.ASLEEP]
+            with suppress(VTensorError):
+                _bring_back(scheduler, gone, lambda place: (place.range, place.ptr) in before)
+            raise
 
 
 def wake(scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
@@ -244,13 +254,9 @@ def wake(scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
             for page, at in _places_of(pool).items()
             if page.tier in (Tier.ASLEEP, Tier.DISCARDED)
             and _may_move(at, leases)
-            and (
-                any(_wakes(range_, ptr, tags) for range_, ptr in at)
-                if at
-                else page.num_held > 0 and has_tag(PREFIX_TAG, tags)
-            )
+            and (any(_wakes(place, tags) for place in at) if at else page.num_held > 0 and has_tag(PREFIX_TAG, tags))
         ]
-        _bring_back(scheduler, coming, lambda range_, ptr: _wakes(range_, ptr, tags))
+        _bring_back(scheduler, coming, lambda place: _wakes(place, tags))
 
 
 def offload(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> int:
@@ -263,19 +269,17 @@ def offload(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> int
     """
     pool = scheduler.pool
     with pool.lock, ExitStack() as held:
-        check_can_move(pool)
         places, leases = _places_of(pool), Leases(held)
         pages = [
             page
             for page, at in places.items()
             if page.tier is Tier.DEVICE
-            and any(range_ in ranges for range_, _ in at)
-            and all(range_.is_idle and not range_.is_asleep and leases.take(range_) for range_, _ in at)
+            and any(place.range in ranges for place in at)
+            and all(place.range.is_idle and not place.range.is_asleep and leases.take(place.range) for place in at)
         ]
-        unmapped = [(range_, ptr, page) for page in pages for range_, ptr in places[page]]
-        new = pool.outside([page.nbytes for page in pages], Tier.OFFLOADED)
-        _move(scheduler, pages, new, unmapped, unmapped, places)
-        return sum(page.nbytes for page in pages)
+        left_bytes = sum(page.nbytes for page in pages)
+        leave(scheduler, units_of(pages, places), Tier.OFFLOADED, places)
+        return left_bytes
 
 
 def prefetch(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> int:
@@ -288,15 +292,32 @@ def prefetch(scheduler: GrowthScheduler, ranges: Collection[AddressRange]) -> in
     """
     pool = scheduler.pool
     with pool.lock, ExitStack() as held:
-        check_can_move(pool)
         leases = Leases(held)
         wanted = [
             page
             for page, at in _places_of(pool).items()
-            if page.is_outside and any(range_ in ranges for range_, _ in at) and _may_move(at, leases, ranges)
+            if page.is_outside and any(place.range in ranges for place in at) and _may_move(at, leases, ranges)
         ]
-        _bring_back(scheduler, wanted, lambda range_, ptr: False)
+        _bring_back(scheduler, wanted, lambda place: False)
         return sum(page.nbytes for page in wanted)
+
+
+def make_mappable(scheduler: GrowthScheduler, pages: Iterable[Page]) -> None:
+    """Move those of the pages that sleep where they cannot be mapped: to the device or, without room, to outside of it.
+
+    Effects: waits for the device if there are any.
+    Raises:  OffloadLimitError or DriverError, with all as it was.
+    """
+    pool = scheduler.pool
+    with pool.lock:
+        asleep = [page for page in dict.fromkeys(pages) if page.tier is Tier.ASLEEP and not page.is_mappable]
+        if not asleep:
+            return
+        try:
+            _bring_back(scheduler, asleep, lambda place: False)
+        except OutOfPagesError:
+            new = pool.outside([page.nbytes for page in asleep], Tier.ASLEEP, mappable=True)
+            arrive(scheduler, [Arrival(page, it, [], []) for page, it in zip(asleep, new, strict=True)])
 
 
 def offload_idle(scheduler: GrowthScheduler, nbytes: float) -> None:
@@ -322,12 +343,12 @@ def offload_idle(scheduler: GrowthScheduler, nbytes: float) -> None:
                 return
 
 
-def _places_of(pool: PagePool) -> _Places:
+def _places_of(pool: PagePool) -> dict[Page, list[Place]]:
     """Where every page belongs; one that only a prefix tree holds, or a ``Sleeper``, belongs nowhere."""
-    places: _Places = {page: [] for page in pool.live_pages()}
+    places: dict[Page, list[Place]] = {page: [] for page in pool.live_pages()}
     for range_ in list(pool.ranges.values()):
         for ptr, page in range_.places():
-            places[page].append((range_, ptr))
+            places[page].append(Place(range_, ptr, page))
     return places
 
 
@@ -336,30 +357,33 @@ def has_tag(tag: str, tags: Collection[str] | None) -> bool:
     return tags is None or tag in tags
 
 
-def _wakes(range_: AddressRange, ptr: int, tags: Collection[str] | None) -> bool:
-    return range_.is_vacant(ptr) and has_tag(range_.tag, tags)
+def _wakes(place: Place, tags: Collection[str] | None) -> bool:
+    return place.is_vacant and has_tag(place.range.tag, tags)
 
 
-def _may_move(at: list[tuple[AddressRange, int]], leases: Leases, own: Collection[AddressRange] = ()) -> bool:
+def _may_move(at: list[Place], leases: Leases, own: Collection[AddressRange] = ()) -> bool:
     """Whether a page may be unmapped for a moment wherever it is mapped: nobody but the caller uses it there."""
-    return all(range_ in own or range_.is_vacant(ptr) or (range_.is_idle and leases.take(range_)) for range_, ptr in at)
+    return all(
+        place.range in own or place.is_vacant or (place.range.is_idle and leases.take(place.range)) for place in at
+    )
 
 
-def _is_discarded(page: Page, at: list[tuple[AddressRange, int]], discard: Collection[str] | None) -> bool:
-    return page.num_held == 0 and all(has_tag(range_.tag, discard) for range_, _ in at)
+def _is_discarded(page: Page, at: list[Place], discard: Collection[str] | None) -> bool:
+    return page.num_held == 0 and all(has_tag(place.range.tag, discard) for place in at)
 
 
 def check_can_move(pool: PagePool) -> None:
     """Raise VTensorError while a graph is being captured, ForkedProcessError in a child process."""
     pool.check_process()
     if pool.driver.is_capturing():
+        whose = "a graph" if pool.driver.is_capturing_here() else "another thread's graph, which was waited for,"
         raise VTensorError(
-            f"memory on {pool.device} cannot change places while a graph is being captured: sleep, wake, offload or "
+            f"memory on {pool.device} cannot change places while {whose} is being captured: sleep, wake, offload or "
             "prefetch before the capture, or after it."
         )
 
 
-def _bring_back(scheduler: GrowthScheduler, pages: list[Page], is_mapped: Callable[[AddressRange, int], bool]) -> None:
+def _bring_back(scheduler: GrowthScheduler, pages: list[Page], is_mapped: Callable[[Place], bool]) -> None:
     """Give ``pages`` memory of the device again, wherever they are mapped, and map all vacant places that are to be."""
     pool = scheduler.pool
     pool.share(pages)  # to take memory for them may let go of prefixes, and empty ranges that ended
@@ -374,81 +398,13 @@ def _bring_back(scheduler: GrowthScheduler, pages: list[Page], is_mapped: Callab
         except BaseException:
             pool.drop(new)
             raise
-        pages = [page for of_tenant in pages_of.values() for page in of_tenant]
-        places = _places_of(pool)
-        unmapped = [(range_, ptr, page) for page in pages for range_, ptr in places[page] if not range_.is_vacant(ptr)]
-        woken = [(range_, ptr, page) for page, at in places.items() for range_, ptr in at if is_mapped(range_, ptr)]
-        _move(scheduler, pages, new, unmapped, unmapped + woken, places)
+        new_of = dict(zip((page for of_tenant in pages_of.values() for page in of_tenant), new, strict=True))
+        arrivals = []
+        for page, at in _places_of(pool).items():
+            woken = [place for place in at if is_mapped(place)]
+            unmapped = [place for place in at if page in new_of and not place.is_vacant]
+            if page in new_of or woken:
+                arrivals.append(Arrival(page, new_of.get(page), unmapped, [*unmapped, *woken]))
+        arrive(scheduler, arrivals)
     finally:
         pool.drop(pages)
-
-
-def _move(
-    scheduler: GrowthScheduler,
-    pages: Sequence[Page],
-    new: Sequence[Page],
-    unmapped: Sequence[tuple[AddressRange, int, Page]],
-    mapped: Sequence[tuple[AddressRange, int, Page]],
-    places: _Places,
-) -> None:
-    """Exchange the memory of ``pages`` for that of ``new``, which are dropped, by the steps above.
-
-    Args:
-        unmapped: places to unmap before; those of ``pages``, and maybe more.
-        mapped: places to map after.
-
-    Raises: DriverError; where nothing was exchanged yet, with everything mapped that was.
-    """
-    pool = scheduler.pool
-    pool.share(pages)  # what ended meanwhile may be noticed in between
-    try:
-        filled = [(page, it) for page, it in zip(pages, new, strict=True) if it.tier is not Tier.DISCARDED]
-        if filled or unmapped:
-            pool.driver.fence().wait()  # whatever still writes to the pages, or reads
-        if filled:
-            _fill(scheduler, filled, places)
-        try:
-            for range_, ptr, page in unmapped:
-                range_.vacate(ptr, page)
-        except BaseException:
-            with suppress(DriverError):
-                _map((range_, ptr, page) for range_, ptr, page in unmapped if range_.is_vacant(ptr))
-            raise
-        for page, it in zip(pages, new, strict=True):
-            pool.exchange(page, it)
-        _map(mapped)
-    finally:
-        pool.drop(new)
-        pool.drop(pages)
-
-
-def _map(places: Iterable[tuple[AddressRange, int, Page]]) -> None:
-    """Map pages at vacant places, twice those that are refused; raises the first refusal, with the others mapped."""
-    refused = []
-    for place in places:
-        try:
-            place[0].occupy(*place[1:])
-        except DriverError:
-            refused.append(place)
-    refusals: list[DriverError] = []
-    for range_, ptr, page in refused:
-        try:
-            range_.occupy(ptr, page)
-        except DriverError as error:
-            refusals.append(error)
-    try:
-        if refusals:
-            raise refusals[0]
-    finally:
-        refusals.clear()  # as in PagePool
-
-
-def _fill(scheduler: GrowthScheduler, filled: Sequence[tuple[Page, Page]], places: _Places) -> None:
-    """Copy what the first page of each pair holds to the second, zeros where it has nothing; waits for the device."""
-    transfers = []
-    for page, it in filled:
-        mapped_at = next((ptr for range_, ptr in places[page] if not range_.is_vacant(ptr)), None)
-        source = None if page.tier is Tier.DISCARDED else page if mapped_at is None else mapped_at
-        transfers.append(Transfer(source, it, it.nbytes))
-    copy_pages(scheduler, transfers)
-    scheduler.pool.overwritten([it for _, it in filled])

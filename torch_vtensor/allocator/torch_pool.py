@@ -14,9 +14,11 @@ when PagePool runs out of pages, or with `release_idle`: the pool is retired, an
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 
 import torch
 
@@ -24,7 +26,7 @@ from torch_vtensor.allocator import _torch_compat, native
 from torch_vtensor.allocator._torch_compat import PoolId
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.native_allocator import Failure, NativeAllocator, Outcome, Segment, TorchPoolStats
-from torch_vtensor.allocator.page_copy import Transfer, copy_pages
+from torch_vtensor.allocator.page_copy import Piece, Transfer, copy_pieces
 from torch_vtensor.allocator.page_pool import Page, PagePool, Tier, check_budget
 from torch_vtensor.allocator.pools import default_pool
 from torch_vtensor.allocator.tiers import has_tag
@@ -124,28 +126,35 @@ class TorchPools:
                 if it.number in self._kept and self._native.sleep(self.device_index, it.address) is Outcome.FAILED:
                     raise self._cause(self._native.failure())  # again: what it held is still only where it was
             going = [it for it in tagged if it.number not in self._kept]
+            going.sort(key=lambda it: has_tag(self._tags[it.tag], discard))  # what is lost goes last
             plans = [[] if has_tag(self._tags[it.tag], discard) else pool.page_plan(it.nbytes) for it in going]
-            pages = pool.outside([size for plan in plans for size in plan], Tier.ASLEEP)
-            waiting = iter(pages)
-            kept = [[next(waiting) for _ in plan] for plan in plans]
-            try:
-                driver.fence().wait()
-                self._copy(scheduler, zip(going, kept, strict=True), to_segments=False)
-            except BaseException:
-                pool.drop(pages)
-                raise
-            for index, it in enumerate(going):
+            pages = iter(pool.outside([size for plan in plans for size in plan], Tier.ASLEEP))
+            left = {it: [next(pages) for _ in plan] for it, plan in zip(going, plans, strict=True)}
+
+            def put_to_sleep(it: Segment) -> None:
                 outcome = self._native.sleep(self.device_index, it.address)
                 if outcome is Outcome.FAILED:
-                    failure = self._native.failure()
-                    pool.drop([page for later in kept[index:] for page in later])
-                    with suppress(VTensorError):
-                        self._wake(scheduler, going[:index])
-                    raise self._cause(failure)
+                    raise self._cause(self._native.failure())
+                kept = left.pop(it)
                 if outcome is Outcome.GONE:
-                    pool.drop(kept[index])
+                    pool.drop(kept)
                 else:
-                    self._kept[it.number] = kept[index]
+                    self._kept[it.number] = kept
+                with suppress(DriverError):  # whoever puts all to sleep sees to what is left
+                    pool.trim()
+
+            pieces = [
+                Piece(it.nbytes, partial(_to_pages, it, kept), partial(put_to_sleep, it)) for it, kept in left.items()
+            ]
+            try:
+                driver.fence().wait()
+                copy_pieces(scheduler, pieces)
+            except BaseException:
+                for kept in left.values():
+                    pool.drop(kept)
+                with suppress(VTensorError):
+                    self._wake(scheduler, [it for it in going if it not in left])
+                raise
 
     def wake(self, scheduler: GrowthScheduler, tags: Collection[str] | None) -> None:
         """Map pages at the addresses of the segments with these tags (None: all) again, with all that they held.
@@ -168,34 +177,24 @@ class TorchPools:
     def _wake(self, scheduler: GrowthScheduler, segments: Sequence[Segment]) -> None:
         coming = [it for it in segments if it.number in self._kept]
         woken: list[Segment] = []
+
+        def begin(it: Segment) -> list[Transfer]:
+            outcome = self._native.wake(self.device_index, it.address)
+            if outcome in (Outcome.FAILED, Outcome.LACKS_MEMORY):
+                raise self._cause(self._native.failure(), sum(it.nbytes for it in coming))
+            if outcome is Outcome.GONE:
+                return []
+            woken.append(it)
+            return _from_pages(it, self._kept[it.number])
+
         try:
-            for it in coming:
-                outcome = self._native.wake(self.device_index, it.address)
-                if outcome in (Outcome.FAILED, Outcome.LACKS_MEMORY):
-                    raise self._cause(self._native.failure(), sum(it.nbytes for it in coming))
-                if outcome is Outcome.DONE:
-                    woken.append(it)
-            self._copy(scheduler, [(it, self._kept[it.number]) for it in woken], to_segments=True)
+            copy_pieces(scheduler, [Piece(it.nbytes, partial(begin, it)) for it in coming])
         except BaseException:
             for it in woken:  # what they hold is only where it was
                 self._native.sleep(self.device_index, it.address)
             raise
         for it in coming:
             self.pool.drop(self._kept.pop(it.number))
-
-    def _copy(
-        self, scheduler: GrowthScheduler, contents: Iterable[tuple[Segment, Sequence[Page]]], *, to_segments: bool
-    ) -> None:
-        """Copy segments to the pages that stand for them, or back, zeros where there are none; waits for the device."""
-        transfers = []
-        for it, pages in contents:
-            ptr = it.address
-            for page in pages:
-                transfers.append(Transfer(page, ptr, page.nbytes) if to_segments else Transfer(ptr, page, page.nbytes))
-                ptr += page.nbytes
-            if to_segments and not pages:
-                transfers.append(Transfer(None, ptr, it.nbytes))
-        copy_pages(scheduler, transfers)
 
     def _forget_freed(self, segments: Sequence[Segment]) -> None:
         """Let go of what segments held that torch has freed while they slept."""
@@ -230,6 +229,23 @@ class TorchPools:
         committed_bytes = self.pool.ledger.committed_bytes
         asked_bytes = failure.asked_bytes if asked_bytes is None else asked_bytes
         return OutOfPagesError(self.pool.device, asked_bytes, committed_bytes, budget_bytes)
+
+
+def _to_pages(segment: Segment, pages: Sequence[Page]) -> list[Transfer]:
+    """The copies of a segment to the pages that stand for it."""
+    return [Transfer(ptr, page, page.nbytes) for ptr, page in _addresses(segment, pages)]
+
+
+def _from_pages(segment: Segment, pages: Sequence[Page]) -> list[Transfer]:
+    """The copies back; zeros where no pages stand for it."""
+    if not pages:
+        return [Transfer(None, segment.address, segment.nbytes)]
+    return [Transfer(page, ptr, page.nbytes) for ptr, page in _addresses(segment, pages)]
+
+
+def _addresses(segment: Segment, pages: Sequence[Page]) -> Iterator[tuple[int, Page]]:
+    ends = itertools.accumulate((page.nbytes for page in pages), initial=segment.address)
+    return zip(ends, pages, strict=False)
 
 
 # torch keeps a plain pointer to the allocator in every segment: it lives as long as the process.

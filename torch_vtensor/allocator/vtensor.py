@@ -12,8 +12,10 @@ from types import TracebackType
 
 import torch
 
+from torch_vtensor.allocator import tiers
 from torch_vtensor.allocator._torch_compat import num_storage_users
 from torch_vtensor.allocator.address_range import AddressRange
+from torch_vtensor.allocator.captures import outlast_captures
 from torch_vtensor.allocator.growth import GrowthScheduler, RangeHold
 from torch_vtensor.allocator.page_pool import Tier
 from torch_vtensor.allocator.page_run import PageRun
@@ -280,7 +282,7 @@ class VTensor:
             if extra_bytes:
                 with suppress(OutOfPagesError):  # what is asked for may fit where memory ahead of need does not
                     range_.commit(nbytes + extra_bytes)
-            range_.commit(nbytes)
+            self._commit(range_, nbytes)
 
     def commit_ahead(self, num_rows: int) -> None:
         """As ``commit``, but on the scheduler's thread, and without an error if there is no memory."""
@@ -374,10 +376,14 @@ class VTensor:
         strips_per_slot = self._range.num_strips // len(own_slots)
         lent = iter(run.strips)
         strips = [None if own else next(lent) for own in own_slots for _ in range(strips_per_slot)]
-        self._range.commit_run(run.bounds, strips)
+        pool = self.scheduler.pool
+        with pool.lock:
+            if pool.is_tiered:
+                tiers.make_mappable(self.scheduler, run.pages())
+            self._range.commit_run(run.bounds, strips)
         self._shared_bytes = self._range.committed_bytes
         self._range.commit(length * self.row_bytes)
-        if self.scheduler.pool.is_tiered:
+        if pool.is_tiered:
             self._bring_back()
         self.length = length
 
@@ -415,6 +421,7 @@ class VTensor:
             if when_needed:
                 self.scheduler.mark_idle(hold)
                 return 0
+            outlast_captures(self.scheduler.pool.driver)
             return self.scheduler.offload(hold)
 
     def prefetch(self) -> int:
@@ -424,6 +431,7 @@ class VTensor:
         Raises:  OutOfPagesError, with all rows where they were; AsleepError.
         """
         with self.in_place():
+            outlast_captures(self.scheduler.pool.driver)
             return self.scheduler.prefetch(self._awake())
 
     def use(self) -> None:
@@ -490,12 +498,21 @@ class VTensor:
             )
         return hold
 
+    def _commit(self, range_: AddressRange, nbytes: int) -> None:
+        """Nothing is taken back for others while a graph is captured: if another thread does, again afterwards."""
+        try:
+            range_.commit(nbytes)
+        except OutOfPagesError:
+            if not outlast_captures(self.scheduler.pool.driver):
+                raise
+            range_.commit(nbytes)
+
     def _bring_back(self) -> None:
         if self.scheduler.pool.driver.is_capturing():
             self._range.note_away()
         else:
             with suppress(OutOfPagesError):  # rows outside the device can be used as well
-                self.prefetch()
+                self.scheduler.prefetch(self._awake())
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of every strip, which have memory, as a view of the cached storage."""
@@ -551,7 +568,7 @@ class VTensor:
                 shared_bytes = forked._range.commit_shared(source, strips, share_rows * self.row_bytes)
                 self._shared_bytes = max(self._shared_bytes, shared_bytes)
             forked._shared_bytes = shared_bytes
-            forked._range.commit(max(self.length, commit_rows) * self.row_bytes)
+            self._commit(forked._range, max(self.length, commit_rows) * self.row_bytes)
             forked.length = self.length
             source_ESB, target_ESB = self._bytes(shared_bytes), forked._bytes(shared_bytes)
             for target, slot in enumerate(slots):

@@ -197,6 +197,7 @@ class FakeDriver:
     device = torch.device("cuda", 0)
     page_sizes = (PAGE, LARGE_PAGE)
     keeps_offloaded_mapped = True
+    pins = None
     growth_fraction = 0.0
     zeroes_pages = False
     fences_break_captures = True
@@ -241,7 +242,13 @@ class FakeDriver:
     def fence(self) -> _PassedFence:
         return _PassedFence()
 
+    def copied(self) -> _PassedFence:
+        return _PassedFence()
+
     def is_capturing(self) -> bool:
+        return False
+
+    def is_capturing_here(self) -> bool:
         return False
 
     def collect(self) -> None:
