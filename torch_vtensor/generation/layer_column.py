@@ -258,6 +258,11 @@ class LayerColumn:
 
         return rewind
 
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """The keys in the memory that `views` show now; another tensor once that is other memory, or more of it."""
+        return self._keys
+
     def renew(self) -> None:
         """Let go of memory before the first token that the store still has."""
         assert self.store is not None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,8 +24,64 @@ _OUTPUTS = {"output_attentions", "output_hidden_states"}
 _ONE_BY_ONE = ("sample", "greedy_search")
 
 
+_SAYING_NOTHING_ELSE = ("streamer", "logits_processor", "stopping_criteria")
+"""Arguments of generate() of which it matters to a session only whether they are given."""
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class _Asked(NamedTuple):
+    """All that `checked_settings` looks at, and so all that can make it come to another result."""
+
+    arguments: str
+    defaults: dict[str, Any]
+    config: dict[str, Any]
+    code: tuple[Any, ...]
+
+    def copied(self) -> _Asked:
+        """The same, whatever becomes of the model's settings."""
+        return self._replace(defaults=copy.deepcopy(self.defaults), config=copy.deepcopy(self.config))
+
+
+_accepted: weakref.WeakKeyDictionary[Any, tuple[_Asked, bool]] = weakref.WeakKeyDictionary()
+"""Of each model what was asked for last, and whether it asks for the cache by itself."""
+
+
 def checked_settings(model: Any, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """``generate_kwargs``, with which the model uses the cache; ValueError for what a session cannot do."""
+    """``generate_kwargs``, with which the model uses the cache; ValueError for what a session cannot do.
+
+    The turns of a conversation ask for the same again and again: what was accepted last is remembered.
+    """
+    asked, known = _asked(model, generate_kwargs), _accepted.get(model)
+    if asked is not None and known is not None and known[0] == asked:
+        uses_cache = known[1]
+    else:
+        uses_cache = _check(model, generate_kwargs)
+        if asked is not None:
+            _accepted[model] = asked.copied(), uses_cache
+    return generate_kwargs if uses_cache else {**generate_kwargs, "use_cache": True}
+
+
+def _asked(model: Any, generate_kwargs: dict[str, Any]) -> _Asked | None:
+    """None where it is not told by text and by the model's class."""
+    arguments = {
+        name: True if name in _SAYING_NOTHING_ELSE and value is not None else value
+        for name, value in generate_kwargs.items()
+    }
+    kind, has_own_code = type(model), vars(model).keys() & {"forward", "prepare_inputs_for_generation"}
+    if has_own_code or not all(_is_plain(value) for value in arguments.values()):
+        return None
+    code = kind, kind.forward, kind.prepare_inputs_for_generation
+    return _Asked(repr(arguments), vars(model.generation_config), vars(model.config), code)
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return all(type(each) in _PLAIN for each in value)
+    return type(value) in _PLAIN
+
+
+def _check(model: Any, generate_kwargs: dict[str, Any]) -> bool:
+    """Whether the model uses the cache by these settings; ValueError for what a session cannot do."""
     if taken := sorted(_ITS_OWN & generate_kwargs.keys()):
         raise ValueError(f"generate got {', '.join(taken)}, which a session brings itself: leave it out")
     if getattr(generate_kwargs.get("generation_config"), "use_cache", None) is False:
@@ -44,7 +102,7 @@ def checked_settings(model: Any, generate_kwargs: dict[str, Any]) -> dict[str, A
         raise ValueError(f"cache_implementation is {config.cache_implementation!r}; a session brings its own cache")
     if (reason := why_more_than_tokens(model_kwargs, MODEL_INPUTS | _OUTPUTS)) is not None:
         raise ValueError(f"{reason}, and a session knows again what was said by its tokens: use model.generate()")
-    return generate_kwargs if config.use_cache else {**generate_kwargs, "use_cache": True}
+    return bool(config.use_cache)
 
 
 def tokens_of(turn: Any, model: Any, tokenizer: Any, *, is_first: bool) -> torch.Tensor:
@@ -87,8 +145,8 @@ def _tensor_of(turn: Any) -> torch.Tensor:
 def known_tokens(ids: torch.Tensor, model: Any) -> torch.Tensor:
     """``ids``; ValueError for tokens that the model does not know: a GPU's kernel would not survive them."""
     num_known = model.get_input_embeddings().num_embeddings
-    wrong = ids[(ids < 0) | (ids >= num_known)]
-    if len(wrong):
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < num_known:
+        wrong = ids[(ids < 0) | (ids >= num_known)]
         raise ValueError(f"token {int(wrong[0])} is none of the model's, which go from 0 to {num_known - 1}")
     return ids
 
@@ -101,5 +159,7 @@ def are_messages(turn: Any) -> bool:
 def num_common(one: torch.Tensor, other: torch.Tensor) -> int:
     """How many tokens both begin with."""
     length = min(len(one), len(other))
+    if torch.equal(one[:length], other[:length]):
+        return length
     differ = (one[:length] != other[:length]).nonzero()
-    return int(differ[0]) if len(differ) else length
+    return int(differ[0])
