@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import torch_vtensor
+from torch_vtensor.allocator.pools import default_pool
+from torch_vtensor.errors import OutOfPagesError
 from torch_vtensor.generation import attention
 
 NUM_LAYERS = 6
@@ -128,6 +130,53 @@ def test_a_dispatch_mode_sees_what_is_written() -> None:
                 caches[1].update(step, step, layer)
             assert seen.operators["copy_"] == 2
             assert torch.equal(caches[0].layers[layer].keys, caches[1].layers[layer].keys)
+
+
+def repeat(step: Callable[[], None], count: int) -> None:
+    for _ in range(count):
+        step()
+
+
+def traced(step: Callable[[], None]) -> None:
+    """The step, while a tracer is at work."""
+    torch.func.vmap(lambda x: (step(), x)[1])(torch.zeros(1))
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_a_step_that_was_taken_back_leaves_nothing_to_the_next_one(memory: Memory) -> None:
+    """Two layers share a store whose pages are good for more tokens than those of the other, which is refused more."""
+    kinds = ["full_attention" if layer in (1, 3, 4, 5) else "sliding_attention" for layer in range(NUM_LAYERS)]
+    changes = {"num_hidden_layers": NUM_LAYERS, "sliding_window": WINDOW, "layer_types": kinds}
+    cache = torch_vtensor.VTensorCache(config=transformers.Gemma3TextConfig(**sizes(**changes)))
+    with torch.no_grad():
+        step_of(cache, PROMPT_TOKENS)()
+        step = step_of(cache, 1)
+        pool = default_pool(torch.device("cpu"))
+        pool.budget_bytes = pool.ledger.committed_bytes
+        with pytest.raises(OutOfPagesError):
+            repeat(step, PROMPT_TOKENS)
+        pool.budget_bytes = None
+        assert len({layer.get_seq_length() for layer in cache.layers}) == 1
+        memory.forget_appends()
+        traced(step)
+    assert memory.appends == {"stock: traced or transformed": NUM_LAYERS}
+
+
+def test_a_step_that_ended_in_the_middle_leaves_nothing_to_the_next_one(memory: Memory) -> None:
+    row = torch.randn(2, HEADS, 1, DIM)
+    for num_tokens in range(PROMPT_TOKENS, PROMPT_TOKENS + 4):  # in some of them the memory that there is suffices
+        cache = torch_vtensor.VTensorCache(config=config_of(None))
+        with torch.no_grad():
+            step_of(cache, num_tokens)()
+            step = step_of(cache, 1)
+            step()
+            for layer in range(2):
+                cache.update(row, row, layer)
+            for each in cache.layers[:2]:
+                each.keys, each.values = each.keys[:, :, :-1], each.values[:, :, :-1]
+            memory.forget_appends()
+            traced(step)
+        assert memory.appends == {"stock: traced or transformed": NUM_LAYERS}
 
 
 def test_attention_of_a_step_is_decided_once() -> None:
