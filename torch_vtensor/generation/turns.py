@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from torch_vtensor.generation._transformers_compat import effective_settings
+from torch_vtensor.generation.asked import Asked, asked_of, is_same
 from torch_vtensor.generation.decode.support import MODEL_INPUTS, why_more_than_tokens
 
 __all__ = ["Turn", "are_messages", "checked_settings", "known_tokens", "num_common", "tokens_of"]
@@ -22,28 +22,11 @@ _ITS_OWN = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "position_
             "past_key_values", "cache", "use_cache", "cache_implementation"}  # fmt: skip
 _OUTPUTS = {"output_attentions", "output_hidden_states"}
 _ONE_BY_ONE = ("sample", "greedy_search")
-
-
-_SAYING_NOTHING_ELSE = ("streamer", "logits_processor", "stopping_criteria")
+_NOT_LOOKED_AT = {"streamer", "logits_processor", "stopping_criteria"}
 """Arguments of generate() of which it matters to a session only whether they are given."""
-_PLAIN = (bool, int, float, str, type(None))
 
-
-class _Asked(NamedTuple):
-    """All that `checked_settings` looks at, and so all that can make it come to another result."""
-
-    arguments: str
-    defaults: dict[str, Any]
-    config: dict[str, Any]
-    code: tuple[Any, ...]
-
-    def copied(self) -> _Asked:
-        """The same, whatever becomes of the model's settings."""
-        return self._replace(defaults=copy.deepcopy(self.defaults), config=copy.deepcopy(self.config))
-
-
-_accepted: weakref.WeakKeyDictionary[Any, tuple[_Asked, bool]] = weakref.WeakKeyDictionary()
-"""Of each model what was asked for last, and whether it asks for the cache by itself."""
+_accepted: weakref.WeakKeyDictionary[Any, tuple[Asked, tuple[Any, ...], bool]] = weakref.WeakKeyDictionary()
+"""Of each model what was accepted last, by which code, and whether it uses a cache by itself."""
 
 
 def checked_settings(model: Any, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -51,33 +34,18 @@ def checked_settings(model: Any, generate_kwargs: dict[str, Any]) -> dict[str, A
 
     The turns of a conversation ask for the same again and again: what was accepted last is remembered.
     """
-    asked, known = _asked(model, generate_kwargs), _accepted.get(model)
-    if asked is not None and known is not None and known[0] == asked:
-        uses_cache = known[1]
+    config = generate_kwargs.get("generation_config")
+    asked = asked_of(model, config, {name: it for name, it in generate_kwargs.items() if name != "generation_config"})
+    code = type(model), type(model).forward, type(model).prepare_inputs_for_generation
+    known = _accepted.get(model)
+    if known is not None and known[1] == code and is_same(known[0], asked):
+        uses_cache = known[2]
     else:
         uses_cache = _check(model, generate_kwargs)
-        if asked is not None:
-            _accepted[model] = asked.copied(), uses_cache
+        has_own_code = vars(model).keys() & {"forward", "prepare_inputs_for_generation"}
+        if asked.others <= _NOT_LOOKED_AT and not has_own_code:
+            _accepted[model] = asked.copied(), code, uses_cache
     return generate_kwargs if uses_cache else {**generate_kwargs, "use_cache": True}
-
-
-def _asked(model: Any, generate_kwargs: dict[str, Any]) -> _Asked | None:
-    """None where it is not told by text and by the model's class."""
-    arguments = {
-        name: True if name in _SAYING_NOTHING_ELSE and value is not None else value
-        for name, value in generate_kwargs.items()
-    }
-    kind, has_own_code = type(model), vars(model).keys() & {"forward", "prepare_inputs_for_generation"}
-    if has_own_code or not all(_is_plain(value) for value in arguments.values()):
-        return None
-    code = kind, kind.forward, kind.prepare_inputs_for_generation
-    return _Asked(repr(arguments), vars(model.generation_config), vars(model.config), code)
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) in (list, tuple):
-        return all(type(each) in _PLAIN for each in value)
-    return type(value) in _PLAIN
 
 
 def _check(model: Any, generate_kwargs: dict[str, Any]) -> bool:

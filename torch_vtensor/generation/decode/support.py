@@ -16,6 +16,7 @@ from torch_vtensor.generation._transformers_compat import (
     DynamicCache,
     continues_given_positions,
 )
+from torch_vtensor.generation.asked import is_same
 from torch_vtensor.generation.cached_rows import is_plain
 from torch_vtensor.generation.layers import why_no_driver
 from torch_vtensor.generation.modules import has_foreign_hooks, is_training, modules_of
@@ -126,7 +127,7 @@ def windows_of(model: Any) -> list[int | None] | None:
     """How many tokens each layer attends to (None: all), whatever the cache; None if some do it in another way."""
     settings = vars(model.config.get_text_config(decoder=True))
     known = _known_windows.get(model)
-    if known is None or known.settings != settings:
+    if known is None or not is_same(known.settings, settings):
         known = _known_windows[model] = _Windows(copy.deepcopy(settings), _windows_by(model.config))
     return known.windows
 
@@ -172,6 +173,8 @@ def first_tokens(input_ids: torch.Tensor, inputs: dict[str, Any]) -> list[int] |
         return [0] * len(input_ids)
     if mask.dim() != 2:
         return None
+    if mask.all():  # as a rule; to see it takes one kernel
+        return [0] * len(input_ids)
     firsts_B, is_left_B = paddings_of(mask)
     *numbers, ok = torch.cat([firsts_B, is_left_B.all()[None]]).tolist()
     return numbers if ok else None
