@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import gc
 import threading
 import weakref
 from typing import Any
 
+import garbage
 import pytest
 import torch
 from paged_memory import Memory
@@ -457,7 +457,7 @@ def test_captured_steps_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
         reference = weakref.ref(model)
         del model
         captured.clear()
-    gc.collect()
+    garbage.collect()
     assert reference() is None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import os
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import garbage
 import hypothesis
 import pytest
 import torch
@@ -138,7 +138,7 @@ def test_branches_share_pages_and_close_gives_them_back(memory: Memory) -> None:
     session.close(), session.close()
     for branch in branches:
         branch.close()
-    gc.collect()
+    garbage.collect()
     assert memory.live_bytes == 0
     assert repr(session) == "Session(closed)"
     for use in (session.fork, session.generate, lambda: session.tokens, lambda: session.truncate(0)):
@@ -461,7 +461,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, memory: Memory, mon
     pool.budget_bytes = pool.ledger.committed_bytes
     refused("out of pages", error=torch_vtensor.OutOfPagesError)
     pool.budget_bytes = None
-    gc.collect()
+    garbage.collect()
     assert memory.live_bytes == live_bytes
     session.close()
 
