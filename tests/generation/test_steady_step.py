@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import torch_vtensor
 from torch_vtensor.allocator.pools import default_pool
 from torch_vtensor.errors import OutOfPagesError
-from torch_vtensor.generation import attention
+from torch_vtensor.generation import attention, layers
 
 NUM_LAYERS = 6
 HEADS, DIM = 2, 16
@@ -102,6 +102,39 @@ def test_an_append_is_a_handful_of_calls(memory: Memory, explicit: bool, window:
         num_c += 3
     assert calls.num_python <= num_python * NUM_LAYERS, calls.most_common()
     assert calls.total() - calls.num_python <= num_c * NUM_LAYERS, calls.most_common()
+
+
+class Depth:
+    """A lock that knows how often its holder has taken it."""
+
+    def __init__(self, lock: Any) -> None:
+        self._lock = lock
+        self.depth = self.most = 0
+
+    def __enter__(self) -> None:
+        self._lock.__enter__()
+        self.depth += 1
+        self.most = max(self.most, self.depth)
+
+    def __exit__(self, *exception: object) -> None:
+        self.depth -= 1
+        self._lock.__exit__(*exception)
+
+
+def test_an_append_holds_its_lease_once() -> None:
+    """Also where it finds no memory yet."""
+    cache = torch_vtensor.VTensorCache(config=config_of(None))
+    with torch.no_grad():
+        step_of(cache, PROMPT_TOKENS)()
+        state = layers.state_of(cache.layers[0])
+        assert state is not None
+        store: Any = state.column.store
+        store.lease = state.column._lease = Depth(store.lease)
+        committed, step = store.committed, step_of(cache, 1)
+        for _ in range(100):
+            step()
+    assert store.committed > committed
+    assert (store.lease.most, store.lease.depth) == (1, 0)
 
 
 class Seen(TorchDispatchMode):
