@@ -1,9 +1,9 @@
 """PrefixTree: what is lent, shared, copied, kept apart, pinned and evicted, and that nothing is lost on the way."""
 
-import gc
 import random
 from collections.abc import Callable
 
+import garbage
 import pytest
 import sequences
 import torch
@@ -217,7 +217,7 @@ def test_a_tree_counts_pages_that_another_one_still_holds(scheduler: GrowthSched
     settle(scheduler)
     assert tree.held_bytes > 0
     del before
-    gc.collect()
+    garbage.collect()
     settle(scheduler)
     assert tree.held_bytes == scheduler.pool.held_bytes == scheduler.stats().prefix_bytes
     tree.check_integrity()
@@ -426,7 +426,7 @@ def test_a_tree_that_is_gone_gives_its_pages_back(scheduler: GrowthScheduler) ->
     record(tree, TOKENS)
     lent = fork(tree, TOKENS)
     del tree
-    gc.collect()
+    garbage.collect()
     settle(scheduler)
     check(lent, [TOKENS], None)
     assert scheduler.stats().prefix_bytes == 0

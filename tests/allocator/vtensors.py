@@ -1,8 +1,8 @@
 """The tensors that the allocator's tests are about, and the proof that nothing of them is left behind."""
 
-import gc
 from collections.abc import Callable
 
+import garbage
 import torch
 from scripted_drivers import PAGE
 
@@ -18,7 +18,7 @@ def assert_all_given_back(scheduler: GrowthScheduler) -> None:
     scheduler.settle()
     scheduler.trim()
     if scheduler.stats().reserved_bytes:  # a traceback that the test caught is a cycle
-        gc.collect()
+        garbage.collect()
         scheduler.trim()
     scheduler.pool.check_integrity()
     stats = scheduler.stats()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import garbage
 
 import torch_vtensor
 from torch_vtensor.allocator import pools
@@ -52,7 +52,7 @@ class Memory:
 
     def check_nothing_left(self) -> None:
         """Every cache of the test has ended: all of its memory and addresses go back."""
-        gc.collect()
+        garbage.collect()
         torch_vtensor.trim()
         for device, scheduler in pools.all_schedulers().items():
             pool = scheduler.stats()

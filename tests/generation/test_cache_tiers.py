@@ -204,28 +204,29 @@ def test_sleep_waits_for_the_answer(memory: Memory, way: str) -> None:
         torch_vtensor.wake()
 
 
+@pytest.mark.parametrize("num_new", [3, 700])  # of which the first fit the memory that there is
 def test_a_write_of_a_layer_that_has_begun_is_not_lost_to_an_offload(
-    memory: Memory, monkeypatch: pytest.MonkeyPatch
+    num_new: int, memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, offloads = VTensorCache(config=model_of("llama").config), []
-    rows = torch.rand(1, 2, 600, 64)
+    rows, new = torch.rand(1, 2, 600, 64), torch.rand(1, 2, num_new, 64)
     with torch.no_grad():
         cache.update(rows, rows, 0)
         note_written = LayerColumn._note_written
 
-        def after_an_attempt(self: LayerColumn, first: int, stop: int) -> None:
+        def after_an_attempt(self: LayerColumn, *args: Any) -> int:
             offloads.append(threading.Thread(target=cache.offload))
             offloads[0].start()
             offloads[0].join(0.3)
             assert cache.memory().offloaded_bytes == 0
-            note_written(self, first, stop)
+            return note_written(self, *args)
 
         with monkeypatch.context() as patched:
             patched.setattr(LayerColumn, "_note_written", after_an_attempt)
-            keys, _ = cache.update(rows[:, :, :3], rows[:, :, :3], 0)
+            keys, _ = cache.update(new, new, 0)
     offloads[0].join()
     assert cache.memory().offloaded_bytes > 0
-    assert torch.equal(keys, torch.cat([rows, rows[:, :, :3]], 2))
+    assert torch.equal(keys, torch.cat([rows, new], 2))
 
 
 def test_a_call_while_memory_sleeps_is_not_the_models_last_one_to_be_compiled(memory: Memory) -> None:

@@ -10,9 +10,10 @@ import gc
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import garbage
 import pytest
 import torch
 import transformers
@@ -534,6 +535,28 @@ def test_attention_in_chunks_is_no_window(memory: Memory) -> None:
 
 
 @pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_what_has_changed_since_an_earlier_call_is_seen(memory: Memory) -> None:
+    """What calls look at again and again is remembered, not believed."""
+    model = decoder("Llama", layer_types=["full_attention"] * 3)
+    compiled(model)
+    model.model.layers[1] = copy.deepcopy(model.model.layers[1])
+    assert torch.equal(compiled(model), generate(model))
+    assert reasons(memory) == {}
+    model.model.layers[1].mlp.add_module("more", torch.nn.Dropout(0.0))
+    compiled(model)
+    assert reasons(memory) == {"the model is in training mode (call model.eval())": 1}
+    model.model.layers[1].mlp.more.eval().register_forward_pre_hook(lambda *_: None)
+    compiled(model)
+    assert reasons(memory)["the model has forward hooks"] == 1
+    del model.model.layers[1].mlp.more
+    compiled(model)
+    assert sum(reasons(memory).values()) == 2
+    model.config.layer_types[2] = "chunked_attention"
+    compiled(model, past_key_values=DynamicCache())
+    assert reasons(memory)["attention that is neither full nor to a sliding window"] == 1
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
 @pytest.mark.parametrize("where", ["while tracing", "in the middle of a layer"])
 @pytest.mark.parametrize("step_of_end", [0, 3])
 def test_a_step_that_cannot_be_compiled(
@@ -715,17 +738,66 @@ def test_weights_that_were_replaced(captures: list[Any]) -> None:
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0).contiguous())
     assert torch.equal(compiled(model), generate(model))
     assert len(captures) > num_captures
+    num_captures, attention = len(captures), model.model.layers[0].self_attn
+    k_proj, v_proj = attention.k_proj, attention.v_proj
+    attention.k_proj, attention.v_proj = v_proj, k_proj
+    assert torch.equal(compiled(model), generate(model))
+    assert len(captures) > num_captures
+    num_captures = len(captures)
+    del attention.k_proj, attention.v_proj
+    attention.v_proj, attention.k_proj = v_proj, k_proj  # the same two, by each other's names
+    attention.v_proj, attention.k_proj = k_proj, v_proj
+    assert torch.equal(compiled(model), generate(model))
+    assert len(captures) > num_captures
+    num_captures = len(captures)
+    model.lm_head.weight.data = model.lm_head.weight.data.flip(0).contiguous()
+    assert torch.equal(compiled(model), generate(model))
+    assert len(captures) > num_captures
+    num_captures = len(captures)
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, model.lm_head.out_features))
+    assert torch.equal(compiled(model), generate(model))
+    assert len(captures) > num_captures
+
+
+@pytest.fixture
+def collecting_elsewhere() -> Iterator[Callable[[], None]]:
+    """Waits until another thread collects garbage, whose finalizers let this one run, as calls of a driver do."""
+
+    class Finalized:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            is_finalizing.set()
+            has_ended.wait(0.05)
+
+    def collect() -> None:
+        while not has_ended.wait(0.01):
+            Finalized()
+            gc.collect()
+
+    def wait() -> None:
+        is_finalizing.clear()
+        assert is_finalizing.wait(60)
+
+    has_ended, is_finalizing = threading.Event(), threading.Event()
+    thread = threading.Thread(target=collect)
+    thread.start()
+    yield wait
+    has_ended.set()
+    thread.join()
 
 
 @pytest.mark.parametrize("memory", ["token-major"], indirect=True)
-def test_nothing_keeps_a_model_alive() -> None:
+def test_nothing_keeps_a_model_alive(collecting_elsewhere: Callable[[], None]) -> None:
     model = copy.deepcopy(model_of("llama"))
     compiled(model)
     programs = programs_of(model)
     held = [weakref.ref(model), *map(weakref.ref, programs)]
     assert len(held) == 2
+    collecting_elsewhere()
     del model, programs
-    gc.collect()
+    garbage.collect()
     assert [reference() for reference in held] == [None, None]
 
 
@@ -876,7 +948,7 @@ def test_a_compiled_model_is_let_go(memory: Memory) -> None:
     compiled(model)
     reference = weakref.ref(model)
     del model
-    gc.collect()
+    garbage.collect()
     assert reference() is None
 
 

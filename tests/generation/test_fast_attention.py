@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -387,12 +388,52 @@ def test_a_mask_says_what_it_looks_like(data: st.DataObject) -> None:
             assert torch.equal(mask[:, :, -1], theirs[:, :, -1])
 
 
-def test_a_changed_mask_is_no_longer_described() -> None:
-    with torch.no_grad():
-        arguments = arguments_of(masking_utils.causal_mask_function, 3, 3, 0, torch.tensor([[0, 1, 1], [1, 1, 1]]))
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "in place": lambda mask: mask.masked_fill_(torch.tensor([True, False, False]), False),
+    "an operator": lambda mask: operator.iand(mask, torch.tensor([False, True, True])),
+    "a slice": lambda mask: operator.setitem(mask, (..., slice(None, 1)), False),
+    "a view": lambda mask: mask[:, :, :, 0].logical_and_(torch.tensor(False)),
+    "a view of a view": lambda mask: mask.transpose(2, 3)[..., 0, :].zero_(),
+    "parts": lambda mask: mask.unbind(-1)[0].fill_(False),
+    "an attribute": lambda mask: mask.mT[..., 0, :].zero_(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("is_padded", [True, False])
+def test_a_changed_mask_is_no_longer_described(change: str, mode: Callable[[], Any], is_padded: bool) -> None:
+    padding = torch.tensor([[0, 1, 1], [1, 1, 1]]) if is_padded else None
+    with mode():
+        arguments = arguments_of(masking_utils.causal_mask_function, 3, 3, 0, padding)
         mask = describing(masking_utils.sdpa_mask, False)(**arguments)
         assert isinstance(mask, VisibleTokens)
-        assert mask.pattern is not None
-        mask.masked_fill_(torch.tensor([True, False, False]), False)
+        assert mask[..., 0].any()
+        assert mask.pattern is not None, "looking in changes nothing"
+        if change == "a view" and mask.filled.stride(0) == 0:
+            with pytest.raises(RuntimeError, match="single memory location"):
+                CHANGES[change](mask)  # as on transformers' own, which sequences share
+            return
+        CHANGES[change](mask)
         assert mask.pattern is None
         assert not mask.as_stock()[..., 0].any()
+        assert not mask[..., 0].any()
+        assert mask[..., 1].any()
+
+
+def test_a_mask_that_a_model_changes_in_part_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was when it is handed to a layer, whatever the layers before have learned of it."""
+    model, inputs = copy.deepcopy(model_of("llama")), prompt(2, 20)
+    inputs["attention_mask"][0, :3] = 0
+    for layer in model.model.layers[1:]:
+
+        def forward(*args: Any, stock: Any = layer.forward, **kwargs: Any) -> Any:
+            kwargs["attention_mask"][..., :6] = False
+            return stock(*args, **kwargs)
+
+        monkeypatch.setattr(layer, "forward", forward)
+    with torch.no_grad():
+        theirs = model(**inputs).logits[:, 6:]
+        with torch_vtensor.enabled(attention="fast"):
+            ours = model(**inputs).logits[:, 6:]
+    torch.testing.assert_close(ours, theirs)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+import garbage
 import pytest
 import torch
 import transformers
@@ -247,7 +247,7 @@ def test_trim_gives_everything_back(memory: Memory) -> None:
     torch_vtensor.trim()
     assert pool.ledger.committed_bytes == kept_bytes == pool.driver.inner.physical_bytes()
     del out
-    gc.collect()
+    garbage.collect()
     assert pool.ledger.committed_bytes == kept_bytes, "kept for the next conversation until it is asked for"
     assert torch_vtensor.trim("cpu") == kept_bytes
     assert pool.ledger.committed_bytes == pool.driver.inner.physical_bytes() == 0
@@ -322,7 +322,7 @@ def test_a_captured_append_keeps_its_memory(memory: Memory, by_torch: bool, monk
     memory.settle()
     committed_bytes = cache.memory().committed_bytes
     del cache
-    gc.collect()
+    garbage.collect()
     assert memory.live_bytes == committed_bytes
     held.clear()
     assert memory.live_bytes == 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import garbage
 import pytest
 import torch
 import transformers
@@ -294,7 +294,7 @@ def test_what_is_kept_ends_with_the_model_and_with_disable(memory: Memory) -> No
     generate(model, prompt(1)), generate(model_of("llama"), prompt(1))
     held = torch_vtensor.stats().prefixes["bytes held"]
     del model
-    gc.collect()
+    garbage.collect()
     memory.settle()
     assert torch_vtensor.stats().prefixes["bytes held"] == held // 2
     assert [pool.prefix_bytes for pool in torch_vtensor.stats().devices.values()] == [held // 2]

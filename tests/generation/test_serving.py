@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import gc
 import threading
 import weakref
 from typing import Any
 
+import garbage
 import pytest
 import torch
 from paged_memory import Memory
-from serving_models import BATCHES, Served, alone, config_of, counted, model_to_serve, prompts
+from serving_models import BATCHES, Served, alone, batching, config_of, counted, model_to_serve, prompts
 from tiny_models import FAMILIES, SHORT_WINDOW
 from transformers import GenerationMixin
 
@@ -457,7 +457,7 @@ def test_captured_steps_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
         reference = weakref.ref(model)
         del model
         captured.clear()
-    gc.collect()
+    garbage.collect()
     assert reference() is None
 
 
@@ -472,6 +472,37 @@ def test_a_request_that_nobody_can_answer_fails_alone() -> None:
         served.close()
     assert "no tokens" in outputs["empty"].error
     assert outputs["fine"].generated_tokens == alone("llama", prompts(9)[0], 8)
+
+
+@one_layout
+@pytest.mark.parametrize("seed", [None, 5])
+def test_random_numbers_go_on_with_other_weights(seed: int | None) -> None:
+    """Weights that are the same in another place change no token, and take no number of the process's own."""
+    if not hasattr(BatchingManager, "pause"):
+        pytest.skip("this version of transformers has no pause")
+    config, said = config_of(do_sample=True, top_k=0, max_new_tokens=120), []
+    for is_replaced in (False, True):
+        model = copy.deepcopy(model_to_serve("llama"))
+        torch.manual_seed(3)
+        with torch_vtensor.enabled():
+            manager = model.init_continuous_batching(
+                generation_config=config, continuous_batching_config=batching(seed=seed)
+            )
+            manager.start()
+            manager.add_request(prompts(30)[0], streaming=True)
+            while not (output := manager.get_result(timeout=60)).generated_tokens:
+                pass
+            with manager.pause():
+                state = torch.get_rng_state()
+                if is_replaced:
+                    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+            while not (output := manager.get_result(timeout=60)).is_finished():
+                pass
+            assert torch.equal(torch.get_rng_state(), state)
+            manager.stop()
+        said.append(output.generated_tokens)
+    assert len(said[0]) == 120
+    assert said[0] == said[1]
 
 
 @one_layout

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 import torch_vtensor
 from torch_vtensor import VTensorCache
+from torch_vtensor.allocator.host_driver import HostDriver
 from torch_vtensor.errors import DriverError
 from torch_vtensor.generation import prefix_cache
 from torch_vtensor.generation.decode import graphs
@@ -253,6 +254,32 @@ def test_a_request_alone_waits_for_memory_that_others_hold(monkeypatch: pytest.M
         assert "out of pages" in served.run()["in vain"].error
         del cache
         served.close()
+
+
+@pytest.mark.parametrize("num_calls_before", [0, 3])  # when the request begins, or when it goes on
+def test_a_request_alone_waits_for_a_device_that_has_no_memory(
+    num_calls_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a budget too: another process may hold it."""
+    model, (prompt,) = model_to_serve("llama"), prompts(60)
+    map_pages, refused = HostDriver.map, []
+
+    def map_or_refuse(*args: Any) -> Any:
+        num_left[0] -= 1
+        if num_left[0] in (-1, -2):
+            refused.append(num_left[0])
+            raise DriverError("map", "ENOMEM", torch.device("cpu"), 4096)
+        return map_pages(*args)
+
+    with torch_vtensor.enabled(budget_bytes=96 * 1024):
+        served = Served(model, generation_config=config_of(max_new_tokens=40))
+        num_left = [num_calls_before]
+        monkeypatch.setattr(HostDriver, "map", map_or_refuse)
+        served.manager.add_request(prompt, request_id="waits")
+        outputs = served.run()
+        served.close()
+    assert len(refused) == 2
+    assert outputs["waits"].generated_tokens == alone("llama", prompt, 40)
 
 
 def test_mappings_limit_how_many_begin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import os
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import garbage
 import hypothesis
 import pytest
 import torch
@@ -44,7 +44,7 @@ import torch_vtensor
 from torch_vtensor import Session
 from torch_vtensor.allocator import pools
 from torch_vtensor.errors import ClosedError
-from torch_vtensor.generation import layers, prefix_cache, session_file
+from torch_vtensor.generation import layers, prefix_cache, session_file, turns
 from torch_vtensor.generation.decode import graphs, loop, program, prompt_parts
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
@@ -138,7 +138,7 @@ def test_branches_share_pages_and_close_gives_them_back(memory: Memory) -> None:
     session.close(), session.close()
     for branch in branches:
         branch.close()
-    gc.collect()
+    garbage.collect()
     assert memory.live_bytes == 0
     assert repr(session) == "Session(closed)"
     for use in (session.fork, session.generate, lambda: session.tokens, lambda: session.truncate(0)):
@@ -461,7 +461,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, memory: Memory, mon
     pool.budget_bytes = pool.ledger.committed_bytes
     refused("out of pages", error=torch_vtensor.OutOfPagesError)
     pool.budget_bytes = None
-    gc.collect()
+    garbage.collect()
     assert memory.live_bytes == live_bytes
     session.close()
 
@@ -513,6 +513,61 @@ def test_settings_of_the_models_own_are_refused_as_those_of_a_call() -> None:
                 with pytest.raises(ValueError, match=message):
                     session.generate(ids(40), **options)
             assert session.length == 0
+
+
+class Silent:
+    """A streamer."""
+
+    def put(self, tokens: torch.Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_settings_that_change_between_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was accepted last is remembered, for turns that ask for the very same."""
+    checked: list[Any] = []
+    stock = turns.effective_settings
+    monkeypatch.setattr(turns, "effective_settings", lambda *given: checked.append(given) or stock(*given))
+    model, other_model = small(), small()
+    config = model.generation_config
+    config.suppress_tokens = [1]
+    with Session(model) as session, Session(other_model) as other:
+
+        def is_checked(session: Session = session, **options: Any) -> bool:
+            checked.clear()
+            said = session.tokens
+            answer = session.generate(ids(2), max_new_tokens=2, **GREEDY, **options)
+            assert answer == cold(session.model, [*said, *ids(2)], 2)
+            assert session.num_cached == session.length - 1
+            return bool(checked)
+
+        assert is_checked()
+        assert not is_checked()
+        assert is_checked(other)
+        assert is_checked(streamer=Silent())
+        assert not is_checked(streamer=Silent())
+        assert is_checked(logits_processor=transformers.LogitsProcessorList())
+        assert is_checked(repetition_penalty=1.0)
+        assert is_checked(repetition_penalty=1)
+        for name, value in (("num_beams", 2), ("max_new_tokns", 3)):
+            with pytest.raises(ValueError, match=name):
+                session.generate(ids(2), max_new_tokens=2, **GREEDY, **{name: value})
+        assert is_checked()
+        assert not is_checked()
+        for name, value, message in (("num_beams", 2, "num_beams is 2"), ("prompt_lookup_num_tokens", 3, "assisted")):
+            before = getattr(config, name)
+            setattr(config, name, value)
+            with pytest.raises(ValueError, match=message):
+                session.generate(ids(2), max_new_tokens=2, **GREEDY)
+            setattr(config, name, before)
+        assert not is_checked()
+        config.suppress_tokens[0] = 2  # in place
+        assert is_checked()
+        assert not is_checked()
+        config.use_cache = False
+        assert is_checked()
+        assert not is_checked()
 
 
 @pytest.mark.parametrize("memory", ["token-major"], indirect=True)

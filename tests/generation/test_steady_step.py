@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import torch_vtensor
-from torch_vtensor.generation import attention
+from torch_vtensor.allocator.pools import default_pool
+from torch_vtensor.errors import OutOfPagesError
+from torch_vtensor.generation import attention, layers
 
 NUM_LAYERS = 6
 HEADS, DIM = 2, 16
@@ -102,6 +104,39 @@ def test_an_append_is_a_handful_of_calls(memory: Memory, explicit: bool, window:
     assert calls.total() - calls.num_python <= num_c * NUM_LAYERS, calls.most_common()
 
 
+class Depth:
+    """A lock that knows how often its holder has taken it."""
+
+    def __init__(self, lock: Any) -> None:
+        self._lock = lock
+        self.depth = self.most = 0
+
+    def __enter__(self) -> None:
+        self._lock.__enter__()
+        self.depth += 1
+        self.most = max(self.most, self.depth)
+
+    def __exit__(self, *exception: object) -> None:
+        self.depth -= 1
+        self._lock.__exit__(*exception)
+
+
+def test_an_append_holds_its_lease_once() -> None:
+    """Also where it finds no memory yet."""
+    cache = torch_vtensor.VTensorCache(config=config_of(None))
+    with torch.no_grad():
+        step_of(cache, PROMPT_TOKENS)()
+        state = layers.state_of(cache.layers[0])
+        assert state is not None
+        store: Any = state.column.store
+        store.lease = state.column._lease = Depth(store.lease)
+        committed, step = store.committed, step_of(cache, 1)
+        for _ in range(100):
+            step()
+    assert store.committed > committed
+    assert (store.lease.most, store.lease.depth) == (1, 0)
+
+
 class Seen(TorchDispatchMode):
     """Counts the operators that a mode is shown."""
 
@@ -128,6 +163,53 @@ def test_a_dispatch_mode_sees_what_is_written() -> None:
                 caches[1].update(step, step, layer)
             assert seen.operators["copy_"] == 2
             assert torch.equal(caches[0].layers[layer].keys, caches[1].layers[layer].keys)
+
+
+def repeat(step: Callable[[], None], count: int) -> None:
+    for _ in range(count):
+        step()
+
+
+def traced(step: Callable[[], None]) -> None:
+    """The step, while a tracer is at work."""
+    torch.func.vmap(lambda x: (step(), x)[1])(torch.zeros(1))
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_a_step_that_was_taken_back_leaves_nothing_to_the_next_one(memory: Memory) -> None:
+    """Two layers share a store whose pages are good for more tokens than those of the other, which is refused more."""
+    kinds = ["full_attention" if layer in (1, 3, 4, 5) else "sliding_attention" for layer in range(NUM_LAYERS)]
+    changes = {"num_hidden_layers": NUM_LAYERS, "sliding_window": WINDOW, "layer_types": kinds}
+    cache = torch_vtensor.VTensorCache(config=transformers.Gemma3TextConfig(**sizes(**changes)))
+    with torch.no_grad():
+        step_of(cache, PROMPT_TOKENS)()
+        step = step_of(cache, 1)
+        pool = default_pool(torch.device("cpu"))
+        pool.budget_bytes = pool.ledger.committed_bytes
+        with pytest.raises(OutOfPagesError):
+            repeat(step, PROMPT_TOKENS)
+        pool.budget_bytes = None
+        assert len({layer.get_seq_length() for layer in cache.layers}) == 1
+        memory.forget_appends()
+        traced(step)
+    assert memory.appends == {"stock: traced or transformed": NUM_LAYERS}
+
+
+def test_a_step_that_ended_in_the_middle_leaves_nothing_to_the_next_one(memory: Memory) -> None:
+    row = torch.randn(2, HEADS, 1, DIM)
+    for num_tokens in range(PROMPT_TOKENS, PROMPT_TOKENS + 4):  # in some of them the memory that there is suffices
+        cache = torch_vtensor.VTensorCache(config=config_of(None))
+        with torch.no_grad():
+            step_of(cache, num_tokens)()
+            step = step_of(cache, 1)
+            step()
+            for layer in range(2):
+                cache.update(row, row, layer)
+            for each in cache.layers[:2]:
+                each.keys, each.values = each.keys[:, :, :-1], each.values[:, :, :-1]
+            memory.forget_appends()
+            traced(step)
+        assert memory.appends == {"stock: traced or transformed": NUM_LAYERS}
 
 
 def test_attention_of_a_step_is_decided_once() -> None:

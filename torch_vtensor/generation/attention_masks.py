@@ -38,14 +38,18 @@ class Pattern(NamedTuple):
 
 _SHAPE_QUESTIONS = {"__get__", "dim", "size", "numel", "is_floating_point", "__len__", "__repr__"}
 """What is asked of a tensor by these functions (attributes are gotten) does not need its numbers."""
+_IN_PLACE = {"__setitem__"} | {
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor", "pow")
+}
+"""Those of torch's functions that write to their first argument and whose names do not end with one underscore."""
 
 
 class VisibleTokens(torch.Tensor):
     """A mask [B, 1, T, N] that is not filled before it is looked at."""
 
-    pattern: Pattern | None
-    """What it says; None once somebody has changed it."""
     make: Callable[..., torch.Tensor | None]
+    _pattern: Pattern | None
+    _num_writes: int  # that `filled` had seen when it was made
 
     @staticmethod
     def __new__(
@@ -62,17 +66,27 @@ class VisibleTokens(torch.Tensor):
             make: transformers' own function, ready to be called.
         """
         self: VisibleTokens = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self.pattern, self.make = pattern, make
+        self._pattern, self.make = pattern, make
         return self
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"VisibleTokens({list(self.shape)}, {self.pattern})"
 
+    @property
+    def pattern(self) -> Pattern | None:
+        """What it says; None once somebody has changed it, be it through a view."""
+        if self._pattern is not None and "filled" in vars(self) and self.filled._version != self._num_writes:
+            self._pattern = None
+        return self._pattern
+
     @functools.cached_property
     def filled(self) -> torch.Tensor:
         """The tensor that it stands for."""
-        mask = self.make(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-        assert mask is not None
+        with torch.inference_mode(False), torch.no_grad():  # where torch counts writes, those to views included
+            mask = self.make(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+            assert mask is not None
+            mask = mask.clone() if mask.is_inference() else mask
+        self._num_writes = mask._version
         return mask.expand(self.shape)
 
     @functools.cached_property
@@ -86,22 +100,42 @@ class VisibleTokens(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__ not in _SHAPE_QUESTIONS:  # filled here: masks made by vmap cannot be inside a dispatch
-            tree_map_only(cls, lambda mask: mask.filled, (args, kwargs))
+        kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            if func.__name__ in _SHAPE_QUESTIONS:
+                return func(*args, **kwargs)
+            # Filled here: masks made by vmap cannot be inside a dispatch, where views would not count writes either.
+            changed = args[0] if args and isinstance(args[0], cls) and _is_in_place(func.__name__) else None
+            if changed is not None:
+                changed._make_writable()
+            result = func(*tree_map_only(cls, _filled, args), **tree_map_only(cls, _filled, kwargs))
+            return changed if changed is not None and result is changed.filled else result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         def look_in(mask: VisibleTokens) -> torch.Tensor:
-            if func._schema.is_mutable:
-                mask.filled = mask.filled.clone()  # it may be expanded
-                mask.pattern = None
+            if any(each.alias_info is not None for each in func._schema.arguments):
+                mask._make_writable()  # or makes a view that may be written to, which nobody would count
             return mask.filled
 
         return func(*tree_map_only(cls, look_in, args), **tree_map_only(cls, look_in, kwargs or {}))
+
+    def _make_writable(self) -> None:
+        """Be no longer what was described, and, as an expanded tensor has elements that are each other's, not that."""
+        self._pattern = None
+        if any(stride == 0 and size > 1 for stride, size in zip(self.filled.stride(), self.filled.shape, strict=True)):
+            self.filled = self.filled.clone()
+
+
+def _filled(mask: VisibleTokens) -> torch.Tensor:
+    return mask.filled
+
+
+def _is_in_place(name: str) -> bool:
+    """Whether torch's function of this name writes to its first argument."""
+    return name in _IN_PLACE or name[-1] == "_" != name[-2:-1]
 
 
 def describing(stock: Callable[..., torch.Tensor | None], is_eager: bool) -> Callable[..., torch.Tensor | None]:

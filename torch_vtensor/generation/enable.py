@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch_vtensor.allocator.pools import set_default_budget
+from torch_vtensor.generation import asked, in_use, layers
 from torch_vtensor.generation import attention as fast_attention
-from torch_vtensor.generation import in_use, layers
 from torch_vtensor.generation import prefix_cache as prefixes
 from torch_vtensor.generation._transformers_compat import (
     Cache,
@@ -203,6 +203,7 @@ def _set_compile(who: object, wanted: bool) -> None:
         return
     _compiles.add(who)
     _install_loop("_sample", _sample)
+    _install_loop("_prepare_generation_config", _prepare_config)
 
 
 def _set_reuse(who: object, wanted: bool) -> None:
@@ -239,6 +240,11 @@ def _install_loop(name: str, ours: Callable[..., Any], owner: type = GenerationM
 def _sample(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     run = functools.partial(_load_sample(), stock) if _compiles else stock
     return prefixes.reuse(run, model, *args, answers_too=True, **kwargs) if _reuses else run(model, *args, **kwargs)
+
+
+def _prepare_config(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    # Where nothing is compiled a call takes so long that this does not show.
+    return asked.prepare_config(stock, model, *args, **kwargs) if _compiles else stock(model, *args, **kwargs)
 
 
 def _beam_search(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:

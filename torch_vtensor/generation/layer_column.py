@@ -133,28 +133,27 @@ class LayerColumn:
                 return 0
             # Nobody's view shows the rows written here (_make_writable), so no one misses a bump of version counters.
             num_new = self._copier.write(keys, values, stop - self._origin, key, value)
-            if num_new == NOT_COPIED:
-                return 0
-            if num_new >= CAPTURED:
-                num_new -= CAPTURED
-                if store is not None:
-                    store.retain_in_capture()
-            self._note_written(first, stop + num_new)
-            return num_new
+            return self._note_written(num_new, first, stop) if num_new != NOT_COPIED else 0
 
     def _write(self, key: torch.Tensor, value: torch.Tensor, first: int, stop: int) -> None:
-        if not is_observed() and self.append_next(key, value, first, stop):
-            return
-        num_new, position = key.shape[2], stop - self._origin
-        keys, values = self._keys, self._values
+        """Write rows that nobody sees to memory that is there, while the lease is held."""
+        keys, values, position = self._keys, self._values, stop - self._origin
         assert keys is not None and values is not None
-        keys.narrow(2, position, num_new).copy_(key)
-        values.narrow(2, position, num_new).copy_(value)
-        if self.store is not None:
-            self.store.retain_in_capture()
-        self._note_written(first, stop + num_new)
+        num_new = NOT_COPIED if is_observed() else self._copier.write(keys, values, position, key, value)
+        if num_new == NOT_COPIED:
+            num_new = key.shape[2]
+            keys.narrow(2, position, num_new).copy_(key)
+            values.narrow(2, position, num_new).copy_(value)
+            num_new |= CAPTURED  # which, if it is not so, retains nothing
+        self._note_written(num_new, first, stop)
 
-    def _note_written(self, first: int, stop: int) -> None:
+    def _note_written(self, num_new: int, first: int, stop: int) -> int:
+        """Take up new tokens at ``stop``, T or T | CAPTURED of them; returns T."""
+        if num_new >= CAPTURED:
+            num_new -= CAPTURED
+            if self.store is not None:
+                self.store.retain_in_capture()
+        stop += num_new
         written = self._written
         written.first, written.stop = first, stop
         written.num_writes += 1
@@ -162,6 +161,7 @@ class LayerColumn:
         if stop >= self._ahead_from and self.store is not None:
             self._ahead_from, self._asked_ahead = _NEVER, self._end
             self.store.commit_ahead()
+        return num_new
 
     def in_place(self) -> AbstractContextManager[Any]:
         """A block during which no other thread moves the rows that the column has now."""
@@ -257,6 +257,11 @@ class LayerColumn:
                 self.store.viewers.add(self)
 
         return rewind
+
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """The keys in the memory that `views` show now; another tensor once that is other memory, or more of it."""
+        return self._keys
 
     def renew(self) -> None:
         """Let go of memory before the first token that the store still has."""

@@ -199,6 +199,7 @@ def _update(
 ) -> KeysValues:
     if torch.compiler.is_compiling():
         return stock(layer, key, value, *args, **kw)
+    _ask_anew(states.get(layer))
     reason = _why_stock(key, value)
     if reason is None and _leaves is not None and _leaves(layer):
         reason = "disabled meanwhile"
@@ -224,6 +225,12 @@ def _update(
         with state.lock:  # not while disable() copies its tokens
             states.discard(layer)
     return stock(layer, key, value, *args, **kw)
+
+
+def _ask_anew(state: LayerState | None) -> None:
+    """Have the next layer of the group ask whether a tracer is at work: not every layer goes on from the same stop."""
+    if state is not None:
+        state.group.seen_from = None
 
 
 def reorder_cache(stock: Callable[..., None], layer: DynamicLayer, beam_idx: torch.Tensor) -> None:
@@ -354,7 +361,6 @@ def _leave(layer: DynamicLayer) -> None:
 def _append(layer: DynamicLayer, state: LayerState, key: torch.Tensor, value: torch.Tensor) -> KeysValues:
     keys, values = state.column.append(key, value, state.first, state.stop)
     counters["zero-copy"] += 1
-    state.group.seen_from = None
     state.publish(layer, state.first, state.stop + key.shape[2], keys, values)
     calling.appended = state.layer
     return keys, values
@@ -401,7 +407,6 @@ def _append_window(
         # Not to state.first: the step may have to be taken back.
         state.column.keep(before[0])
     counters["zero-copy"] += 1
-    state.group.seen_from = None
     calling.appended = state.layer
     layer.cumulative_length += num_new
     state.before = before
@@ -423,6 +428,7 @@ def _take_back_step(layer: DynamicLayer, num_new: int) -> None:
         with state.lock:
             if not state.is_of(other):
                 continue
+            _ask_anew(state)
             first, stop = state.first, state.stop - num_new
             if isinstance(other, DynamicSlidingWindowLayer):
                 first, stop = state.before

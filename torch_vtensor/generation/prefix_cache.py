@@ -47,14 +47,13 @@ from torch_vtensor.generation.cached_rows import (
 )
 from torch_vtensor.generation.decode.support import (
     MODEL_INPUTS,
-    has_foreign_hooks,
     is_spread,
-    modules_of,
     paddings_of,
     why_more_than_tokens,
 )
 from torch_vtensor.generation.kv_store import capacity_of
 from torch_vtensor.generation.layers import why_no_driver
+from torch_vtensor.generation.modules import has_foreign_hooks, modules_of
 from torch_vtensor.generation.tenant import current_salt
 
 __all__ = [

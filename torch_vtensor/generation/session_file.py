@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from torch_vtensor.generation.decode.support import modules_of
+from torch_vtensor.generation.modules import modules_of
 from torch_vtensor.generation.prefix_cache import adapters_of
 
 __all__ = ["Chat", "Rows", "Saved", "read", "write"]

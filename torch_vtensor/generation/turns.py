@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from torch_vtensor.generation._transformers_compat import effective_settings
+from torch_vtensor.generation.asked import Asked, asked_of, is_same
 from torch_vtensor.generation.decode.support import MODEL_INPUTS, why_more_than_tokens
 
 __all__ = ["Turn", "are_messages", "checked_settings", "known_tokens", "num_common", "tokens_of"]
@@ -20,10 +22,34 @@ _ITS_OWN = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "position_
             "past_key_values", "cache", "use_cache", "cache_implementation"}  # fmt: skip
 _OUTPUTS = {"output_attentions", "output_hidden_states"}
 _ONE_BY_ONE = ("sample", "greedy_search")
+_NOT_LOOKED_AT = {"streamer", "logits_processor", "stopping_criteria"}
+"""Arguments of generate() of which it matters to a session only whether they are given."""
+
+_accepted: weakref.WeakKeyDictionary[Any, tuple[Asked, tuple[Any, ...], bool]] = weakref.WeakKeyDictionary()
+"""Of each model what was accepted last, by which code, and whether it uses a cache by itself."""
 
 
 def checked_settings(model: Any, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """``generate_kwargs``, with which the model uses the cache; ValueError for what a session cannot do."""
+    """``generate_kwargs``, with which the model uses the cache; ValueError for what a session cannot do.
+
+    The turns of a conversation ask for the same again and again: what was accepted last is remembered.
+    """
+    config = generate_kwargs.get("generation_config")
+    asked = asked_of(model, config, {name: it for name, it in generate_kwargs.items() if name != "generation_config"})
+    code = type(model), type(model).forward, type(model).prepare_inputs_for_generation
+    known = _accepted.get(model)
+    if known is not None and known[1] == code and is_same(known[0], asked):
+        uses_cache = known[2]
+    else:
+        uses_cache = _check(model, generate_kwargs)
+        has_own_code = vars(model).keys() & {"forward", "prepare_inputs_for_generation"}
+        if asked.others <= _NOT_LOOKED_AT and not has_own_code:
+            _accepted[model] = asked.copied(), code, uses_cache
+    return generate_kwargs if uses_cache else {**generate_kwargs, "use_cache": True}
+
+
+def _check(model: Any, generate_kwargs: dict[str, Any]) -> bool:
+    """Whether the model uses the cache by these settings; ValueError for what a session cannot do."""
     if taken := sorted(_ITS_OWN & generate_kwargs.keys()):
         raise ValueError(f"generate got {', '.join(taken)}, which a session brings itself: leave it out")
     if getattr(generate_kwargs.get("generation_config"), "use_cache", None) is False:
@@ -44,7 +70,7 @@ def checked_settings(model: Any, generate_kwargs: dict[str, Any]) -> dict[str, A
         raise ValueError(f"cache_implementation is {config.cache_implementation!r}; a session brings its own cache")
     if (reason := why_more_than_tokens(model_kwargs, MODEL_INPUTS | _OUTPUTS)) is not None:
         raise ValueError(f"{reason}, and a session knows again what was said by its tokens: use model.generate()")
-    return generate_kwargs if config.use_cache else {**generate_kwargs, "use_cache": True}
+    return bool(config.use_cache)
 
 
 def tokens_of(turn: Any, model: Any, tokenizer: Any, *, is_first: bool) -> torch.Tensor:
@@ -87,8 +113,8 @@ def _tensor_of(turn: Any) -> torch.Tensor:
 def known_tokens(ids: torch.Tensor, model: Any) -> torch.Tensor:
     """``ids``; ValueError for tokens that the model does not know: a GPU's kernel would not survive them."""
     num_known = model.get_input_embeddings().num_embeddings
-    wrong = ids[(ids < 0) | (ids >= num_known)]
-    if len(wrong):
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < num_known:
+        wrong = ids[(ids < 0) | (ids >= num_known)]
         raise ValueError(f"token {int(wrong[0])} is none of the model's, which go from 0 to {num_known - 1}")
     return ids
 
@@ -101,5 +127,7 @@ def are_messages(turn: Any) -> bool:
 def num_common(one: torch.Tensor, other: torch.Tensor) -> int:
     """How many tokens both begin with."""
     length = min(len(one), len(other))
+    if torch.equal(one[:length], other[:length]):
+        return length
     differ = (one[:length] != other[:length]).nonzero()
-    return int(differ[0]) if len(differ) else length
+    return int(differ[0])

@@ -462,9 +462,12 @@ def _place(call: _Call, traced: Traced, num_rows: int, max_new: int) -> _Placed 
             state = cache_layers.start_empty(cache, layer, KVShape(len(call.firsts), *shape, call.model.device))
         if state is None:
             return None
-        store = state.column.reach(state.first, state.stop, num_rows, state.stop + num_rows + max_new)
-        state.publish(layer, state.first, state.stop, *state.column.views(state.first, state.stop))
-        key, value = store.places(state.column.index)
+        column = state.column
+        rows_before = column.rows
+        store = column.reach(state.first, state.stop, num_rows, state.stop + num_rows + max_new)
+        if column.rows is not rows_before:
+            state.publish(layer, state.first, state.stop, *column.views(state.first, state.stop))
+        key, value = store.places(column.index)
         at = (id(store), state.first, state.stop)
         if at not in groups:
             groups[at] = len(made)
@@ -480,10 +483,10 @@ def _place(call: _Call, traced: Traced, num_rows: int, max_new: int) -> _Placed 
                 (key.strides[1], key.strides[2]),
                 (value.strides[1], value.strides[2]),
                 window,
-                state.column.shape.heads,
-                state.column.shape.key_dim,
-                state.column.shape.value_dim,
-                state.column.shape.dtype,
+                column.shape.heads,
+                column.shape.key_dim,
+                column.shape.value_dim,
+                column.shape.dtype,
             )
         )
     return _Placed(tuple(rows), made)

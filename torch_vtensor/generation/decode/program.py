@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -31,11 +32,14 @@ from torch_vtensor.generation.decode.step import (
     step_forward,
     twin_of,
 )
+from torch_vtensor.generation.modules import modules_of
 from torch_vtensor.generation.shared_reads import SharedPrefix, SharedTables, table_shape, tables_of
 
 __all__ = ["DecodeProgram", "Placement", "Program", "Traced", "traced_model"]
 
 _MAX_CHOICES = 16
+_WITH_ADDRESSES = (torch.Tensor, torch.nn.Parameter)
+_address = torch.Tensor.data_ptr
 
 
 class Program:
@@ -247,10 +251,16 @@ class Traced:
     """
 
     def __init__(self, model: Any) -> None:
-        self._tensors = _tensors_of(model)
-        self._counts = [
-            (where, len(where)) for module in model.modules() for where in (module._parameters, module._modules)
-        ]
+        modules = modules_of(model)
+        self._places = [where for module in modules for where in (module._parameters, module._modules)]
+        self._names = [*chain.from_iterable(self._places)]
+        self._filled = [where for where in self._places if where]
+        self._below = [*chain.from_iterable(where.values() for where in self._filled)]
+        self._ids = [*map(id, self._below)]
+        self._buffers = [(module._buffers, name, it) for module in modules for name, it in module._buffers.items()]
+        tensors = (it for it in chain(self._below, (it for _, _, it in self._buffers)) if type(it) in _WITH_ADDRESSES)
+        self._tensors = list(dict.fromkeys(tensors))
+        self._addresses = [*map(_address, self._tensors)]
         self.twin = twin_of(model)
         self.shapes: list[LayerShape] = layer_shapes(self.twin)
         self.takes_prompts = not any("Experts" in type(module).__name__ for module in model.modules())
@@ -269,9 +279,11 @@ class Traced:
 
     def is_of_today(self) -> bool:
         """Whether the model still has the tensors that programs read, at the same addresses."""
-        nothing_added = all(len(where) == count for where, count in self._counts)
-        return nothing_added and all(
-            where.get(name) is it and _address(it) == address for where, name, it, address in self._tensors
+        return (
+            [*chain.from_iterable(self._places)] == self._names
+            and [*map(id, chain.from_iterable([where.values() for where in self._filled]))] == self._ids
+            and all(where.get(name) is it for where, name, it in self._buffers)
+            and [*map(_address, self._tensors)] == self._addresses
         )
 
     def acquire_program(self, key: Hashable, make: Callable[[], AnyProgram]) -> AnyProgram:
@@ -301,19 +313,6 @@ def traced_model(model: Any) -> Traced:
         if known is None or not known.is_of_today():
             known = _traced[model] = Traced(model)
         return known
-
-
-def _tensors_of(model: Any) -> list[tuple[dict[str, Any], str, Any, int]]:
-    """All tensors and modules below the model: where they are found, by which name, and their addresses."""
-    found = []
-    for module in model.modules():
-        for where in (module._parameters, module._buffers, module._modules):
-            found += [(where, name, it, _address(it)) for name, it in where.items()]
-    return found
-
-
-def _address(it: Any) -> int:
-    return it.data_ptr() if type(it) in (torch.Tensor, torch.nn.Parameter) else 0
 
 
 def _on(device: torch.device, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import chain
-from typing import Any
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from transformers.generation import stopping_criteria as stopping
@@ -15,16 +16,16 @@ from torch_vtensor.generation._transformers_compat import (
     DynamicCache,
     continues_given_positions,
 )
+from torch_vtensor.generation.asked import is_same
 from torch_vtensor.generation.cached_rows import is_plain
 from torch_vtensor.generation.layers import why_no_driver
+from torch_vtensor.generation.modules import has_foreign_hooks, is_training, modules_of
 
 __all__ = [
     "MODEL_INPUTS",
     "end_tokens_of",
     "first_tokens",
-    "has_foreign_hooks",
     "is_spread",
-    "modules_of",
     "paddings_of",
     "why_more_than_tokens",
     "why_never",
@@ -59,7 +60,7 @@ def why_stock(
     if (reason := why_never(model)) is not None:
         return reason
     modules = modules_of(model)
-    if any(module.training for module in modules):
+    if any(map(is_training, modules)):
         return "the model is in training mode (call model.eval())"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast"
@@ -124,44 +125,35 @@ _CRITERIA = (stopping.MaxLengthCriteria, stopping.EosTokenCriteria, stopping.Max
 
 def windows_of(model: Any) -> list[int | None] | None:
     """How many tokens each layer attends to (None: all), whatever the cache; None if some do it in another way."""
-    config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds <= {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
+    settings = vars(model.config.get_text_config(decoder=True))
+    known = _known_windows.get(model)
+    if known is None or not is_same(known.settings, settings):
+        known = _known_windows[model] = _Windows(copy.deepcopy(settings), _windows_by(model.config))
+    return known.windows
+
+
+class _Windows(NamedTuple):
+    """What a model's layers attend to under these settings of its config."""
+
+    settings: dict[str, Any]
+    windows: list[int | None] | None
+
+
+_known_windows: weakref.WeakKeyDictionary[Any, _Windows] = weakref.WeakKeyDictionary()
+
+
+def _windows_by(config: Any) -> list[int | None] | None:
+    text = config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if not kinds <= {"full_attention", "sliding_attention"} or getattr(text, "attention_chunk_size", None):
         return None
-    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
+    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
 
 
 def why_more_than_tokens(inputs: dict[str, Any], known: set[str]) -> str | None:
     """That the model is handed more than ``known``, by name, or None."""
     unknown = sorted(name for name, value in inputs.items() if name not in known and value is not None)
     return f"the model takes more than tokens ({', '.join(unknown)})" if unknown else None
-
-
-def modules_of(model: Any) -> list[Any]:
-    """``model.modules()`` in some order, in a fraction of the time: that makes a name for each of thousands."""
-    found: dict[Any, None] = {}
-    waiting: list[Any] = [model]
-    while waiting:
-        module = waiting.pop()
-        if module is not None and module not in found:
-            found[module] = None
-            waiting += module._modules.values() if module._modules else ()
-    return list(found)
-
-
-def has_foreign_hooks(modules: Iterable[torch.nn.Module]) -> bool:
-    """Whether forward passes run hooks that are not transformers' own."""
-    return any(
-        _is_foreign(hook)
-        for module in modules
-        if module._forward_hooks or module._forward_pre_hooks  # of thousands, hardly any
-        for hook in chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
-    )
-
-
-def _is_foreign(hook: Any) -> bool:
-    """Whether a hook is not transformers' own, which only collect outputs that are asked for."""
-    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def paddings_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,6 +173,8 @@ def first_tokens(input_ids: torch.Tensor, inputs: dict[str, Any]) -> list[int] |
         return [0] * len(input_ids)
     if mask.dim() != 2:
         return None
+    if mask.all():  # as a rule; to see it takes one kernel
+        return [0] * len(input_ids)
     firsts_B, is_left_B = paddings_of(mask)
     *numbers, ok = torch.cat([firsts_B, is_left_B.all()[None]]).tolist()
     return numbers if ok else None

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from torch_vtensor.allocator.page_pool import PagePool
 from torch_vtensor.allocator.prefix import MOST_MAPPINGS
-from torch_vtensor.errors import DriverError, VTensorError
+from torch_vtensor.errors import DriverError, OutOfPagesError, VTensorError
 from torch_vtensor.generation.serving._transformers_compat import RequestStatus
 from torch_vtensor.generation.serving.known import Known
 from torch_vtensor.generation.serving.queues import Queues
@@ -65,10 +65,13 @@ class Admission:
             except Exception as error:  # this one's alone: the others go on
                 self._results.fail(request, error)
 
-    def waits_for_others(self, request: Request, rows: SequenceRows | None, num_rows: int) -> bool:
+    def waits_for_others(
+        self, error: BaseException, request: Request, rows: SequenceRows | None, num_rows: int
+    ) -> bool:
         """Whether a request that is alone, and found no memory, may find some when others give theirs back.
 
         Args:
+            error: what it found instead.
             rows: what it has.
             num_rows: what it needs in all.
         """
@@ -77,7 +80,8 @@ class Admission:
         with pool.lock:
             counts = pool.ledger.counts()
             own_bytes = scratch_bytes + (0 if rows is None else rows.committed_bytes)
-            others_hold = pool.budget_bytes is None or counts.committed_bytes - counts.free_bytes > own_bytes
+            is_of_budget = isinstance(error, OutOfPagesError) and error.budget_bytes is not None
+            others_hold = not is_of_budget or counts.committed_bytes - counts.free_bytes > own_bytes
         fits_alone = self._scratch.need(num_rows).nbytes + scratch_bytes <= pool.limit_bytes
         return others_hold and fits_alone and time.monotonic() - request.waits_since < _MOST_WAIT_S
 
@@ -102,7 +106,7 @@ class Admission:
                 rows.commit(num_rows)
         except BaseException as error:
             may_wait = isinstance(error, VTensorError) and is_out_of_memory(error)
-            may_wait = may_wait and (not is_alone or self.waits_for_others(request, rows, num_rows))
+            may_wait = may_wait and (not is_alone or self.waits_for_others(error, request, rows, num_rows))
             if rows is not None:
                 rows.close()
             if may_wait:

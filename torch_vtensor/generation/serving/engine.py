@@ -66,6 +66,7 @@ class Engine:
     def __init__(self, model: Any, traced: Traced, layout: RowsLayout, terms: Terms, router: Any) -> None:
         self.model = model
         self.router = router
+        self.seed = terms.seed
         self.queues = Queues()
         self._rounds = Rounds()
         self._num_discards = 0
@@ -167,11 +168,12 @@ class Engine:
             self.results.deliver()
 
     def hand_over(self, other: Engine) -> None:
-        """Have another engine go on with all requests, from their tokens."""
+        """Have another engine go on with all requests, from their tokens, and with the next random numbers."""
         with self._rounds.lock:
             self.settle()
             self.queues.begin_all_anew()
         self.queues.hand_over(other.queues)
+        other.program.generator.set_state(self.program.generator.get_state())
 
     def fail_all_requests(self, error: Exception) -> None:
         """Tell everybody who waits for an answer that there will be none."""

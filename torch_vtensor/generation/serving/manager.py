@@ -251,11 +251,16 @@ class BatchingManager(ContinuousBatchingManager):
         engine.settle()
         wait_while_paused(self)
         if not self._traced.is_of_today():  # graphs would read memory that is not the weights' any more
-            self._engine = self._make_engine()
+            self._engine = self._make_engine(engine.seed)
             engine.hand_over(self._engine)
             engine.close()
 
-    def _make_engine(self) -> Engine:
+    def _make_engine(self, seed: int | None = None) -> Engine:
+        """An engine for the model as it is.
+
+        Args:
+            seed: default: the configuration's, or one that is drawn by torch's own generator.
+        """
         model, traced = self.model, self._traced
         if not traced.is_of_today():
             traced = self._traced = traced_model(model)
@@ -263,7 +268,8 @@ class BatchingManager(ContinuousBatchingManager):
         assert windows is not None
         most = getattr(model.config, "max_position_embeddings", None) or 1
         layout = RowsLayout(traced.shapes, windows, model.device, capacity_of(most, model.device))
-        seed = self.continuous_batching_config.seed
+        if seed is None:
+            seed = self.continuous_batching_config.seed
         if seed is None:
             seed = int(torch.randint(2**62, (), device="cpu"))
         terms = Terms(

@@ -229,7 +229,7 @@ class Steps:
                 elif is_out_of_memory(error) and len(queues.active) > 1:
                     self.give_way(queues.newest())
                 elif is_out_of_memory(error) and self._admission.waits_for_others(
-                    request, request.rows, request.rows.num_rows + 1
+                    error, request, request.rows, request.rows.num_rows + 1
                 ):
                     self.give_way(request)
                 else:

@@ -10,8 +10,9 @@ import torch
 
 from torch_vtensor.errors import DriverError
 from torch_vtensor.generation import prefix_cache
-from torch_vtensor.generation.decode.support import has_foreign_hooks, windows_of
 from torch_vtensor.generation.decode.support import why_never as why_no_step
+from torch_vtensor.generation.decode.support import windows_of
+from torch_vtensor.generation.modules import has_foreign_hooks
 from torch_vtensor.generation.serving._transformers_compat import why_other_interface
 
 __all__ = ["counters", "is_out_of_memory", "log", "why_never", "why_stock"]
