@@ -87,7 +87,7 @@ class Explanation:
             yield "  none"
         if buckets := self.compilation.program.buckets:
             count = sum(len(bucket.moves) for bucket in buckets)
-            yield f"  {count} collectives of gradients, with all ranks, move in {len(buckets)} buckets"
+            yield f"  {count} collectives of parameters and gradients, with all ranks, move in {len(buckets)} buckets"
         yield "\nmemory at its peak, predicted:"
         yield from self._memory_lines()
         bubble = self.timelines[0].bubble_fraction

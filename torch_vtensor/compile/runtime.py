@@ -138,8 +138,8 @@ class Runtime:
             )
 
     def _run(self, executor: Executor, values: dict[str, Any], given: Given, seed: int | None = None) -> None:
-        for pending in executor.run(values, _device(given), seed):
-            pending.wait()
+        for _ in executor.run(values, _device(given), seed):
+            pass  # it waits for what it yields
 
 
 class _WholeStep(torch.autograd.Function):

@@ -202,12 +202,53 @@ def _actions(in_order: Sequence[Job], flow: Dataflow, kept: set[Place]) -> Mappi
     unseen = {place: value for place, value in values.items() if not value.pinned and place not in kept}
     ranks = {rank for job in in_order for rank in job.ranks} | {place.rank for place in values}
     actions: dict[int, list[Action]] = {rank: [] for rank in sorted(ranks)}
+    held: dict[int, dict[str, list[Action]]] = defaultdict(dict)  # by what collectives, until these are done
     for job in reversed(in_order):
         name = job.name
-        for places in (writes[name], reads[name]):
-            for place in places:
-                if (value := unseen.pop(place, None)) is not None:
+        for place in writes[name]:
+            if (value := unseen.pop(place, None)) is not None:
+                actions[place.rank].append(Action.free(value))
+        for place in reads[name]:
+            if (value := unseen.pop(place, None)) is not None:
+                if job.kind == "collective":
+                    held[place.rank].setdefault(name, []).append(Action.free(value))
+                else:
                     actions[place.rank].append(Action.free(value))
         for rank in job.ranks:
             actions[rank].append(Action.of(job, rank))
-    return MappingProxyType({rank: tuple(reversed(row)) for rank, row in actions.items()})
+    for row in actions.values():
+        row.reverse()
+    for rank, frees in held.items():
+        actions[rank] = _free_once_done(actions[rank], frees, rank, flow.jobs)
+    return MappingProxyType({rank: tuple(row) for rank, row in actions.items()})
+
+
+def _free_once_done(
+    row: Sequence[Action], frees: Mapping[str, Sequence[Action]], rank: int, jobs: Mapping[str, Job]
+) -> list[Action]:
+    """A rank's actions, with FREE of what collectives read as soon as it costs no waiting.
+
+    That is before what they bring is read, or behind the next pass, or, where no pass follows, the next collective::
+
+        COLLECTIVE d w    B layer 1    FREE d w'    COLLECTIVE d v    COLLECTIVE d u    FREE d v'    FREE d u'
+    """
+    last_pass = max((number for number, action in enumerate(row) if action.computes), default=-1)
+    found: list[Action] = []
+    under_way: dict[str, None] = {}
+
+    def finish(names: Iterable[str]) -> None:
+        for name in names:
+            found.extend(frees[name])
+            del under_way[name]
+
+    for number, action in enumerate(row):
+        if action.kind != "FREE" and under_way:
+            read = jobs[action.name].reads.get(rank, ())
+            finish([name for name in under_way if not set(read).isdisjoint(jobs[name].writes.get(rank, ()))])
+        found.append(action)
+        if action.computes or (action.kind == "COLLECTIVE" and number > last_pass):
+            finish(list(under_way))
+        if action.name in frees and action.kind != "FREE":
+            under_way[action.name] = None
+    finish(list(under_way))
+    return found
