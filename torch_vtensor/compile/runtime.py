@@ -118,7 +118,11 @@ class Runtime:
         ]
 
     def remember(self, scale: Tensor) -> None:
-        """Have later steps compute float16 gradients at a scale that backward was asked for, if it is one."""
+        """Have later steps compute float16 gradients at a scale that backward was asked for, if it is one.
+
+        It lags by a step: after an overflow, the next step is still computed at the scale that was too large. Whether a
+        gradient is infinite one rank alone may know, and all have to compute at one scale.
+        """
         if self._keeps_scale:
             before = torch.ones_like(scale) if self.scale is None else self.scale
             self.scale = torch.where(scale.isfinite() & (scale != 0), scale, before)

@@ -101,10 +101,15 @@ class _Common(NamedTuple):
 
 def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
     """Put tasks into segments, as few as communication, recomputation, random numbers and the plan allow."""
-    segments = _find_segments(flow, frozenset())
     random = find_random(flow.plan)
-    unlike = find_unlike(segments, random) if random else None
-    return _find_segments(flow, unlike) if unlike else segments
+    drawn_alone: frozenset[Operator] = frozenset()
+    while True:
+        segments = _find_segments(flow, drawn_alone)
+        # What is drawn alone cuts segments in two: others may be drawn between something else than before.
+        unlike = find_unlike(segments, random) - drawn_alone if random else None
+        if not unlike:
+            return segments
+        drawn_alone |= unlike
 
 
 def _find_segments(flow: Dataflow, drawn_alone: frozenset[Operator]) -> tuple[Segment, ...]:

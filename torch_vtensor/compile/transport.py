@@ -15,19 +15,19 @@ from torch_vtensor.compile.communication import Collective, Transfer
 from torch_vtensor.compile.executor import Transport
 from torch_vtensor.compile.mesh import name_ranks
 from torch_vtensor.compile.program import Move, Program
+from torch_vtensor.compile.worlds import group_of
 
 
 class ProcessGroups(Transport):
     """The process groups of a program's collectives.
 
-    Effects: makes a group for each set of ranks, on every rank in the same order, which waits for all ranks.
+    Effects: makes groups that the world does not have yet, on every rank in the same order, which waits for all ranks.
     """
 
     def __init__(self, program: Program) -> None:
         steps = [move.step for move in program.moves]
         sets = sorted({tuple(sorted(step.ranks)) for step in steps if isinstance(step, Collective)})
-        everyone = tuple(range(dist.get_world_size()))
-        self._groups = {ranks: _group(None if ranks == everyone else ranks) for ranks in sets}
+        self._groups = {ranks: group_of(ranks) for ranks in sets}
         transfers = sorted(name for name, work in program.work.items() if isinstance(work, Move))
         # Messages between two ranks are told apart by their job, whatever order they arrive in.
         self._tags = {name: tag for tag, name in enumerate(transfers)}
@@ -173,10 +173,3 @@ class _Work:
         made = self._finish()
         self._works, self._keeps, self._finish = (), (), list
         return made
-
-
-def _group(ranks: Sequence[int] | None) -> dist.ProcessGroup:
-    """A group of these ranks; that of all ranks for None."""
-    group: dist.ProcessGroup | None = dist.group.WORLD if ranks is None else dist.new_group(list(ranks))
-    assert group is not None
-    return group
