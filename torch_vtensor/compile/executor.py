@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -19,6 +20,9 @@ from torch_vtensor.compile.segment import Segment
 
 class Pending(Protocol):
     """Communication under way."""
+
+    def is_done(self) -> bool:
+        """Whether waiting would take no time."""
 
     def wait(self) -> Sequence[Tensor]:
         """What the rank gets, in the order of the steps' buffers; to be called once."""
@@ -95,7 +99,7 @@ class Executor:
         Yields what it is about to wait for: whoever runs several ranks in one process lets the others go on until that
         is there.
         """
-        sent: list[_Arriving] = []
+        sent: deque[_Arriving] = deque()
         given: dict[str, _Arriving] = {}  # what collectives read, and the collectives
         for action in self._actions:
             if action.kind == "FREE":
@@ -127,6 +131,9 @@ class Executor:
             elif isinstance(work.step, Assemble):
                 values[work.keys[work.step.output]] = assemble(work.step, work.keys, values, work.tensor.dtype, device)
             elif work.step.source.rank == self._rank:
+                # What is on its way keeps its memory: that of earlier messages goes once these have arrived.
+                while sent and sent[0].is_done():
+                    sent.popleft().settle(values)
                 sent.append(self._send(action.name, work, work.step, values))
             else:
                 self._receive(action.name, work, work.step, values, device)
@@ -189,6 +196,10 @@ class _Arriving:
         made = cls(pending, keys)
         values.update(dict.fromkeys(keys, made))
         return made
+
+    def is_done(self) -> bool:
+        """Whether it can be settled without waiting."""
+        return self.pending is None or self.pending.is_done()
 
     def settle(self, values: dict[str, Any]) -> None:
         """Wait for what is there now, and put it into its place."""

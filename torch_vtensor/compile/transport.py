@@ -159,6 +159,10 @@ class _Work:
         self._finish: Callable[[], Sequence[Tensor]] = finish
         self._keeps = keeps
 
+    def is_done(self) -> bool:
+        """Whether the device has done it."""
+        return all(work is None or work.is_completed() for work in self._works)
+
     def wait(self) -> Sequence[Tensor]:
         """Wait, once: on a GPU the stream waits and not the host. Nothing is held on to from then on."""
         for work in self._works:

@@ -126,6 +126,9 @@ class _Part:
     def __str__(self) -> str:
         return str(self._box)
 
+    def is_done(self) -> bool:
+        return self.is_full
+
     def wait(self) -> Sequence[Tensor]:
         if not self.is_full:
             raise RuntimeError(f"rank {self._rank} reads {self._box.name!r}, which is not there yet")
