@@ -86,7 +86,7 @@ def test_zero3_gathers_what_a_layer_reads_as_one_and_one_layer_ahead(name: str) 
     passes = [action.name for action in schedule.compute_actions(0)]
     units = {segment.name: unit_of(compilation, segment) for segment in compilation.program.segments}
     gathers = [name for name in row if is_gather(compilation, name)]
-    num_passes = 0
+    num_passes, num_waited_for = 0, 0
     for gather in gathers:
         readers = [name for name in passes if set(schedule.jobs[name].reads[0]) & set(schedule.jobs[gather].writes[0])]
         assert len({units[name.split()[1]] for name in readers}) == 1, "what one unit reads"
@@ -95,6 +95,8 @@ def test_zero3_gathers_what_a_layer_reads_as_one_and_one_layer_ahead(name: str) 
         before = row[row.index(gather) : row.index(readers[0])]
         ahead = {units[name.split()[1]] for name in before if name in passes} - {None, units[readers[0].split()[1]]}
         assert len(ahead) <= 1, f"{gather} is there during {before}"
+        num_waited_for += not any(name in passes for name in before)
+    assert num_waited_for <= 1, "all but the first move while something is computed"
     read = [name for name in passes if any(is_gathered(compilation, key) for key in schedule.jobs[name].reads[0])]
     assert num_passes == len(read), "no pass waits for more than one gather"
 

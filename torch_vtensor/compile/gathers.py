@@ -10,21 +10,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch_vtensor.compile.program import Program, moves_of
 from torch_vtensor.compile.schedules.job import Job, Place
 
-_PASSES_AHEAD = 2
-"""A gather waits for the pass before the one that runs while it moves."""
-
 
 def find_gathers(program: Program, turns: Mapping[int, Sequence[str]]) -> Iterator[tuple[str, str]]:
     """Pairs of jobs, the first to run before the second: passes, and gathers that would otherwise begin too soon.
 
-    ``turns`` has passes of each rank in their order. Passes that it leaves out, those that op_order puts in turn, count
-    as running right behind what they read from.
+    A gather moves while the last pass that needs another one runs, and those between: it waits for the pass before. So
+    small passes, as of a loss, hold up none. ``turns`` has passes of each rank in their order. Passes that it leaves
+    out, those that op_order puts in turn, count as running right behind what they read from.
     """
     anew = {exchange.tensor for exchange in program.flow.exchanges if exchange.anew}
     if not anew:
@@ -38,14 +37,18 @@ def find_gathers(program: Program, turns: Mapping[int, Sequence[str]]) -> Iterat
             passes[job.ranks[0]].append(job)
     for rank, names in turns.items():
         first: dict[str, int] = {}
+        reading: set[int] = set()
         for job in passes[rank]:
             read = _upstream(job, rank, writer, gathers)
             if read:
                 number = number_of[job.name] if job.name in number_of else _number(job, rank, writer, number_of)
                 first.update({name: min(number, first.get(name, number)) for name in read})
+                reading.add(number)
+        in_order = sorted(reading)
         for name, number in first.items():
-            if number >= _PASSES_AHEAD:
-                yield names[number - _PASSES_AHEAD], name
+            before = in_order[bisect_left(in_order, number) - 1]
+            if 0 < before < number:
+                yield names[before - 1], name
 
 
 def _upstream(job: Job, rank: int, writer: Mapping[Place, Job], gathers: set[str]) -> dict[str, None]:
