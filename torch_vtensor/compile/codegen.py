@@ -241,9 +241,13 @@ class _Joint:
     def note_own(self, saved: Mapping[str, Tensor], others: Sequence[Tensor]) -> None:
         """Find out, once, which saved values have memory that nothing else has: what backward may write over."""
         if self._own is None:
-            uses = Counter(value.untyped_storage().data_ptr() for value in (*saved.values(), *others))
+            storages = {name: value.untyped_storage() for name, value in saved.items()}
+            uses = Counter(one.data_ptr() for one in (*storages.values(), *(t.untyped_storage() for t in others)))
+            # What is expanded has fewer bytes than elements to write.
             self._own = frozenset(
-                name for name, value in saved.items() if uses[value.untyped_storage().data_ptr()] == 1
+                name
+                for name, storage in storages.items()
+                if uses[storage.data_ptr()] == 1 and saved[name].nbytes <= storage.nbytes()
             )
 
     @property

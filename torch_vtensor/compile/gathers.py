@@ -2,10 +2,10 @@
 
 ::
 
-    rank 0 computes   F layer 0      F layer 1      F layer 2      B layer 2 …
-    rank 0 gathers    layer 1        layer 2        again layer 2  again layer 1
-                      once layer 0   once layer 1
-                      has its own    starts
+    rank 0 computes   F layer 0      F layer 1      F layer 2      B layer 2       B layer 1 …
+    rank 0 gathers    layer 1        layer 2                       again layer 1   again layer 0
+                      once layer 0   once layer 0                  once layer 2
+                      has its own    is done                       is there
 """
 
 from __future__ import annotations
