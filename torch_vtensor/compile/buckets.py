@@ -85,9 +85,11 @@ def _group(jobs: Sequence[Job], work: Mapping[str, Any]) -> list[list[Job]]:
         if step is None or any(len(keys) != 1 for keys in job.reads.values()):
             continue
         tensor = work[job.name].tensor
-        kind: Hashable = (step.kind, step.ranks, tensor.dtype, job.microbatch, ends.writers(job))
+        writers = ends.writers(job)
+        kind: Hashable = (step.kind, step.ranks, tensor.dtype, job.microbatch, writers)
         if step.kind == "all_gather":
-            kind = (kind, ends.readers(job))
+            # Shards that are there from the start have in common who reads them, what is made of these the bucket.
+            kind = kind if any(writers) else (kind, ends.readers(job))
             num_bytes = 0  # a pass has to have all that it reads, however much that is
         else:
             num_bytes = step.inputs[0].mask.num_elements * tensor.dtype.itemsize
@@ -133,7 +135,7 @@ class _Ends:
         """Note the number of the bucket that a job is a member of."""
         self._bucket_of[job.name] = number
 
-    def writers(self, job: Job) -> Hashable:
+    def writers(self, job: Job) -> tuple[frozenset[str | int], ...]:
         """By rank, the passes, communications and buckets that make what it reads, through whatever sums these."""
         return tuple([self._writers_of([(rank, key) for key in keys]) for rank, keys in job.reads.items()])
 

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from torch_vtensor.compile.schedules.action import Action, Schedule
-from torch_vtensor.compile.schedules.job import Dataflow, Job, Place, Result, Value
+from torch_vtensor.compile.schedules.job import COMPUTE, Dataflow, Job, Place, Result, Value
 from torch_vtensor.compile.schedules.job_graph import JobGraph
 
 
@@ -232,23 +232,30 @@ def _free_once_done(
 
         COLLECTIVE d w    B layer 1    FREE d w'    COLLECTIVE d v    COLLECTIVE d u    FREE d v'    FREE d u'
     """
-    last_pass = max((number for number, action in enumerate(row) if action.computes), default=-1)
+    last_pass = next((number for number in reversed(range(len(row))) if row[number].kind in COMPUTE), -1)
     found: list[Action] = []
     under_way: dict[str, None] = {}
+    brings: dict[str, str] = {}  # the collective under way that brings a value
 
-    def finish(names: Iterable[str]) -> None:
-        for name in names:
-            found.extend(frees[name])
-            del under_way[name]
+    def finish(name: str) -> None:
+        found.extend(frees[name])
+        del under_way[name]
+        for key in jobs[name].writes.get(rank, ()):
+            del brings[key]
 
     for number, action in enumerate(row):
-        if action.kind != "FREE" and under_way:
-            read = jobs[action.name].reads.get(rank, ())
-            finish([name for name in under_way if not set(read).isdisjoint(jobs[name].writes.get(rank, ()))])
+        name, kind = action.name, action.kind
+        if brings and kind != "FREE":
+            for key in jobs[name].reads.get(rank, ()):
+                if key in brings:
+                    finish(brings[key])
         found.append(action)
-        if action.computes or (action.kind == "COLLECTIVE" and number > last_pass):
-            finish(list(under_way))
-        if action.name in frees and action.kind != "FREE":
-            under_way[action.name] = None
-    finish(list(under_way))
+        if under_way and (kind in COMPUTE or (kind == "COLLECTIVE" and number > last_pass)):
+            for one in list(under_way):
+                finish(one)
+        if kind == "COLLECTIVE" and name in frees:
+            under_way[name] = None
+            brings.update(dict.fromkeys(jobs[name].writes.get(rank, ()), name))
+    for one in list(under_way):
+        finish(one)
     return found
