@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import report
 import torch
+from plan_models import LLAMA_3_8B, Shape, decoder_config
 
 from torch_vtensor.compile import backend, capture
 from torch_vtensor.compile.backend import Compilation
@@ -39,20 +40,7 @@ from torch_vtensor.compile.topology import Topology
 
 Made = TypeVar("Made")
 
-_LLAMA_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
-_SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 40,
-}
+_SMALL = Shape(40, 32, 48, 4, 4)
 _AXES: Mapping[int, tuple[int, int, int]] = {  # pp, dp, tp, by the number of ranks
     8: (2, 2, 2),
     16: (4, 2, 2),
@@ -129,11 +117,11 @@ def calls(captured: Captured) -> Iterator[tuple[object, ...]]:
         yield operator.target, operator.args, operator.kwargs, operator.module, reads, kinds
 
 
-def capture_model(num_layers: int, shape: Mapping[str, int], *, batch: int, sequence: int, cuts: bool) -> CapturedCall:
+def capture_model(num_layers: int, shape: Shape, *, batch: int, sequence: int, cuts: bool) -> CapturedCall:
     """A Llama with its loss, captured on the device meta."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.for_model("llama", num_hidden_layers=num_layers, **shape)
+    config = decoder_config("llama", num_layers, shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     tokens = torch.zeros(batch, sequence, dtype=torch.long, device="meta")
@@ -159,7 +147,7 @@ def measure(num_layers: int, num_ranks: int) -> dict[str, Any]:
 
     began = time.perf_counter()
     batch, topology = dp * _NUM_MICROBATCHES, Topology()
-    call = timed("capture", lambda: capture_model(num_layers, _LLAMA_8B, batch=batch, sequence=4096, cuts=True))
+    call = timed("capture", lambda: capture_model(num_layers, LLAMA_3_8B, batch=batch, sequence=4096, cuts=True))
     with backend.no_garbage():
         plan = timed("record", lambda: record(function, call.captured.graph, mesh))
         flow = timed("dataflow", lambda: find_dataflow(plan, topology, trains=True))

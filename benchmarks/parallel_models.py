@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from plan_models import built
+from plan_models import LLAMA_3_8B, built, decoder_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,28 +78,12 @@ class Llama(nn.Module):
         return x if self.head is None or self.norm is None else self.head(self.norm(x))
 
 
-def llama_config(layers: int, *, tiny: bool) -> Any:
-    """Llama-3-8B's, of so many layers."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=512 if tiny else 128_256,
-        hidden_size=32 if tiny else 4096,
-        intermediate_size=64 if tiny else 14_336,
-        num_hidden_layers=layers,
-        num_attention_heads=4 if tiny else 32,
-        num_key_value_heads=2 if tiny else 8,
-        use_cache=False,
-    )
-    config._attn_implementation = "sdpa"
-    return config
-
-
 def llama(batch: int, layers: int, device: torch.device, *, tiny: bool = False) -> Subject:
     """Llama-3-8B's shape, sequences of 4,096 tokens."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    config = llama_config(layers, tiny=tiny)
+    config = decoder_config("llama", layers, LLAMA_3_8B, tiny=tiny)
+    config._attn_implementation = "sdpa"
     model = built(lambda: Llama(config), device)
     tokens, labels = torch.randint(config.vocab_size, (2, batch, 16 if tiny else 4096), device=device)
     return Subject(model, model, cross_entropy, (tokens, labels), tokens.numel(), (LlamaDecoderLayer,))

@@ -6,11 +6,45 @@ Legend: B batch, S sequences, R residues, M and Z features of the two representa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class Shape(NamedTuple):
+    """Sizes of a decoder with gated perceptrons: vocabulary, features, hidden features, heads, heads of keys."""
+
+    vocabulary: int
+    width: int
+    hidden: int
+    heads: int
+    kv_heads: int
+
+
+QWEN3_1_7B = Shape(151_936, 2048, 6144, 16, 8)
+LLAMA_3_8B = Shape(128_256, 4096, 14_336, 32, 8)
+TINY = Shape(512, 32, 64, 4, 2)
+
+
+def decoder_config(kind: str, layers: int, shape: Shape, *, tiny: bool = False, **more: Any) -> Any:
+    """transformers' configuration of a decoder of some layers, without a cache; of a tiny one to see that it runs."""
+    from transformers import AutoConfig
+
+    sizes = TINY if tiny else shape
+    return AutoConfig.for_model(
+        kind,
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.width,
+        intermediate_size=sizes.hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.width // sizes.heads,
+        use_cache=False,
+        **more,
+    )
 
 
 class Subject(NamedTuple):
@@ -28,21 +62,11 @@ class Subject(NamedTuple):
 
 def qwen3(batch: int, layers: int, device: torch.device, *, tiny: bool = False) -> Subject:
     """Qwen3-1.7B's shape (28 layers), sequences of 2,048 tokens, transformers' own loss."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
     from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
     length = 16 if tiny else 2048
-    config = Qwen3Config(
-        vocab_size=512 if tiny else 151_936,
-        hidden_size=32 if tiny else 2048,
-        intermediate_size=64 if tiny else 6144,
-        num_hidden_layers=layers,
-        num_attention_heads=4 if tiny else 16,
-        num_key_value_heads=2 if tiny else 8,
-        head_dim=8 if tiny else 128,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
+    config = decoder_config("qwen3", layers, QWEN3_1_7B, tiny=tiny, tie_word_embeddings=True)
     model = built(lambda: Qwen3ForCausalLM(config), device)
     tokens = torch.randint(config.vocab_size, (batch, length), device=device)
     return Subject(model, lambda x: model(input_ids=x, labels=x).loss, (tokens,), tokens.numel(), Qwen3DecoderLayer)

@@ -115,15 +115,20 @@ def peaks_of_passes(
 ) -> Iterator[tuple[str, int, int]]:
     fakes = _torch_compat.without_memory([(*one, False) for one in inputs], torch.device("cpu"))
     passes = find_passes(graph, fakes, wants, segment.parts, {}, recomputes=segment.recomputes, generates=True)
+    own: set[str] = set()
     for kind, one in (("F", passes.forward), *passes.backward.items()):
         codes: list[Generated] = []
         examples = {node.name: node.meta["val"] for node in one.graph.graph.find_nodes(op="placeholder")}
+        late = passes.saved["dW"] if kind == "dI" else ()
+        donated = [number for number, name in enumerate(one.reads) if name in own and name not in late]
         with generated(codes):
-            _torch_compat.generate_with_inductor(one.graph, list(examples.values()), {})
-        (held,) = [code.run() for code in codes]
+            _torch_compat.generate_with_inductor(one.graph, list(examples.values()), {}, donated)
+        (held,) = [code.run([f"donated_{one.reads[number]}" for number in donated]) for code in codes]
         if kind == "F":
             assert not set(held.of_inputs).intersection(one.makes), "what is saved holds on to what is read anew"
+            own = set(held.own).intersection(one.makes)
         there = sum(examples[name].nbytes for name in passes.kept if kind == "dI" and name in examples)
+        there += sum(examples[one.reads[number]].nbytes for number in donated)
         yield f"{kind} {segment}", made.workspace_bytes[kind] + there + held.end, held.most
 
 
@@ -133,6 +138,7 @@ def peaks_of_passes(
         (language_model, torch.bfloat16, "recompute+layerwise", 1),
         (language_model, torch.float32, "zb/2", 2),
         (perceptrons, torch.float32, "zero3/2", 2),
+        (language_model, torch.bfloat16, "zero3", 2),
         (perceptrons, torch.float32, "single", 1),
     ],
 )
@@ -153,5 +159,7 @@ def test_predicted_is_what_generated_code_has(
     compile_plan(captured, function, mesh, trains=True, measure=measure)
     checked = [pair for segment, made in found.values() for pair in peaks(segment, made)]
     for name, predicted, measured in checked:
-        # What one kernel makes is there at once, and predicted as if one operator ran after the other.
-        assert predicted == pytest.approx(measured, rel=0.2, abs=1024), name
+        # What one kernel makes is there at once, and predicted as if one operator ran after the other; where a product
+        # frees what it reads, inductor may run it before others.
+        assert measured <= 1.2 * predicted + 1024, name
+        assert predicted <= 1.3 * measured + 1024, name

@@ -96,6 +96,31 @@ def test_a_loss_may_be_scaled_and_added_up_over_calls(compiled: Any) -> None:
     torch.testing.assert_close(gradients, [parameter.grad for parameter in model.parameters()])
 
 
+def test_a_scaler_recovers_from_an_overflow_with_one_step_more(compiled: Any) -> None:
+    """Steps are computed at the scale of the one before, the first at 1."""
+
+    def scales(compiles: bool) -> list[float]:
+        weight = torch.ones(4, requires_grad=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17, growth_interval=100)
+        optimizer = torch.optim.SGD([weight], 1.0)
+
+        def loss_of(x: torch.Tensor) -> torch.Tensor:
+            return (x * weight.half()).float().sum()
+
+        step = compiled(loss_of, plan=single_device) if compiles else loss_of
+        found = []
+        for _ in range(6):
+            scaler.scale(step(torch.ones(4).half())).backward()  # at 2**16 and more, a gradient is infinite in float16
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            found.append(scaler.get_scale())
+        return found
+
+    assert scales(compiles=False) == [2.0**16, *[2.0**15] * 5]
+    assert scales(compiles=True) == [2.0**17, 2.0**16, 2.0**15, *[2.0**14] * 3]
+
+
 @pytest.mark.parametrize("of", [lambda out: out.sum(), lambda out: out], ids=["whole step", "partitions"])
 def test_a_second_backward_is_refused(of: Any, compiled: Any) -> None:
     model = mlp()

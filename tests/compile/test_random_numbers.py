@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from virtual import capture_call, run_plan
 
-from torch_vtensor.compile import Graph, Mesh, Tasks, op_assign, op_trans
+from torch_vtensor.compile import Graph, Mesh, Tasks, op_assign, op_trans, segment
 from torch_vtensor.compile.backend import Compilation
 from torch_vtensor.compile.plans import named
 
@@ -149,3 +149,22 @@ def test_what_lies_between_other_draws_on_other_ranks_is_drawn_in_a_segment_of_i
     (first, second, _), (same, *_) = (returned(compilation, values, rank) for rank in (0, 1))
     assert torch.equal(first, same)
     assert not torch.equal(second[:2], second[2:])
+
+
+def test_what_is_drawn_alone_has_others_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = model_and_batch()
+    call = capture_call(lambda x: model(x)[0], x)
+    looked_at: list[int] = []
+    drawn = [operator for operator in call.captured.graph.operators if "dropout" in str(operator.target)]
+
+    def one_more(segments: Any, random: Any) -> frozenset[Any]:
+        """As if each cut that is made had another operator drawn between something else."""
+        looked_at.append(len(segments))
+        return frozenset(drawn[: len(looked_at)][:3])
+
+    monkeypatch.setattr(segment, "find_unlike", one_more)
+    compilation, _ = run_plan(call, everywhere, Mesh((0, 1)))
+    assert len(looked_at) == 4
+    assert sorted(looked_at) == looked_at
+    draws = [[task.operator for task in one.tasks if task.operator in drawn] for one in compilation.program.segments]
+    assert all([operator] in draws for operator in drawn[:3])

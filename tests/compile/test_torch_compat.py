@@ -1,15 +1,18 @@
 """Fails, by name, when a private torch API that the compiler half uses moves or changes."""
 
+import copy
 import importlib
 import inspect
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from virtual import capture_call
 
 from torch_vtensor.compile import Uncut
-from torch_vtensor.compile._torch_compat import has_hooks, is_elementwise
+from torch_vtensor.compile._torch_compat import generate_with_inductor, has_hooks, is_elementwise
 
 REMEDY = f"moved in torch {torch.__version__}: adapt torch_vtensor/compile/_torch_compat.py"
 
@@ -33,6 +36,7 @@ CALLABLES = [
     ("torch._inductor.cudagraph_trees", "reset_cudagraph_trees", []),
     ("torch.utils._pytree", "tree_leaves", ["tree"]),
     ("torch._ops", "OperatorBase", []),
+    ("torch.distributed.distributed_c10d", "_coalescing_manager", ["group", "async_ops"]),
     ("torch._C", "_swap_tensor_impl", []),
     ("torch._C", "_disabled_torch_function_impl", []),
     ("torch._C", "_get_dispatch_mode", []),
@@ -91,3 +95,25 @@ def test_operators_are_tagged_as_elementwise(name: str, expected: bool) -> None:
     packet, _, overload = name.partition(".")
     operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
     assert is_elementwise(operator) == expected, f"the tags of {operator} {REMEDY}"
+
+
+@pytest.mark.slow
+def test_inductor_writes_over_what_is_donated_and_nothing_else() -> None:
+    def function(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.ops.aten.mul.Tensor(x, 2), torch.ops.aten.add.Tensor(y, 1)]
+
+    with FakeTensorMode():
+        like = [torch.empty(64, 64) for _ in range(2)]
+        graph = make_fx(function)(*like)
+    for donated in ([], [0]):
+        x, y = torch.ones(64, 64), torch.ones(64, 64)
+        places = x.data_ptr(), y.data_ptr()
+        code = generate_with_inductor(copy.deepcopy(graph), [x, y], {}, donated)
+        given = [x, y]
+        doubled, more = code(given)
+        assert not given, "the caller keeps nothing"
+        assert (doubled.data_ptr() == places[0]) == bool(donated)
+        assert more.data_ptr() not in places
+        assert (doubled == 2).all()
+        assert (more == 2).all()
+        assert (y == 1).all()

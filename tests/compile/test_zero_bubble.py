@@ -100,16 +100,19 @@ def test_dW_keeps_what_products_read_and_the_gradients_of_what_they_make() -> No
     code, inputs = CodeGenerator("eager", {})(segment), arguments_of(segment)
     _, (for_inputs, for_weights) = code.forward(inputs)
     tangents = [torch.ones(view.mask.shape, dtype=view.tensor.dtype) for view in segment.departures]
-    _, kept = code.backward("dI", [for_inputs, for_weights], [None] * len(inputs), tangents)
     rows = 2
 
     def shapes(saved: Any) -> list[tuple[int, ...]]:
         return sorted(tuple(tensor.shape) for tensor in saved[0].values())
 
-    assert shapes(for_weights) == [(rows, 6), (rows, 20)]  # x of both products
-    assert shapes(kept) == [(rows, 6), (rows, 20)]  # dy of both
     # Weights, and what square reads; tanh's result is among what dW reads.
     assert shapes(for_inputs) == [(rows, 6), (6, 20), (20, 6)]
+    _, kept = code.backward("dI", [for_inputs, for_weights], [None] * len(inputs), tangents)
+    assert shapes(for_inputs) == [(6, 20), (20, 6)]  # weights are others' too
+    assert shapes(for_weights) == [(rows, 6), (rows, 20)]  # x of both products
+    assert shapes(kept) == [(rows, 6), (rows, 20)]  # dy of both
+    code.backward("dW", [for_weights, kept], [], [])
+    assert (rows, 20) not in shapes(for_weights)
 
 
 # ------------------------------------------------------------------------------------------------------------ time

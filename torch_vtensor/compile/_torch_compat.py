@@ -7,6 +7,7 @@ graph at two places, the partitioner (training) and `inner_compile` (every graph
 | what we use | for |
 | --- | --- |
 | `_inductor.compile_fx`: `compile_fx`, `compile_fx_inner`, `partition_fn`, `_recursive_joint_graph_passes` | driving |
+| `_guards.TracingContext.fw_metadata`, whose `bw_donated_idxs` inductor reads | backward passes that write in place |
 | `_inductor.virtualized.V.set_fake_mode` | cutting joint graphs that draw random numbers |
 | `_inductor.config`: `custom_partitioner_fn`, `use_joint_graph_passes`; `CustomPartitionerFn` | the joint graph |
 | `_functorch.config`: `enable_autograd_cache`, `enable_remote_autograd_cache` | running the phases every time |
@@ -20,6 +21,7 @@ graph at two places, the partitioner (training) and `inner_compile` (every graph
 | `__create_write_items__`, `__create_chunk_list__`, `__get_tensor_shard__` for DCP | checkpoints in parts |
 | `_amp_foreach_non_finite_check_and_unscale_` | `torch.amp.GradScaler` on parts |
 | `_C._swap_tensor_impl`, `_is_param`, `_backward_hooks`, `_post_accumulate_grad_hooks` | parameters sharded in place |
+| `distributed.distributed_c10d._coalescing_manager` | collectives of several tensors in one call |
 | `_C._get_dispatch_mode`, `_schema`, `Tag.pointwise` | telling operators apart |
 
 Run on torch 2.13.0 and 2.15.0. tests/compile/test_torch_compat.py fails by name when one of these moves.
@@ -30,7 +32,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, Protocol, Self, cast
 
 import torch
@@ -354,17 +357,32 @@ def partition(joint: GraphModule, num_outputs: int, settings: Mapping[str, Any])
 
 
 def generate_with_inductor(
-    graph: GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any]
-) -> Callable[..., Sequence[Any]]:
-    """Code for a graph of functional operators without gradients, for inputs of these sizes and strides."""
+    graph: GraphModule, inputs: Sequence[torch.Tensor], settings: Mapping[str, Any], donated: Collection[int] = ()
+) -> BoxedCallable:
+    """Code for a graph of functional operators without gradients, for inputs of these sizes and strides.
+
+    It may write over ``donated`` inputs, which nobody else has or may read any more.
+    """
+    from torch._guards import TracingContext, tracing
     from torch._inductor import compile_fx, config
     from torch._subclasses import FakeTensor, FakeTensorMode
 
     values = [node.meta["val"] for node in graph.graph.nodes if isinstance(node.meta.get("val"), FakeTensor)]
     mode = values[0].fake_mode if values else FakeTensorMode()
-    with config.patch(dict(settings)):
-        compiled = compile_fx.compile_fx_inner(graph, [mode.from_tensor(value, static_shapes=True) for value in inputs])
-    return lambda *arguments: compiled(list(arguments))
+    fakes = [mode.from_tensor(value, static_shapes=True) for value in inputs]
+    if not donated:
+        with config.patch(dict(settings)):
+            return cast(BoxedCallable, compile_fx.compile_fx_inner(graph, fakes))
+    # Inductor's cache tells graphs apart by their code, and not by what may be written over.
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    for index in donated:
+        placeholders[index].name = placeholders[index].target = f"donated_{placeholders[index].name}"
+    graph.recompile()
+    # Inductor asks AOTAutograd's notes, of backward graphs.
+    context = TracingContext(mode)
+    context.fw_metadata = SimpleNamespace(bw_donated_idxs=list(donated), static_input_indices=[])  # type: ignore[assignment]
+    with config.patch(dict(settings)), tracing(context):
+        return cast(BoxedCallable, compile_fx.compile_fx_inner(graph, fakes, is_backward=True))
 
 
 def without_memory(inputs: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
@@ -542,3 +560,18 @@ def call_on_fakes(operator: Any, args: Any, kwargs: Any) -> Any:
 def _fake_like(mode: Any, wrapper: WrapperTensor) -> torch.Tensor:
     with mode:
         return torch.empty(wrapper.shape, dtype=wrapper.dtype, device=wrapper.device)
+
+
+def begin_together(begin: Sequence[Callable[[], Any]], group: Any) -> list[Any]:
+    """Begin collectives of one kind in a process group, with one call of its backend; what to wait for.
+
+    These are all-reduces, or all-gathers or reduce-scatters to one tensor, and asynchronous.
+    """
+    from torch.distributed.distributed_c10d import _coalescing_manager
+
+    if len(begin) == 1:
+        return [begin[0]()]
+    with _coalescing_manager(group, async_ops=True) as together:
+        for one in begin:
+            one()
+    return list(together.works)

@@ -89,7 +89,8 @@ def superscaler(
         )
     plan, mesh = resolve(asked.plan or "single", asked.mesh, worlds.num_ranks())
     names = name_inputs(gm, example_inputs)
-    captured = capture(gm, example_inputs, names, cuts_classes=cuts_classes(plan))
+    with no_garbage():
+        captured = capture(gm, example_inputs, names, cuts_classes=cuts_classes(plan))
     examples = _torch_compat.leaves(list(example_inputs))
     kept = find_kept(captured.arguments, examples)
     if asked.memory_budget is None:

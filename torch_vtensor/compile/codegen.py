@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,9 +81,12 @@ class Recorded(Code):
 
 
 class _Saved(NamedTuple):
-    """What one pass leaves for another: values by name, and the random numbers' state before those that are redrawn."""
+    """What one pass leaves for another: values by name, and the random numbers' state before those that are redrawn.
 
-    values: Mapping[str, Tensor]
+    The pass that uses values of no one else takes them out, so that their memory is its own.
+    """
+
+    values: dict[str, Tensor]
     random: tuple[Tensor, Tensor | None] | None
     device: torch.device
 
@@ -106,7 +110,9 @@ class InPasses(Code):
         random = _torch_compat.random_state(inputs) if self._is_random else None
         made = self._joint.run(passes.forward, values)
         names = passes.forward.makes[passes.num_outputs :]
-        values.update((name, value) for name, value in zip(names, made[passes.num_outputs :], strict=True) if name)
+        own = {name: value for name, value in zip(names, made[passes.num_outputs :], strict=True) if name}
+        self._joint.note_own(own, [*inputs, *made[: passes.num_outputs]])
+        values.update(own)
         *first, last = ([name for name in passes.saved[part] if name not in self._again] for part in self._parts)
         # What both passes read stays for the second.
         saved = [[name for name in names if name not in last] for names in first] + [last]
@@ -128,6 +134,10 @@ class InPasses(Code):
         values: dict[str, Tensor] = {}
         for some in saved:
             values.update(some.values)
+        # Those for the first pass alone, those that the last has left, and nothing of what one leaves for the other.
+        own = self._joint.own.intersection(saved[0].values if part == "dI" else passes.saved[part])
+        for name in own:
+            del saved[0].values[name]
         device = saved[0].device
         values.update((f"primals_{index}", value) for index, value in enumerate(inputs) if value is not None)
         for index, tangent in enumerate(tangents):
@@ -137,7 +147,7 @@ class InPasses(Code):
                 values[f"tangents_{index}"] = given
         one, positions = passes.backward[part], self._parts[part]
         with _torch_compat.from_random_state(saved[0].random):
-            made = self._joint.run(one, values)
+            made = self._joint.run(one, values, own)
         gradients: list[Tensor | None] = [None] * len(self._shapes)
         for position, gradient in zip(positions, made, strict=False):
             shape, dtype = self._shapes[position]
@@ -205,7 +215,8 @@ class _Joint:
         self._wants = [arrival.group is not None for arrival in segment.arrivals]
         self._parts, self._recomputes = segment.parts, segment.recomputes
         self._made: JointPasses | None = None
-        self._compiled: dict[Pass, Callable[..., Sequence[Any]]] = {}
+        self._own: frozenset[str] | None = None
+        self._compiled: dict[Pass, _torch_compat.BoxedCallable] = {}
 
     @property
     def made(self) -> JointPasses:
@@ -227,16 +238,40 @@ class _Joint:
             )
         return self._made
 
-    def run(self, one: Pass, values: Mapping[str, Tensor]) -> Sequence[Any]:
-        """Run a pass over values by name."""
+    def note_own(self, saved: Mapping[str, Tensor], others: Sequence[Tensor]) -> None:
+        """Find out, once, which saved values have memory that nothing else has: what backward may write over."""
+        if self._own is None:
+            storages = {name: value.untyped_storage() for name, value in saved.items()}
+            uses = Counter(one.data_ptr() for one in (*storages.values(), *(t.untyped_storage() for t in others)))
+            # What is expanded has fewer bytes than elements to write.
+            self._own = frozenset(
+                name
+                for name, storage in storages.items()
+                if uses[storage.data_ptr()] == 1 and saved[name].nbytes <= storage.nbytes()
+            )
+
+    @property
+    def own(self) -> frozenset[str]:
+        """Those values."""
+        assert self._own is not None, "backward before any forward"
+        return self._own
+
+    def run(self, one: Pass, values: dict[str, Tensor], own: Collection[str] = ()) -> Sequence[Any]:
+        """Run a pass over values by name; ``own`` are its own to free and to write over, and are taken out."""
         # The graph is for one layout of what comes from elsewhere; what passes hand on has the layout they made.
-        inputs = [values[name].contiguous() if _is_from_outside(name) else values[name] for name in one.reads]
-        if not self._generates:
-            made: Sequence[Any] = one.graph(*inputs)
-            return made
+        inputs = [
+            values.pop(name) if name in own else values[name].contiguous() if _is_from_outside(name) else values[name]
+            for name in one.reads
+        ]
         if one not in self._compiled:
-            self._compiled[one] = _torch_compat.generate_with_inductor(one.graph, inputs, self._settings)
-        return self._compiled[one](*inputs)
+            donated = [index for index, name in enumerate(one.reads) if name in own]
+            self._compiled[one] = (
+                _torch_compat.generate_with_inductor(one.graph, inputs, self._settings, donated)
+                if self._generates
+                else _torch_compat.boxed(one.graph)
+            )
+        made: Sequence[Any] = self._compiled[one](inputs)
+        return made
 
 
 def _is_from_outside(name: str) -> bool:

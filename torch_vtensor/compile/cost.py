@@ -14,12 +14,16 @@ _LEAST_SECONDS = 2e-6
 
 
 def task_work(task: Task) -> int:
-    """Points of the space that a task runs over: the multiplications of a matrix product."""
+    """Multiplications of matrix products, and what else computes counted by the elements of its largest tensor."""
     rule = find_rule(task.operator)
     known = task.piece.found
     if ("work", rule) not in known:
         cuts = task.cuts
-        known["work", rule] = math.prod(cuts[name].size if name in cuts else size for name, size in rule.sizes.items())
+        sizes = {name: cuts[name].size if name in cuts else size for name, size in rule.sizes.items()}
+        views = (*task.inputs, *(view for view in task.outputs if view is not None))
+        known["work", rule] = sum(math.prod(sizes[name] for name in names) for names in rule.multiplies) or max(
+            (view.mask.num_elements for view in views), default=0
+        )
     work: int = known["work", rule]
     return work
 

@@ -44,6 +44,12 @@ class Dataflow:
     storage: Mapping[LogicalTensor, Mapping[int, Mask]]
     active: frozenset[LogicalTensor]
 
+    @property
+    def is_whole_step(self) -> bool:
+        """Whether the function returns one number that gradients flow through, so that a call can do the whole step."""
+        flowing = {tensor for tensor in self.plan.graph.outputs if tensor in self.active}
+        return len(flowing) == 1 and all(tensor.shape == () for tensor in flowing)
+
 
 def find_dataflow(
     plan: Plan, topology: Topology, *, trains: bool, kept: Mapping[LogicalTensor, Mapping[int, Mask]] = NOTHING_KEPT

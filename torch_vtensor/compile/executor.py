@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from torch_vtensor.compile.buckets import Bucket
 from torch_vtensor.compile.communication import Assemble, Buffer, Collective, Transfer
-from torch_vtensor.compile.program import Add, Backward, Forward, Move, Program
+from torch_vtensor.compile.program import Add, Backward, Forward, Move, Program, moves_of
 from torch_vtensor.compile.random_numbers import begin_stream
 from torch_vtensor.compile.schedules.action import Schedule
 from torch_vtensor.compile.schedules.job import JobKind
@@ -20,17 +21,29 @@ from torch_vtensor.compile.segment import Segment
 class Pending(Protocol):
     """Communication under way."""
 
+    def is_done(self) -> bool:
+        """Whether waiting would take no time."""
+
     def wait(self) -> Sequence[Tensor]:
-        """What the rank gets, in the order of the step's buffers."""
+        """What the rank gets, in the order of the steps' buffers; to be called once."""
 
 
 class Transport(Protocol):
     """Moves tensors between ranks."""
 
     def collective(
-        self, name: str, step: Collective, rank: int, inputs: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+        self,
+        name: str,
+        steps: Sequence[Collective],
+        rank: int,
+        inputs: Sequence[Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Pending:
-        """Begin a rank's part of a collective; the inputs may not be changed until that is waited for."""
+        """Begin a rank's part of collectives of one kind among the same ranks, as one.
+
+        The inputs may not be changed until that is waited for.
+        """
 
     def send(self, name: str, step: Transfer, tensor: Tensor) -> Pending:
         """Begin to send; the tensor may not be changed until that is waited for."""
@@ -86,13 +99,21 @@ class Executor:
         Yields what it is about to wait for: whoever runs several ranks in one process lets the others go on until that
         is there.
         """
-        sent: list[Pending] = []
+        sent: deque[_Arriving] = deque()
+        given: dict[str, _Arriving] = {}  # what collectives read, and the collectives
         for action in self._actions:
             if action.kind == "FREE":
+                # Memory may not be used for anything else while communication reads it, or writes it.
+                for arriving in (given.pop(action.name, None), values[action.name]):
+                    if isinstance(arriving, _Arriving) and arriving.pending is not None:
+                        yield arriving.pending
+                        arriving.settle(values)
+                arriving = None
                 del values[action.name]
                 continue
             work = self._work[action.name]
-            for key in self._jobs[action.name].reads.get(self._rank, ()):
+            reads = self._jobs[action.name].reads.get(self._rank, ())
+            for key in reads:
                 if isinstance(values[key], _Arriving):
                     yield values[key].pending
                     values[key].settle(values)
@@ -105,19 +126,21 @@ class Executor:
                 self._run_backward(work, values)
             elif isinstance(work, Add):
                 self._run_add(work, values)
-            elif isinstance(work, Bucket):
-                self._communicate_bucket(action.name, work, values, device)
+            elif isinstance(work, Bucket) or isinstance(work.step, Collective):
+                given.update(dict.fromkeys(reads, self._communicate(action.name, moves_of(work), values, device)))
             elif isinstance(work.step, Assemble):
                 values[work.keys[work.step.output]] = assemble(work.step, work.keys, values, work.tensor.dtype, device)
+            elif work.step.source.rank == self._rank:
+                # What is on its way keeps its memory: that of earlier messages goes once these have arrived.
+                while sent and sent[0].is_done():
+                    sent.popleft().settle(values)
+                sent.append(self._send(action.name, work, work.step, values))
             else:
-                self._communicate(action.name, work, values, sent, device)
-        for pending in sent:
-            yield pending
-            pending.wait()
-        for value in list(values.values()):
-            if isinstance(value, _Arriving):
-                yield value.pending
-                value.settle(values)
+                self._receive(action.name, work, work.step, values, device)
+        for arriving in (*sent, *given.values(), *list(values.values())):
+            if isinstance(arriving, _Arriving) and arriving.pending is not None:
+                yield arriving.pending
+                arriving.settle(values)
 
     def _run_forward(self, work: Forward, values: dict[str, Any]) -> None:
         outputs, saved = self._code[work.segment].forward([values[key] for key in work.inputs])
@@ -142,52 +165,49 @@ class Executor:
             total = total.add_(addend) if work.in_place else total + addend
         values[work.output] = total
 
-    def _communicate_bucket(self, name: str, work: Bucket, values: dict[str, Any], device: torch.device) -> None:
-        given = work.put_together([values[key] for key in work.keys(self._rank, written=False)])
-        pending = self._transport.collective(name, work.step, self._rank, [given], work.tensor.dtype, device)
-        keys = work.keys(self._rank, written=True)
-        for key in keys:
-            values[key] = _Arriving(pending, keys, lambda made: work.take_apart(made[0], self._rank))
+    def _communicate(self, name: str, moves: Sequence[Move], values: dict[str, Any], device: torch.device) -> _Arriving:
+        steps = [move.step for move in moves if isinstance(move.step, Collective)]
+        inputs = [move.keys[buffer] for move in moves for buffer in move.step.reads(self._rank)]
+        keys = [move.keys[buffer] for move in moves for buffer in move.step.writes(self._rank)]
+        given = [values[key] for key in inputs]
+        pending = self._transport.collective(name, steps, self._rank, given, moves[0].tensor.dtype, device)
+        return _Arriving.put(values, pending, keys)
 
-    def _communicate(
-        self, name: str, work: Move, values: dict[str, Any], sent: list[Pending], device: torch.device
-    ) -> None:
-        step = work.step
-        if isinstance(step, Collective):
-            inputs = [values[work.keys[buffer]] for buffer in step.reads(self._rank)]
-            pending = self._transport.collective(name, step, self._rank, inputs, work.tensor.dtype, device)
-        elif isinstance(step, Transfer) and step.source.rank == self._rank:
-            source = values[work.keys[step.source]]
-            part = source[step.destination.mask.within(step.source.mask)]
-            sent.append(self._transport.send(name, step, part))
-            return
-        else:
-            assert isinstance(step, Transfer)
-            pending = self._transport.receive(name, step, work.tensor.dtype, device)
-        keys = [work.keys[buffer] for buffer in step.writes(self._rank)]
-        if not keys:
-            sent.append(pending)
-        for key in keys:
-            values[key] = _Arriving(pending, keys)
+    def _send(self, name: str, work: Move, step: Transfer, values: dict[str, Any]) -> _Arriving:
+        source = values[work.keys[step.source]]
+        part = source[step.destination.mask.within(step.source.mask)]
+        return _Arriving(self._transport.send(name, step, part), ())
+
+    def _receive(self, name: str, work: Move, step: Transfer, values: dict[str, Any], device: torch.device) -> None:
+        pending = self._transport.receive(name, step, work.tensor.dtype, device)
+        _Arriving.put(values, pending, [work.keys[step.destination]])
 
 
 class _Arriving:
-    """Stands for a value that communication will bring."""
+    """Stands for values that communication will bring; ``pending`` is None once it has."""
 
-    def __init__(
-        self,
-        pending: Pending,
-        keys: Sequence[str],
-        take_apart: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda made: made,
-    ) -> None:
-        self.pending = pending
+    def __init__(self, pending: Pending, keys: Sequence[str]) -> None:
+        self.pending: Pending | None = pending
         self._keys = keys
-        self._take_apart = take_apart
+
+    @classmethod
+    def put(cls, values: dict[str, Any], pending: Pending, keys: Sequence[str]) -> _Arriving:
+        """Have it stand for these keys."""
+        made = cls(pending, keys)
+        values.update(dict.fromkeys(keys, made))
+        return made
+
+    def is_done(self) -> bool:
+        """Whether it can be settled without waiting."""
+        return self.pending is None or self.pending.is_done()
 
     def settle(self, values: dict[str, Any]) -> None:
-        for key, tensor in zip(self._keys, self._take_apart(self.pending.wait()), strict=True):
-            if isinstance(values.get(key), _Arriving):  # not what nobody reads and has been freed
+        """Wait for what is there now, and put it into its place."""
+        assert self.pending is not None
+        for key, tensor in zip(self._keys, self.pending.wait(), strict=True):
+            if values.get(key) is self:  # not what nobody reads and has been freed
                 values[key] = tensor
+        self.pending = None
 
 
 def assemble(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from torch_vtensor.compile import _torch_compat
-from torch_vtensor.compile.backend import Compilation, compile_plan, fit
+from torch_vtensor.compile.backend import Compilation, compile_plan, fit, no_garbage
 from torch_vtensor.compile.budget import Choice
 from torch_vtensor.compile.capture import Captured, capture
 from torch_vtensor.compile.footprint import Tracer
@@ -87,7 +87,7 @@ class Explanation:
             yield "  none"
         if buckets := self.compilation.program.buckets:
             count = sum(len(bucket.moves) for bucket in buckets)
-            yield f"  {count} collectives of gradients, with all ranks, move in {len(buckets)} buckets"
+            yield f"  {count} collectives of parameters and gradients, with all ranks, move in {len(buckets)} buckets"
         yield "\nmemory at its peak, predicted:"
         yield from self._memory_lines()
         bubble = self.timelines[0].bubble_fraction
@@ -167,7 +167,8 @@ def capture_call(
     function = _torch_compat.original_of(function)
     torch.compiler.reset()
     try:
-        torch.compile(function, backend=backend, dynamic=False)(*arguments, **keywords)
+        with no_garbage():
+            torch.compile(function, backend=backend, dynamic=False)(*arguments, **keywords)
     finally:
         torch.compiler.reset()
     if len(found) != 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from torch_vtensor.compile.communication import Placed
 from torch_vtensor.compile.emit import emit
 from torch_vtensor.compile.joint import JointPasses, find_passes, is_primal
 from torch_vtensor.compile.schedules.job import JobKind
-from torch_vtensor.compile.segment import Segment
+from torch_vtensor.compile.segment import Arrival, Segment
 
 _FUSED = frozenset(
     [
@@ -78,14 +79,17 @@ def estimate(segment: Segment) -> Footprint:
         part: tuple(
             number
             for number, (arrival, readers) in enumerate(segment.arrivals.items())
-            if not arrival.exchange.anew
-            and (segment.recomputes or arrival.exchange.communication.need[Placed(segment.rank, arrival.mask)].tag)
+            if (number in segment.holds if arrival.exchange.anew else _comes_from_elsewhere(segment, arrival))
             and pass_costs.is_saved_for(segment, part, number, readers)
         )
         for part in segment.parts
     }
     kept = pass_costs.kept_bytes(segment) if len(segment.parts) > 1 else 0
     return Footprint(pass_costs.saved_bytes(segment), kept, arrivals, {}, {})
+
+
+def _comes_from_elsewhere(segment: Segment, arrival: Arrival) -> bool:
+    return segment.recomputes or arrival.exchange.communication.need[Placed(segment.rank, arrival.mask)].tag > 0
 
 
 class Tracer:
@@ -190,10 +194,13 @@ def _measure_passes(segment: Segment, passes: JointPasses) -> Footprint:
     workspace: dict[JobKind, int] = {"F": ahead.peak(ahead.outputs) - outputs_bytes - sum(saved_bytes.values())}
     kept_bytes = 0
     for part, one in passes.backward.items():
-        # Everything that a pass reads is there to its end.
+        # What a pass reads is there to its end, but for what was saved for it alone and is nothing else's memory.
         behind = _Graph(one.graph)
         written = {behind.base(node) for node in behind.outputs if node is not None} - set(behind.inputs)
-        workspace[part] = behind.peak(behind.outputs) - _bytes_of(written)
+        uses = Counter(owned[part].values())
+        own = {name for name, base in owned[part].items() if uses[base] == 1}
+        freed = [node for name, node in zip(one.reads, behind.inputs, strict=True) if name in own]
+        workspace[part] = behind.peak(behind.outputs, freed) - _bytes_of(freed) - _bytes_of(written)
         if part == "dW":
             kept = [node for name, node in zip(one.reads, behind.inputs, strict=True) if name in passes.kept]
             kept_bytes = _bytes_of(kept)

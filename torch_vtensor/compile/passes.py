@@ -33,18 +33,12 @@ class Passes:
         return "\n\n".join(f"{schedule}\n{report}" for schedule, report in pairs)
 
 
-def is_whole_step(program: Program) -> bool:
-    """Whether the function returns one number that gradients flow through, so that a call can do the whole step."""
-    flowing = [tensor for tensor in program.flow.plan.graph.outputs if tensor in program.flow.active]
-    return len(set(flowing)) == 1 and flowing[0].shape == ()
-
-
 def order_passes(program: Program) -> Passes:
     """Order a program's jobs, and check the schedules.
 
     Raises:  PlanError for an order that cannot be.
     """
-    if not program.seeds or is_whole_step(program):
+    if not program.seeds or program.flow.is_whole_step:
         forward = _order(program, program.jobs, program.values, program.results)
         return Passes(forward, None, (check(forward),))
     late = _depends_on_seeds(program) | program.again

@@ -78,6 +78,11 @@ class Add(NamedTuple):
 Work = Forward | Backward | Move | Add | Bucket
 
 
+def moves_of(work: Work | None) -> tuple[Move, ...]:
+    """The steps of communication that a job takes: several in a bucket, none if it computes."""
+    return work.moves if isinstance(work, Bucket) else (work,) if isinstance(work, Move) else ()
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """All jobs of all ranks and what they do, by name.
@@ -103,14 +108,11 @@ class Program:
     def moves(self) -> Iterator[Move]:
         """Every step of every communication, also of those that move in buckets."""
         for work in self.work.values():
-            if isinstance(work, Move):
-                yield work
-            elif isinstance(work, Bucket):
-                yield from work.moves
+            yield from moves_of(work)
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        """Gradients that move together."""
+        """Parameters and gradients that move together."""
         return tuple(work for work in self.work.values() if isinstance(work, Bucket))
 
     @cached_property
@@ -122,10 +124,10 @@ class Program:
     def sent_bytes(self) -> Mapping[str, Counter[int]]:
         """Bytes that each rank sends in a step, by the kind of communication."""
         sent: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        for work in self.work.values():
-            if isinstance(work, Move | Bucket) and not isinstance(work.step, Assemble):
-                for rank in work.step.ranks:
-                    sent[_kind_of(work.step)][rank] += work.step.bytes_sent(rank, work.tensor.dtype.itemsize)
+        for move in self.moves:
+            if not isinstance(move.step, Assemble):
+                for rank in move.step.ranks:
+                    sent[_kind_of(move.step)][rank] += move.step.bytes_sent(rank, move.tensor.dtype.itemsize)
         return dict(sent)
 
     def __str__(self) -> str:
@@ -180,9 +182,10 @@ class _Builder:
         before_again = len(self._jobs)
         for exchange in self._read_again:
             self._add_exchange(exchange, again=True)
-        again = frozenset(job.name for job in self._jobs[before_again:])
+        gathered_again = {place for job in self._jobs[before_again:] for place in job.written_places()}
         results = [Result(self._label[tensor], rank, key) for (rank, tensor), key in outputs.items()]
         filled, work = fill_buckets(self._jobs, self._work, self._topology)
+        again = frozenset(job.name for job in filled if not gathered_again.isdisjoint(job.written_places()))
         of_gradients, jobs = self._contributions.results(gradients, self._label, filled)
         return Program(
             self._flow,

@@ -118,7 +118,11 @@ class Runtime:
         ]
 
     def remember(self, scale: Tensor) -> None:
-        """Have later steps compute float16 gradients at a scale that backward was asked for, if it is one."""
+        """Have later steps compute float16 gradients at a scale that backward was asked for, if it is one.
+
+        It lags by a step: after an overflow, the next step is still computed at the scale that was too large. Whether a
+        gradient is infinite one rank alone may know, and all have to compute at one scale.
+        """
         if self._keeps_scale:
             before = torch.ones_like(scale) if self.scale is None else self.scale
             self.scale = torch.where(scale.isfinite() & (scale != 0), scale, before)
@@ -138,8 +142,8 @@ class Runtime:
             )
 
     def _run(self, executor: Executor, values: dict[str, Any], given: Given, seed: int | None = None) -> None:
-        for pending in executor.run(values, _device(given), seed):
-            pending.wait()
+        for _ in executor.run(values, _device(given), seed):
+            pass  # it waits for what it yields
 
 
 class _WholeStep(torch.autograd.Function):

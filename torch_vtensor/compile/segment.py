@@ -52,7 +52,8 @@ class Segment:
     ``flows`` tells whether gradients flow through it, ``turn`` its place where the plan orders groups. ``arrivals`` are
     its inputs, with the readers that read each; ``departures`` the views that others need; ``internal`` has the inputs
     of tasks that are made inside. ``parts`` has the arrivals, by number, whose gradients each backward pass computes:
-    B, or dI and dW where the plan's pipeline has backward in two. ``reads_again`` has those that backward reads anew.
+    B, or dI and dW where the plan's pipeline has backward in two. ``reads_again`` has those that backward reads anew,
+    ``holds`` those that move anew for each unit and stay from forward to backward.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Segment:
     internal: frozenset[tuple[Task, int]]
     parts: Mapping[JobKind, tuple[int, ...]]
     reads_again: tuple[int, ...]
+    holds: tuple[int, ...]
 
     @property
     def in_passes(self) -> bool:
@@ -99,10 +101,15 @@ class _Common(NamedTuple):
 
 def find_segments(flow: Dataflow) -> tuple[Segment, ...]:
     """Put tasks into segments, as few as communication, recomputation, random numbers and the plan allow."""
-    segments = _find_segments(flow, frozenset())
     random = find_random(flow.plan)
-    unlike = find_unlike(segments, random) if random else None
-    return _find_segments(flow, unlike) if unlike else segments
+    drawn_alone: frozenset[Operator] = frozenset()
+    while True:
+        segments = _find_segments(flow, drawn_alone)
+        # What is drawn alone cuts segments in two: others may be drawn between something else than before.
+        unlike = find_unlike(segments, random) - drawn_alone if random else None
+        if not unlike:
+            return segments
+        drawn_alone |= unlike
 
 
 def _find_segments(flow: Dataflow, drawn_alone: frozenset[Operator]) -> tuple[Segment, ...]:
@@ -176,9 +183,9 @@ def _find_segments(flow: Dataflow, drawn_alone: frozenset[Operator]) -> tuple[Se
 
     numbered = tuple(commons)
     in_order = sorted(members, key=lambda key: (not numbered[key[2]].before, *key[:2]))
-    leaving = _leaving(flow, internal)
+    leaving, turns = _leaving(flow, internal), _turns_round(flow)
     return tuple(
-        _segment(flow, f"s{n}", rank, level, numbered[number], members[level, rank, number], internal, leaving)
+        _segment(flow, f"s{n}", rank, level, numbered[number], members[level, rank, number], internal, leaving, turns)
         for n, (level, rank, number) in enumerate(in_order)
     )
 
@@ -218,6 +225,7 @@ def _segment(
     instances: list[Instance],
     internal: set[int],
     leaving: Mapping[LogicalTensor, Collection[Placed]],
+    turns_round: int | None,
 ) -> Segment:
     arrivals: defaultdict[Arrival, list[Reader]] = defaultdict(list)
     inside: set[tuple[Task, int]] = set()
@@ -235,6 +243,12 @@ def _segment(
                 if parts and Placed(rank, mask) in parts:
                     departures.append(TensorView(tensor, mask))
     cuts_backward = flow.plan.pipeline is not None and flow.plan.pipeline.cuts_backward
+    anew = tuple(
+        index
+        for index, (arrival, readers) in enumerate(arrivals.items())
+        if arrival.exchange.anew and (common.recomputed is not None or any(map(_is_read_backward, readers)))
+    )
+    stays = common.unit is not None and common.unit == turns_round
     return Segment(
         name,
         rank,
@@ -249,12 +263,22 @@ def _segment(
         tuple(departures),
         frozenset(inside),
         _parts(list(arrivals), in_two=cuts_backward and common.microbatch is not None),
-        tuple(
-            index
-            for index, (arrival, readers) in enumerate(arrivals.items())
-            if arrival.exchange.anew and (common.recomputed is not None or any(map(_is_read_backward, readers)))
-        ),
+        () if stays else anew,
+        anew if stays else (),
     )
+
+
+def _turns_round(flow: Dataflow) -> int | None:
+    """The unit whose backward pass follows its forward pass, so that what is gathered for this one stays for that.
+
+    It is the last that reads such parameters, where a call does the whole step and microbatches run backward in turn.
+    """
+    plan = flow.plan
+    if not flow.is_whole_step or plan.pipeline is None or plan.pipeline.kind not in ("1f1b", "zb"):
+        return None
+    anew = {tensor for tensor, stored in plan.stored.items() if stored.anew}
+    last = next((one for one in reversed(plan.graph.operators) if not anew.isdisjoint(one.inputs)), None)
+    return None if last is None else plan.unit.get(last)
 
 
 def _is_read_backward(reader: Reader) -> bool:

@@ -67,30 +67,36 @@ class Mailboxes(Transport):
         self.boxes: dict[str, _Box] = {}
 
     def collective(
-        self, name: str, step: Collective, rank: int, inputs: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+        self,
+        name: str,
+        steps: Sequence[Collective],
+        rank: int,
+        inputs: Sequence[Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> _Part:
         """Leave a rank's inputs; full once every rank has."""
-        box = self.boxes.setdefault(name, _Box(name, step))
+        box = self.boxes.setdefault(name, _Box(name, steps))
         box.put(rank, inputs)
         return _Part(box, rank)
 
     def send(self, name: str, step: Transfer, tensor: Tensor) -> _Part:
         """Leave a copy: what is sent may be changed once it is on its way."""
-        box = self.boxes.setdefault(name, _Box(name, step))
+        box = self.boxes.setdefault(name, _Box(name, [step]))
         box.put(step.source.rank, [tensor.clone()])
         return _Part(box, step.source.rank)
 
     def receive(self, name: str, step: Transfer, dtype: torch.dtype, device: torch.device) -> _Part:
         """Ask for what the sender leaves."""
-        box = self.boxes.setdefault(name, _Box(name, step))
+        box = self.boxes.setdefault(name, _Box(name, [step]))
         box.put(step.destination.rank, [])
         return _Part(box, step.destination.rank)
 
 
 class _Box:
-    def __init__(self, name: str, step: Collective | Transfer) -> None:
+    def __init__(self, name: str, steps: Sequence[Collective | Transfer]) -> None:
         self.name = name
-        self.step = step
+        self.steps = steps
         self.inputs: dict[int, Sequence[Tensor]] = {}
 
     def put(self, rank: int, inputs: Sequence[Tensor]) -> None:
@@ -100,7 +106,7 @@ class _Box:
 
     @property
     def is_full(self) -> bool:
-        return set(self.inputs) == set(self.step.ranks)
+        return set(self.inputs) == set(self.steps[0].ranks)
 
     def __str__(self) -> str:
         return self.name
@@ -120,14 +126,21 @@ class _Part:
     def __str__(self) -> str:
         return str(self._box)
 
+    def is_done(self) -> bool:
+        return self.is_full
+
     def wait(self) -> Sequence[Tensor]:
-        step, inputs = self._box.step, self._box.inputs
         if not self.is_full:
             raise RuntimeError(f"rank {self._rank} reads {self._box.name!r}, which is not there yet")
-        if isinstance(step, Transfer):
-            return [inputs[step.source.rank][0]] if self._rank == step.destination.rank else []
-        given = [inputs[buffer.rank][0] for buffer in step.inputs]
-        return [_collect(step, given, index) for index, output in enumerate(step.outputs) if output.rank == self._rank]
+        made: list[Tensor] = []
+        given = {rank: iter(tensors) for rank, tensors in self._box.inputs.items()}
+        for step in self._box.steps:
+            if isinstance(step, Transfer):
+                return [next(given[step.source.rank])] if self._rank == step.destination.rank else []
+            inputs = [next(given[buffer.rank]) for buffer in step.inputs]
+            outputs = enumerate(step.outputs)
+            made += [_collect(step, inputs, index) for index, output in outputs if output.rank == self._rank]
+        return made
 
 
 def _collect(step: Collective, inputs: Sequence[Tensor], index: int) -> Tensor:

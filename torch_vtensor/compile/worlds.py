@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,26 @@ import torch.distributed as dist
 from torch_vtensor.compile.executor import Transport
 from torch_vtensor.compile.program import Program
 from torch_vtensor.compile.random_numbers import draw_seed
+
+_groups: weakref.WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], str | None], Any]] = weakref.WeakKeyDictionary()
+"""The process groups of each world, which end with it: making one takes connections and memory on every rank."""
+
+
+def group_of(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup:
+    """The process group of these ranks, in ascending order: one for all programs of a world.
+
+    Effects: the first time, makes it, on every rank of the world in the same order, which waits for all of them.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    if backend is None and len(ranks) == dist.get_world_size():
+        return world
+    made = _groups.setdefault(world, {})
+    asked = tuple(ranks), backend
+    if asked not in made:
+        made[asked] = dist.new_group(list(ranks), backend=backend)
+    group: dist.ProcessGroup = made[asked]
+    return group
 
 
 def num_ranks() -> int:
@@ -56,7 +77,7 @@ def find_seeds(program: Program, device: torch.device) -> Callable[[], int] | No
     if dist.get_backend() == "nccl":
         # A seed that came by NCCL would have to be waited for on the device.
         if dist.is_gloo_available():
-            group = dist.new_group(backend="gloo")
+            group = group_of(range(dist.get_world_size()), "gloo")
         else:
             where = device
 

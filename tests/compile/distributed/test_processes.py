@@ -44,6 +44,7 @@ WORLDS: Mapping[str, tuple[int, Sequence[str]]] = {  # the number of ranks, and 
         (
             *("dp2@gpt2@eager", "tp2@tied_llama@eager", "interlaced/2@tied_llama@eager"),
             *("sp2@mlp@eager", "1f1b/4@mlp@eager", "zb/4@mlp@eager", "zero3/2@mlp@eager"),
+            "zero3@tied_llama@eager",
             *("draw@tp2@eager", "draw@dp2@eager", "draw@1f1b/2@eager"),
             *("scale@1f1b/2@eager", "scale@zero2/2@eager", "scale@tp2@eager"),
             *("begin@zero3@eager", "begin@tp2@eager", "begin@1f1b/2@eager", "die@dp2"),
@@ -56,7 +57,7 @@ WORLDS: Mapping[str, tuple[int, Sequence[str]]] = {  # the number of ranks, and 
             "die@dp2+1f1b/2",
         ),
     ),
-    "compiled": (2, ("dp2@mlp@inductor", "1f1b/2@mlp@inductor", "die@dp2")),
+    "compiled": (2, ("dp2@mlp@inductor", "1f1b/2@mlp@inductor", "zero3/2@mlp@inductor", "die@dp2")),
 }
 
 

@@ -162,3 +162,59 @@ def test_values_that_only_change_sides_are_sent_at_once() -> None:
     actions = program.ordered().actions
     assert [a.name for a in actions[0] if a.kind != "FREE"] == ["F0", "send0", "F1", "send1", "F2", "send2"]
     assert [a.name for a in actions[1] if a.kind != "FREE"] == ["send0", "G0", "send1", "send2", "G1", "G2"]
+
+
+def gradients_of_layers(num_layers: int) -> Program:
+    """Backward of layers, each of which sends its gradient away as a shard."""
+    program = Program()
+    for layer in range(num_layers):
+        program.value(0, f"d{layer}", 100)
+        program.value(1, f"d{layer}", 100)
+        for rank in (0, 1):
+            program.value(rank, f"shard{layer}", 50, "gradient", pinned=True)
+            before = (f"h{layer - 1}",) if layer else ()
+            program.value(rank, f"h{layer}", 4)
+            reads, writes = {rank: before} if before else {}, {rank: (f"d{layer}", f"h{layer}")}
+            program.jobs.append(Job(f"B{layer}.{rank}", "B", (rank,), reads, writes, seconds=2.0))
+        whole, shards = (dict.fromkeys((0, 1), (f"{key}{layer}",)) for key in ("d", "shard"))
+        program.jobs.append(Job(f"reduce{layer}", "collective", (0, 1), whole, shards, seconds=1.0))
+    return program
+
+
+def test_what_a_collective_reads_is_freed_once_the_next_pass_runs() -> None:
+    schedule = gradients_of_layers(3).ordered()
+    names = [str(action) for action in schedule.actions[0] if not action.name.startswith("h")]
+    words = [name.split("'")[0] + name.split("'")[1] for name in names]
+    assert words == [
+        *("B B0.0", "COLLECTIVE reduce0", "B B1.0", "FREE d0"),
+        *("COLLECTIVE reduce1", "B B2.0", "FREE d1", "COLLECTIVE reduce2", "FREE d2"),
+    ]
+
+
+def test_what_collectives_read_goes_one_by_one_where_no_pass_follows() -> None:
+    program = Program()
+    for rank in (0, 1):
+        keys = [program.value(rank, f"d{number}", 100) for number in range(3)]
+        program.jobs.append(Job(f"B.{rank}", "B", (rank,), {}, {rank: tuple(keys)}))
+        for number in range(3):
+            program.value(rank, f"shard{number}", 50, "gradient", pinned=True)
+    for number in range(3):
+        whole, shards = (dict.fromkeys((0, 1), (f"{key}{number}",)) for key in ("d", "shard"))
+        program.jobs.append(Job(f"reduce{number}", "collective", (0, 1), whole, shards, seconds=1.0))
+    row = program.ordered().actions[0]
+    assert [(action.kind, action.name) for action in row[2:]] == [
+        *(("COLLECTIVE", "reduce1"), ("FREE", "d0"), ("COLLECTIVE", "reduce2"), ("FREE", "d1"), ("FREE", "d2")),
+    ]
+
+
+def test_what_a_collective_reads_is_freed_before_what_it_brings_is_read() -> None:
+    program = Program()
+    for rank in (0, 1):
+        program.value(rank, "x", 100)
+        program.value(rank, "y", 100)
+        program.jobs += [
+            Job(f"F.{rank}", "F", (rank,), {}, {rank: ("x",)}),
+            Job(f"G.{rank}", "F", (rank,), {rank: ("y",)}),
+        ]
+    program.jobs.append(Job("sum", "collective", (0, 1), *(dict.fromkeys((0, 1), (key,)) for key in "xy")))
+    assert [action.name for action in program.ordered().actions[0]] == ["F.0", "sum", "x", "G.0", "y"]

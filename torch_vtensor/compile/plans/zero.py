@@ -45,11 +45,12 @@ def zero2(graph: Graph, mesh: Mesh, *, num_microbatches: int = 1, layers: str | 
 def zero3(graph: Graph, mesh: Mesh, *, num_microbatches: int = 1, layers: str | None = None) -> None:
     """Do as `zero2` does, but gather the parameters of a layer for each of its passes, and free them after it.
 
-    Backward gathers them again. While a layer runs, the next one's parameters are on their way (G)::
+    Backward gathers them again, but for the last layer's, which are there still. While a layer runs, the next one's
+    parameters are on their way (G), and the gradients of the one before (R), which go once they have arrived::
 
         rank 0 |     F0 F1 F2 B2 B1 B0
-               |  G0 G1 G2 G2 G1 G0
-               |              R2 R1 R0
+               |  G0 G1 G2    G1 G0
+               |                 R2 R1 R0
         rank 1 | as rank 0, with other rows
 
     Embeddings, and head with loss, count as layers of their own.

@@ -57,7 +57,8 @@ def attention(operator: Operator) -> Rule | None:
         return Call(_causal_part, (*slots, queries.start, rest), {})
 
     linear = [(value,)] if arguments["dropout_p"] == 0 else []
-    return rules.rule((*leading, q, f), linear=linear, localize=localize)
+    weights = {name for identifiers in (*leading, q, s) for name in identifiers}
+    return rules.rule((*leading, q, f), linear=linear, localize=localize, multiplies=[weights | {*e}, weights | {*f}])
 
 
 def _causal_part(q_BHQE: Tensor, k_BHSE: Tensor, v_BHSF: Tensor, first_query: int, rest: dict[str, Any]) -> Tensor:

@@ -114,6 +114,7 @@ class Rules:
         linear: Iterable[Iterable[int | None]] = (),
         taken_once: Mapping[int, Iterable[str]] | None = None,
         localize: Localize | None = None,
+        multiplies: Iterable[Iterable[str]] = (),
     ) -> Rule:
         """The rule; an output that is not given, or given as None, is whole, and so are inputs never spoken of.
 
@@ -147,6 +148,7 @@ class Rules:
             once,
             tuple(slots for slots in sets if slots),
             localize,
+            tuple(map(frozenset, multiplies)),
         )
         shapes = tuple(tensor.shape for tensor in (*tensors, *self.operator.outputs) if tensor is not None)
         wrong = rule.mismatch(shapes)

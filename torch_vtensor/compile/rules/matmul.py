@@ -154,6 +154,7 @@ def convolution(operator: Operator) -> Rule | None:
         linear=[(x, *with_bias), (weight, *with_bias)],
         taken_once={} if bias is None else {bias: i},
         localize=localize if groups > 1 else None,
+        multiplies=[itertools.chain(*batch, g, i, o, *kernel, *made_spatial)],
     )
 
 

@@ -55,7 +55,8 @@ class Rule:
     Under the summed identifiers in ``taken_once`` an input that does not have them is read in value chunks, so that
     the sum over pieces takes it once (the bias of a linear layer). ``linear`` lists sets of inputs in which the
     operator is jointly linear: those inputs may be read, and the outputs written, in value chunks. ``localize`` gives
-    the call for a piece; without it, the operator's own call is right for every piece.
+    the call for a piece; without it, the operator's own call is right for every piece. ``multiplies`` has the
+    identifiers of each product that it computes; without it, that is one over all if two inputs share what is summed.
     """
 
     inputs: tuple[Dims, ...]
@@ -66,11 +67,16 @@ class Rule:
     taken_once: tuple[frozenset[str], ...] = ()
     linear: tuple[tuple[int, ...], ...] = ()
     localize: Localize | None = None
+    multiplies: tuple[frozenset[str], ...] = ()
 
     def __post_init__(self) -> None:
-        """Fill in that no input is taken once, and check that the identifiers are what they say."""
+        """Fill in that no input is taken once, and what is multiplied; check that the identifiers are what they say."""
         if not self.taken_once:
             object.__setattr__(self, "taken_once", (frozenset[str](),) * len(self.inputs))
+        if not self.multiplies and any(
+            sum(name in identifiers for identifiers in self.input_identifiers) > 1 for name in self.summed
+        ):
+            object.__setattr__(self, "multiplies", (frozenset(self.sizes),))
         for dims in self.outputs:
             written = {identifier for identifiers in dims or () for identifier in identifiers}
             plain = self.sizes.keys() - self.summed - self.whole

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from torch_vtensor.compile.schedules.action import Action, Schedule
-from torch_vtensor.compile.schedules.job import Dataflow, Job, Place, Result, Value
+from torch_vtensor.compile.schedules.job import COMPUTE, Dataflow, Job, Place, Result, Value
 from torch_vtensor.compile.schedules.job_graph import JobGraph
 
 
@@ -202,12 +202,60 @@ def _actions(in_order: Sequence[Job], flow: Dataflow, kept: set[Place]) -> Mappi
     unseen = {place: value for place, value in values.items() if not value.pinned and place not in kept}
     ranks = {rank for job in in_order for rank in job.ranks} | {place.rank for place in values}
     actions: dict[int, list[Action]] = {rank: [] for rank in sorted(ranks)}
+    held: dict[int, dict[str, list[Action]]] = defaultdict(dict)  # by what collectives, until these are done
     for job in reversed(in_order):
         name = job.name
-        for places in (writes[name], reads[name]):
-            for place in places:
-                if (value := unseen.pop(place, None)) is not None:
+        for place in writes[name]:
+            if (value := unseen.pop(place, None)) is not None:
+                actions[place.rank].append(Action.free(value))
+        for place in reads[name]:
+            if (value := unseen.pop(place, None)) is not None:
+                if job.kind == "collective":
+                    held[place.rank].setdefault(name, []).append(Action.free(value))
+                else:
                     actions[place.rank].append(Action.free(value))
         for rank in job.ranks:
             actions[rank].append(Action.of(job, rank))
-    return MappingProxyType({rank: tuple(reversed(row)) for rank, row in actions.items()})
+    for row in actions.values():
+        row.reverse()
+    for rank, frees in held.items():
+        actions[rank] = _free_once_done(actions[rank], frees, rank, flow.jobs)
+    return MappingProxyType({rank: tuple(row) for rank, row in actions.items()})
+
+
+def _free_once_done(
+    row: Sequence[Action], frees: Mapping[str, Sequence[Action]], rank: int, jobs: Mapping[str, Job]
+) -> list[Action]:
+    """A rank's actions, with FREE of what collectives read as soon as it costs no waiting.
+
+    That is before what they bring is read, or behind the next pass, or, where no pass follows, the next collective::
+
+        COLLECTIVE d w    B layer 1    FREE d w'    COLLECTIVE d v    COLLECTIVE d u    FREE d v'    FREE d u'
+    """
+    last_pass = next((number for number in reversed(range(len(row))) if row[number].kind in COMPUTE), -1)
+    found: list[Action] = []
+    under_way: dict[str, None] = {}
+    brings: dict[str, str] = {}  # the collective under way that brings a value
+
+    def finish(name: str) -> None:
+        found.extend(frees[name])
+        del under_way[name]
+        for key in jobs[name].writes.get(rank, ()):
+            del brings[key]
+
+    for number, action in enumerate(row):
+        name, kind = action.name, action.kind
+        if brings and kind != "FREE":
+            for key in jobs[name].reads.get(rank, ()):
+                if key in brings:
+                    finish(brings[key])
+        found.append(action)
+        if under_way and (kind in COMPUTE or (kind == "COLLECTIVE" and number > last_pass)):
+            for one in list(under_way):
+                finish(one)
+        if kind == "COLLECTIVE" and name in frees:
+            under_way[name] = None
+            brings.update(dict.fromkeys(jobs[name].writes.get(rank, ()), name))
+    for one in list(under_way):
+        finish(one)
+    return found

@@ -1,0 +1,73 @@
+"""Process groups and communication of a world of one rank, in this process."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from torch_vtensor.compile import _torch_compat
+from torch_vtensor.compile.communication import Buffer, Collective
+from torch_vtensor.compile.tensor_view import Mask
+from torch_vtensor.compile.transport import ProcessGroups
+from torch_vtensor.compile.worlds import group_of
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
+)
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    begin()
+    yield
+    dist.destroy_process_group()
+
+
+def begin() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def test_a_world_has_one_group_for_a_set_of_ranks(world: None) -> None:
+    assert group_of((0,)) is dist.group.WORLD
+    made = group_of((0,), "gloo")
+    assert made is not dist.group.WORLD
+    assert group_of(range(1), "gloo") is made
+    dist.destroy_process_group()
+    begin()
+    assert group_of((0,), "gloo") is not made, "the group ended with its world"
+
+
+class Groups(ProcessGroups):
+    """Those of a program that is not asked for."""
+
+    def __init__(self) -> None:
+        self._groups = {(0,): group_of((0,))}
+
+
+@pytest.mark.parametrize("kind", ["all_gather", "reduce_scatter", "all_reduce"])
+def test_collectives_of_several_tensors_are_begun_as_one_and_hold_on_to_nothing(
+    kind: str, world: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    begin_together = _torch_compat.begin_together
+
+    def counted(begin: list, group: object) -> list:
+        works = begin_together(begin, group)
+        begun.append(len(begin))
+        assert len(works) == 1
+        return works
+
+    monkeypatch.setattr(_torch_compat, "begin_together", counted)
+    dims = {"all_gather": {"gather_dim": 0}, "reduce_scatter": {"scatter_dim": 0}}.get(kind, {})
+    shapes = [(4, 2), (6,), (2, 2, 2)]
+    steps = [Collective(kind, (Buffer(0, Mask.of(s)),), (Buffer(0, Mask.of(s), 1),), **dims) for s in shapes]
+    given = [torch.randn(shape) for shape in shapes]
+    pending = Groups().collective("several", steps, 0, given, torch.float32, torch.device("cpu"))
+    made = pending.wait()
+    assert begun == [3]
+    assert all(torch.equal(*pair) for pair in zip(made, given, strict=True))
+    storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*given, *made)]
+    del given, made
+    assert all(storage.expired() for storage in storages)
