@@ -17,6 +17,10 @@ from torch_vtensor.compile.mesh import name_ranks
 from torch_vtensor.compile.program import Move, Program
 from torch_vtensor.compile.worlds import group_of
 
+# Their names from torch 2.13 on, which warns of the older ones.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class ProcessGroups(Transport):
     """The process groups of a program's collectives.
@@ -106,7 +110,7 @@ def _call(
         mine, dim = given.contiguous(), step.gather_dim
         parts = mine.new_empty(len(place), *mine.shape)
         return _Call(
-            partial(dist.all_gather_into_tensor, parts.flatten(0, 1), mine, group=group, async_op=True),
+            partial(_ALL_GATHER, parts.flatten(0, 1), mine, group=group, async_op=True),
             lambda: [_joined(parts, place, dim)],
             [mine],
         )
@@ -132,9 +136,7 @@ def _reduce_scatter(shards: Tensor, index: int, group: dist.ProcessGroup) -> _Ca
         total = shards.clone(memory_format=torch.contiguous_format)
         return _Call(partial(dist.all_reduce, total, group=group, async_op=True), lambda: [total[index]])
     mine = torch.empty_like(shards[0])
-    return _Call(
-        partial(dist.reduce_scatter_tensor, mine, shards, group=group, async_op=True), lambda: [mine], [shards]
-    )
+    return _Call(partial(_REDUCE_SCATTER, mine, shards, group=group, async_op=True), lambda: [mine], [shards])
 
 
 def _joined(parts: Tensor, place: Sequence[int], dim: int) -> Tensor:
