@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import mmap
 import os
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from scripted_drivers import PAGE, FailingDriver
 from vtensors import assert_all_given_back, pages
 
+from torch_vtensor.allocator import pinned_memory
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.host_memory import cpus_of_node
 from torch_vtensor.allocator.page_pool import PagePool
@@ -57,6 +61,45 @@ def test_as_much_is_kept_as_was_had() -> None:
     for it in kept:
         memory.unpin(*it)
     assert not registry.pinned
+
+
+def test_what_was_had_before_an_interruption_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, kept = Registry(), list[tuple[int, int]]()
+    memory = PinnedMemory(DEVICE, registry.register, registry.unregister)
+
+    def interrupted(waiting: list[Future[int]]) -> None:
+        waiting[0].result()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pinned_memory, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        memory.pin([MIB] * 40, lambda ptr, nbytes: kept.append((ptr, nbytes)))
+    assert kept
+    assert dict(kept) == registry.pinned
+    for it in kept:
+        memory.unpin(*it)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_child_process_leaves_it_to_its_parent() -> None:
+    """Where the parent's memory is, the child has its own by and by: that is not to be unmapped."""
+    memory = PinnedMemory(DEVICE, lambda ptr, nbytes: None, lambda ptr, nbytes: None)
+    kept: list[int] = []
+    memory.pin([4 * MIB], lambda ptr, nbytes: kept.append(ptr))
+    child = os.fork()
+    if child == 0:
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
+        arguments = ctypes.c_void_p(kept[0]), ctypes.c_size_t(4 * MIB), mmap.PROT_READ | mmap.PROT_WRITE, flags, -1
+        libc.mmap(*arguments, ctypes.c_long(0))
+        del memory
+        gc.collect()
+        ctypes.memset(kept[0], 1, 4 * MIB)  # SIGSEGV where that is unmapped
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    ctypes.memset(kept[0], 2, 4 * MIB)
+    memory.unpin(kept[0], 4 * MIB)
 
 
 def test_a_system_without_memory_is_named() -> None:

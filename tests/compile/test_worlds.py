@@ -1,6 +1,7 @@
 """Process groups and communication of a world of one rank, in this process."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,8 +54,8 @@ def test_collectives_of_several_tensors_are_begun_as_one_and_hold_on_to_nothing(
     begun: list[int] = []
     begin_together = _torch_compat.begin_together
 
-    def counted(begin: list, group: object) -> list:
-        works = begin_together(begin, group)
+    def counted(begin: list, group: object, device: torch.device) -> list:
+        works = begin_together(begin, group, device)
         begun.append(len(begin))
         assert len(works) == 1
         return works
@@ -71,3 +72,29 @@ def test_collectives_of_several_tensors_are_begun_as_one_and_hold_on_to_nothing(
     storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*given, *made)]
     del given, made
     assert all(storage.expired() for storage in storages)
+
+
+def test_what_is_interrupted_leaves_the_group_as_it_was(world: None) -> None:
+    group, device = group_of((0,)), torch.device("cpu")
+    given = torch.ones(3)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    def begin() -> dist.Work | None:
+        return dist.all_reduce(given, group=group, async_op=True)
+
+    with pytest.raises(KeyboardInterrupt):
+        _torch_compat.begin_together([begin, interrupted], group, device)
+    work = begin()
+    assert work is not None
+    work.wait()
+    assert torch.equal(given, torch.ones(3))
+    assert len(_torch_compat.begin_together([begin, begin], group, device)) == 1
+
+
+def test_a_backend_that_cannot_begin_several_begins_each(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gloo with tensors of a GPU."""
+    assert group_of((0,))._get_backend(torch.device("cpu")).name() == "gloo", "what is asked below has moved"
+    group = SimpleNamespace(_get_backend=lambda device: SimpleNamespace(name=lambda: "gloo"))
+    assert _torch_compat.begin_together([lambda: 1, lambda: 2], group, torch.device("cuda", 0)) == [1, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,3 +119,18 @@ def test_what_is_refused_is_refused_again(worked_out: list[None]) -> None:
             settings(model)
         except ValueError:  # by most versions
             assert len(worked_out) == num_worked_out + 1
+
+
+def test_a_config_that_holds_more_than_settings_is_not_copied(worked_out: list[None]) -> None:
+    """A lock cannot be, and weights are not to be."""
+    model = copy.deepcopy(model_of("llama"))
+    model.config.lock, model.config.module = threading.Lock(), torch.nn.Linear(2, 2)
+    model.config.module.__deepcopy__ = None  # would raise
+    prompt = torch.arange(5)[None] + 3
+    with torch_vtensor.Session(model) as session:
+        session.generate(prompt[0], max_new_tokens=2, do_sample=False)
+        session.generate(prompt[0], max_new_tokens=2, do_sample=False)
+    for _ in range(2):
+        before = len(worked_out)
+        model.generate(prompt, max_new_tokens=2, do_sample=False)
+        assert len(worked_out) > before

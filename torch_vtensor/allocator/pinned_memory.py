@@ -10,8 +10,9 @@ import ctypes
 import errno
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 
 import torch
@@ -46,19 +47,30 @@ class PinnedMemory:
         self._unregister = unregister
         self._cpus = cpus
         self._mappings: dict[int, mmap.mmap] = {}
+        _living.add(self)
 
     def pin(self, sizes: Sequence[int], keep: Callable[[int, int], object]) -> None:
         """Call ``keep`` with the address and the size of each piece of new memory that can be had.
 
         Raises: DriverError in the end, if that is less than was asked for.
         """
-        with ThreadPoolExecutor(_NUM_THREADS, initializer=self._stay_near) as threads:
-            waiting = [threads.submit(self._pin, nbytes) for nbytes in sizes]
-        for it, nbytes in zip(waiting, sizes, strict=True):
-            if it.exception() is None:
-                keep(it.result(), nbytes)
+        threads = ThreadPoolExecutor(_NUM_THREADS, initializer=self._stay_near)
+        waiting = [threads.submit(self._pin, nbytes) for nbytes in sizes]
+        try:
+            wait(waiting)
+        finally:  # also of what is interrupted here
+            threads.shutdown(cancel_futures=True)
+            for it, nbytes in zip(waiting, sizes, strict=True):
+                if not it.cancelled() and it.exception() is None:
+                    keep(it.result(), nbytes)
         for it in waiting:
             it.result()
+
+    def leave_to_parent(self) -> None:
+        """Forget all of it, in a child process: what lies at its addresses there is somebody else's."""
+        for mapping in self._mappings.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapping))  # whose end would unmap them
+        self._mappings = {}
 
     def unpin(self, ptr: int, nbytes: int) -> None:
         """Give memory back to the system.
@@ -91,3 +103,14 @@ class PinnedMemory:
             raise
         self._mappings[ptr] = mapping
         return ptr
+
+
+_living: weakref.WeakSet[PinnedMemory] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    for it in list(_living):
+        it.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)

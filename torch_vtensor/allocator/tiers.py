@@ -205,7 +205,8 @@ def put_to_sleep(scheduler: GrowthScheduler, tags: Collection[str] | None, disca
         discard: tags whose pages lose what they hold (None: all), unless a prefix tree holds them.
 
     Effects: waits for the device. Views of these ranges must not be used until ``wake``.
-    Raises:  OffloadLimitError or DriverError, with every range as it was, or awake.
+    Raises:  OffloadLimitError or DriverError, with every range as it was, or awake; or asleep, where the device had no
+        memory for it any more: ``wake`` it later.
     """
     pool = scheduler.pool
     with pool.lock:
@@ -306,13 +307,14 @@ def make_mappable(scheduler: GrowthScheduler, pages: Iterable[Page]) -> None:
     """Move those of the pages that sleep where they cannot be mapped: to the device or, without room, to outside of it.
 
     Effects: waits for the device if there are any.
-    Raises:  OffloadLimitError or DriverError, with all as it was.
+    Raises:  OffloadLimitError or DriverError, or VTensorError while a graph is being captured, with all as it was.
     """
     pool = scheduler.pool
     with pool.lock:
         asleep = [page for page in dict.fromkeys(pages) if page.tier is Tier.ASLEEP and not page.is_mappable]
         if not asleep:
             return
+        check_can_move(pool)
         try:
             _bring_back(scheduler, asleep, lambda place: False)
         except OutOfPagesError:
@@ -376,9 +378,9 @@ def check_can_move(pool: PagePool) -> None:
     """Raise VTensorError while a graph is being captured, ForkedProcessError in a child process."""
     pool.check_process()
     if pool.driver.is_capturing():
-        whose = "a graph" if pool.driver.is_capturing_here() else "another thread's graph, which was waited for,"
+        whose = "a graph is" if pool.driver.is_capturing_here() else "another thread's graph is still"
         raise VTensorError(
-            f"memory on {pool.device} cannot change places while {whose} is being captured: sleep, wake, offload or "
+            f"memory on {pool.device} cannot change places while {whose} being captured: sleep, wake, offload or "
             "prefetch before the capture, or after it."
         )
 

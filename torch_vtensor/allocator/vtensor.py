@@ -20,7 +20,7 @@ from torch_vtensor.allocator.growth import GrowthScheduler, RangeHold
 from torch_vtensor.allocator.page_pool import Tier
 from torch_vtensor.allocator.page_run import PageRun
 from torch_vtensor.allocator.pools import default_scheduler
-from torch_vtensor.errors import AsleepError, CapacityError, ClosedError, OutOfPagesError
+from torch_vtensor.errors import AsleepError, CapacityError, ClosedError, DriverError, OutOfPagesError, VTensorError
 
 __all__ = ["VTensor"]
 
@@ -371,7 +371,8 @@ class VTensor:
             run: pages for the strips of every slot but those that are to have ``own_slots``, of the same sizes.
 
         Effects: what ``run`` does not cover has memory, and is for the caller to write.
-        Raises:  OutOfPagesError or DriverError, with the tensor to be closed.
+        Raises:  OutOfPagesError or DriverError, or VTensorError where pages sleep and a graph is being captured, with
+            the tensor to be closed.
         """
         strips_per_slot = self._range.num_strips // len(own_slots)
         lent = iter(run.strips)
@@ -511,8 +512,14 @@ class VTensor:
         if self.scheduler.pool.driver.is_capturing():
             self._range.note_away()
         else:
-            with suppress(OutOfPagesError):  # rows outside the device can be used as well
+            try:
                 self.scheduler.prefetch(self._awake())
+            except OutOfPagesError:
+                pass  # rows outside the device can be used as well
+            except VTensorError as error:
+                if isinstance(error, DriverError) or not self.scheduler.pool.driver.is_capturing():
+                    raise
+                self._range.note_away()  # a capture began meanwhile
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of every strip, which have memory, as a view of the cached storage."""

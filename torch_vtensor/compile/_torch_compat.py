@@ -562,16 +562,21 @@ def _fake_like(mode: Any, wrapper: WrapperTensor) -> torch.Tensor:
         return torch.empty(wrapper.shape, dtype=wrapper.dtype, device=wrapper.device)
 
 
-def begin_together(begin: Sequence[Callable[[], Any]], group: Any) -> list[Any]:
+def begin_together(begin: Sequence[Callable[[], Any]], group: Any, device: torch.device) -> list[Any]:
     """Begin collectives of one kind in a process group, with one call of its backend; what to wait for.
 
-    These are all-reduces, or all-gathers or reduce-scatters to one tensor, and asynchronous.
+    These are all-reduces, or all-gathers or reduce-scatters to one tensor, and asynchronous. Where the backend cannot
+    begin several of a device's tensors at once, as gloo those of a GPU, each is begun by itself.
     """
-    from torch.distributed.distributed_c10d import _coalescing_manager
+    from torch.distributed.distributed_c10d import _coalescing_manager, _world
 
-    if len(begin) == 1:
-        return [begin[0]()]
-    with _coalescing_manager(group, async_ops=True) as together:
-        for one in begin:
-            one()
+    if len(begin) == 1 or not (device.type == "cpu" or group._get_backend(device).name() == "nccl"):
+        return [one() for one in begin]
+    try:
+        with _coalescing_manager(group, async_ops=True) as together:
+            for one in begin:
+                one()
+    except BaseException:
+        _world.pg_coalesce_state.pop(group, None)  # or the group's next collective would wait for this block's end
+        raise
     return list(together.works)

@@ -10,8 +10,9 @@
                                        all_gather v         →
                                        all_gather b
 
-Each tensor keeps memory of its own, and nothing is copied. A bucket waits for nothing that its members would not wait
-for, and nothing waits for it that would not wait for each of them, so communication overlaps with passes as before.
+Each tensor keeps memory of its own: nothing is copied to put them together. A bucket waits for nothing that its members
+would not wait for, and nothing waits for it that would not wait for each of them, so communication overlaps with passes
+as before.
 """
 
 from __future__ import annotations

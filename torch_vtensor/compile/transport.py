@@ -52,7 +52,7 @@ class ProcessGroups(Transport):
         calls = [
             _call(step, rank, [next(given) for _ in step.reads(rank)], dtype, device, ranks, group) for step in steps
         ]
-        works = _torch_compat.begin_together([call.begin for call in calls], group)
+        works = _torch_compat.begin_together([call.begin for call in calls], group, device)
         return _Work(
             f"{name!r} of {name_ranks(ranks)}",
             works,

@@ -10,9 +10,12 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
+from transformers import PretrainedConfig
+
 from torch_vtensor.generation._transformers_compat import GenerationConfig
 
-__all__ = ["Asked", "asked_of", "is_same", "prepare_config"]
+__all__ = ["Asked", "asked_of", "is_same", "kept_copy", "prepare_config"]
 
 _ATOMS = (bool, int, float, str, type(None))
 _Prepared = tuple[GenerationConfig, dict[str, Any]]
@@ -30,9 +33,10 @@ class Asked(NamedTuple):
     defaults: dict[str, Any]
     config: dict[str, Any]
 
-    def copied(self) -> Asked:
-        """The same, whatever becomes of the configs."""
-        return Asked(self.arguments, self.others, *copy.deepcopy(self[2:]))
+    def copied(self) -> Asked | None:
+        """The same, whatever becomes of the configs; None if they hold more than settings."""
+        configs = kept_copy(self[2:])
+        return None if configs is None else Asked(self.arguments, self.others, *configs)
 
 
 def asked_of(model: Any, generation_config: Any, arguments: Mapping[str, Any]) -> Asked:
@@ -44,11 +48,26 @@ def asked_of(model: Any, generation_config: Any, arguments: Mapping[str, Any]) -
 
 
 def is_same(one: Any, other: Any) -> bool:
-    """Whether two values are equal; those that cannot say are not."""
+    """Whether two values are equal; those that cannot say, as tensors and arrays, are not."""
     try:
         return bool(one == other)
-    except (RuntimeError, ValueError):  # tensors, arrays
+    except Exception:
         return False
+
+
+def kept_copy(settings: Any) -> Any:
+    """A copy of settings that can be told from later ones; None if there are others among them, such as modules."""
+    return copy.deepcopy(settings) if _is_plain(settings) else None
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (*_ATOMS, torch.dtype, torch.device, type)):
+        return True
+    if isinstance(value, dict):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (PretrainedConfig, GenerationConfig)) and all(map(_is_plain, vars(value).values()))
 
 
 def prepare_config(
@@ -65,6 +84,8 @@ def prepare_config(
         return _copied(known.config), left
     before = asked.copied()
     config, left = stock(model, generation_config, *args, **kwargs)
+    if before is None:
+        return config, left
     has_only_looked = is_same(before, asked_of(model, generation_config, {"": args, **kwargs}))
     if has_only_looked and all(name in kwargs and left.get(name) is kwargs[name] for name in asked.others):
         told = {name: None if name in asked.others else value for name, value in left.items()}

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_vtensor.allocator.prefix import Loan, Pin, PrefixTree
-from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
+from torch_vtensor.errors import OutOfPagesError, VTensorError
 from torch_vtensor.generation import _torch_compat
 from torch_vtensor.generation._transformers_compat import (
     CACHE_NAME,
@@ -400,7 +400,7 @@ def _lend(
             at_most=at_most,
             salt=salt,
         )
-    except (DriverError, ForkedProcessError, OutOfPagesError) as error:
+    except VTensorError as error:
         counters[f"not reused: {type(error).__name__}"] += 1
         return None
     return None if loan is None else (kept.layouts, loan)

@@ -36,15 +36,15 @@ def checked_settings(model: Any, generate_kwargs: dict[str, Any]) -> dict[str, A
     """
     config = generate_kwargs.get("generation_config")
     asked = asked_of(model, config, {name: it for name, it in generate_kwargs.items() if name != "generation_config"})
-    code = type(model), type(model).forward, type(model).prepare_inputs_for_generation
+    its_own = tuple(sorted(vars(model).keys() & {"forward", "prepare_inputs_for_generation"}))
+    code = type(model), type(model).forward, type(model).prepare_inputs_for_generation, its_own
     known = _accepted.get(model)
     if known is not None and known[1] == code and is_same(known[0], asked):
         uses_cache = known[2]
     else:
         uses_cache = _check(model, generate_kwargs)
-        has_own_code = vars(model).keys() & {"forward", "prepare_inputs_for_generation"}
-        if asked.others <= _NOT_LOOKED_AT and not has_own_code:
-            _accepted[model] = asked.copied(), code, uses_cache
+        if asked.others <= _NOT_LOOKED_AT and not its_own and (kept := asked.copied()) is not None:
+            _accepted[model] = kept, code, uses_cache
     return generate_kwargs if uses_cache else {**generate_kwargs, "use_cache": True}
 
 

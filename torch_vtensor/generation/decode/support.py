@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from torch_vtensor.generation._transformers_compat import (
     DynamicCache,
     continues_given_positions,
 )
-from torch_vtensor.generation.asked import is_same
+from torch_vtensor.generation.asked import is_same, kept_copy
 from torch_vtensor.generation.cached_rows import is_plain
 from torch_vtensor.generation.layers import why_no_driver
 from torch_vtensor.generation.modules import has_foreign_hooks, is_training, modules_of
@@ -128,7 +127,10 @@ def windows_of(model: Any) -> list[int | None] | None:
     settings = vars(model.config.get_text_config(decoder=True))
     known = _known_windows.get(model)
     if known is None or not is_same(known.settings, settings):
-        known = _known_windows[model] = _Windows(copy.deepcopy(settings), _windows_by(model.config))
+        windows, kept = _windows_by(model.config), kept_copy(settings)
+        if kept is None:
+            return windows
+        known = _known_windows[model] = _Windows(kept, windows)
     return known.windows
 
 

@@ -172,8 +172,10 @@ class Engine:
         with self._rounds.lock:
             self.settle()
             self.queues.begin_all_anew()
+        mine, its = self.program.generator, other.program.generator
+        if mine.device.type == its.device.type:  # of another one they would be other numbers in any case
+            its.set_state(mine.get_state())
         self.queues.hand_over(other.queues)
-        other.program.generator.set_state(self.program.generator.get_state())
 
     def fail_all_requests(self, error: Exception) -> None:
         """Tell everybody who waits for an answer that there will be none."""

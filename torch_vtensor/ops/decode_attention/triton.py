@@ -73,6 +73,12 @@ def _segment(
 
 
 @triton.jit
+def _rows_of(tensor, addresses, slot, head, slot_stride, head_stride, offset, HAS_ADDRESSES: tl.constexpr):
+    """Where row 0 of a slot's head lies."""
+    return slot_pointer(tensor, addresses, slot, slot_stride, offset, HAS_ADDRESSES) + head.to(tl.int64) * head_stride
+
+
+@triton.jit
 def _prefetch(pointers):
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
@@ -197,10 +203,10 @@ def _decode(
         place, end, slots, ends, granules, all_lengths, all_starts, granule_tokens, HEADS, FIXED_SPLIT
     )
     slot = tl.minimum(slot, num_slots - 1)  # of a program that has nothing to do
-    key_rows = slot_pointer(keys, key_addresses, slot, key_slot_stride, key_offset, HAS_ADDRESSES)
-    value_rows = slot_pointer(values, value_addresses, slot, value_slot_stride, value_offset, HAS_ADDRESSES)
-    key_rows += head.to(tl.int64) * key_head_stride
-    value_rows += head.to(tl.int64) * value_head_stride
+    key_rows = _rows_of(keys, key_addresses, slot, head, key_slot_stride, key_head_stride, key_offset, HAS_ADDRESSES)
+    value_rows = _rows_of(
+        values, value_addresses, slot, head, value_slot_stride, value_head_stride, value_offset, HAS_ADDRESSES
+    )
     if EARLY:
         if place < end:
             # What it reads first is on its way into the L2 cache before the kernel that it depends on is done.
@@ -370,10 +376,12 @@ def _decode(
             slot, head, head_begin, slot_granules, num_granules, start, stop, length = _segment(
                 place, end, slots, ends, granules, all_lengths, all_starts, granule_tokens, HEADS, FIXED_SPLIT
             )
-            key_rows = slot_pointer(keys, key_addresses, slot, key_slot_stride, key_offset, HAS_ADDRESSES)
-            value_rows = slot_pointer(values, value_addresses, slot, value_slot_stride, value_offset, HAS_ADDRESSES)
-            key_rows += head.to(tl.int64) * key_head_stride
-            value_rows += head.to(tl.int64) * value_head_stride
+            key_rows = _rows_of(
+                keys, key_addresses, slot, head, key_slot_stride, key_head_stride, key_offset, HAS_ADDRESSES
+            )
+            value_rows = _rows_of(
+                values, value_addresses, slot, head, value_slot_stride, value_head_stride, value_offset, HAS_ADDRESSES
+            )
 
 
 @triton.jit
