@@ -214,12 +214,12 @@ def test_a_write_of_a_layer_that_has_begun_is_not_lost_to_an_offload(
         cache.update(rows, rows, 0)
         note_written = LayerColumn._note_written
 
-        def after_an_attempt(self: LayerColumn, *args: Any) -> int:
+        def after_an_attempt(self: LayerColumn, *args: Any, **kwargs: Any) -> int:
             offloads.append(threading.Thread(target=cache.offload))
             offloads[0].start()
             offloads[0].join(0.3)
             assert cache.memory().offloaded_bytes == 0
-            return note_written(self, *args)
+            return note_written(self, *args, **kwargs)
 
         with monkeypatch.context() as patched:
             patched.setattr(LayerColumn, "_note_written", after_an_attempt)

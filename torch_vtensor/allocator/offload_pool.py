@@ -133,15 +133,16 @@ class OffloadPool:
         self.pooled_bytes += nbytes
 
     def _take_one(self, nbytes: int, mappable: bool) -> int:
-        pooled, pinned = self._of(nbytes, True), self._of(nbytes, False)
-        if mappable or not pinned:
-            if not pooled:
-                pooled.append(self._driver.create_offloaded(nbytes))
+        is_mappable = mappable or not self._of(nbytes, False)
+        handles = self._of(nbytes, is_mappable)
+        if is_mappable:
+            if not handles:
+                handles.append(self._driver.create_offloaded(nbytes))
                 self.pooled_bytes += nbytes
-            self._map(pooled[-1], nbytes)
+            self._map(handles[-1], nbytes)
         self.pooled_bytes -= nbytes
         self.used_bytes += nbytes
-        return (pooled if mappable or not pinned else pinned).pop()
+        return handles.pop()
 
     def _map(self, handle: int, nbytes: int) -> None:
         """Raises: DriverError; what is left to do is done the next time."""

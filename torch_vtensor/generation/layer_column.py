@@ -140,19 +140,19 @@ class LayerColumn:
         keys, values, position = self._keys, self._values, stop - self._origin
         assert keys is not None and values is not None
         num_new = NOT_COPIED if is_observed() else self._copier.write(keys, values, position, key, value)
-        if num_new == NOT_COPIED:
+        if by_torch := num_new == NOT_COPIED:
             num_new = key.shape[2]
             keys.narrow(2, position, num_new).copy_(key)
             values.narrow(2, position, num_new).copy_(value)
-            num_new |= CAPTURED  # which, if it is not so, retains nothing
-        self._note_written(num_new, first, stop)
+        self._note_written(num_new, first, stop, may_be_captured=by_torch)
 
-    def _note_written(self, num_new: int, first: int, stop: int) -> int:
+    def _note_written(self, num_new: int, first: int, stop: int, *, may_be_captured: bool = False) -> int:
         """Take up new tokens at ``stop``, T or T | CAPTURED of them; returns T."""
         if num_new >= CAPTURED:
             num_new -= CAPTURED
-            if self.store is not None:
-                self.store.retain_in_capture()
+            may_be_captured = True
+        if may_be_captured and self.store is not None:
+            self.store.retain_in_capture()
         stop += num_new
         written = self._written
         written.first, written.stop = first, stop

@@ -181,19 +181,22 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def _config(k: int, has_norm: bool) -> Config:
-    """Measured on an H200 (benchmarks/results): whole rows at once as long as they fit into registers.
+def _block_k(k: int) -> int:
+    """A whole row at once as long as that fits into registers."""
+    block_k: int = triton.next_power_of_2(k) if k <= 4096 else 2048
+    return block_k
 
-    Every program sums a norm, so there are fewer of them then.
-    """
-    block_k = triton.next_power_of_2(k) if k <= 4096 else 2048
+
+def _config(k: int, has_norm: bool) -> Config:
+    """Measured on an H200 (benchmarks/results). Every program sums a norm, so there are fewer of them then."""
+    block_k = _block_k(k)
     if has_norm:
         return Config(4, block_k, 8 if block_k > 2048 else 4)
     return Config(2 if k <= 4096 else 4, min(block_k, 2048), 4)
 
 
 def _gated_config(k: int) -> Config:
-    return Config(2, triton.next_power_of_2(k) if k <= 4096 else 2048, 4)
+    return Config(2, _block_k(k), 4)
 
 
 class Norm(NamedTuple):
