@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from torch_vtensor.generation.decode.fuse import fuse
 from torch_vtensor.generation.decode.step import GroupRows, LayerRows, Step, step_forward, twin_of
+from torch_vtensor.ops.skinny_linear import MAX_ROWS
 
 HEADS, DIM, ROOM, LENGTH = 2, 16, 12, 7
 pytestmark = pytest.mark.parametrize("memory", ["strips"], indirect=True)
@@ -48,6 +49,7 @@ def calls(graph_module: torch.fx.GraphModule) -> Counter[str]:
         if node.op == "call_function" and name in (
             "linear",
             "skinny_linear",
+            "skinny_linear_normed",
             "skinny_gated_linear",
             "cached_attention",
         ):
@@ -84,12 +86,18 @@ def decoder(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> An
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval().to(dtype)
 
 
-def run(model: Any, backend: Any, batch: int = 1, is_fused: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    model: Any, backend: Any, batch: int = 1, is_fused: bool = True, of_any_batch: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One step of the model: its logits, and all rows after it."""
     rows = Rows(model, batch)
     tokens, positions = torch.full((batch, 1), 11), torch.full((batch, 1), LENGTH)
     mask = torch.ones(batch, 1, 1, 1, dtype=torch.bool)
     backend.is_fused = is_fused
+    if of_any_batch:
+        (group,) = rows.step.groups
+        for tensor in (tokens, positions, mask, group.key_addresses, group.lengths, group.firsts):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
     with torch.no_grad():
         return backend.forward(tokens, positions, mask, rows.step), rows.tensor
 
@@ -103,6 +111,13 @@ def compiled(model: Any) -> Rewritten:
     return backend  # type: ignore[no-any-return]
 
 
+BATCH = {
+    "skinny_linear": 4,
+    "skinny_linear_normed": 3,
+    "skinny_gated_linear": 2,
+    "cached_attention": 2,
+    "rotations inside": 2,
+}
 BLOCK = {"skinny_linear": 3, "skinny_gated_linear": 1, "cached_attention": 1, "rotations inside": 1}
 
 
@@ -129,12 +144,35 @@ def test_a_step_computes_the_same_in_fewer_operators(kind: str, block: dict[str,
     assert (fused_rows - exact_rows).abs().max() <= 2 * (plain_rows - exact_rows).abs().max() + 1e-3
 
 
-def test_two_rows_stay_as_they_are() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("batch", [2, 64])
+def test_several_rows_are_normed_where_they_are_summed(batch: int, dtype: torch.dtype) -> None:
+    model = decoder("Llama", dtype)
+    backend = compiled(model)
+    fused, _ = run(model, backend, batch)
+    # Sums before the second block's norms and before the first one's second; the first input is no sum.
+    assert backend.after == BATCH
+    plain, _ = run(model, backend, batch, is_fused=False)
+    if dtype is torch.float32:
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+        return
+    exact, _ = run(wide := copy.deepcopy(model).float(), compiled(wide), batch, is_fused=False)
+    assert (fused - exact).abs().max() <= 2 * (plain - exact).abs().max() > 0
+
+
+def test_a_number_of_rows_that_is_not_known_counts_as_several() -> None:
     model = decoder("Llama")
     backend = compiled(model)
-    fused, _ = run(model, backend, batch=2)
+    fused, _ = run(model, backend, 5, of_any_batch=True)
+    assert backend.after == BATCH
+    plain, _ = run(model, backend, 5, is_fused=False, of_any_batch=True)
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_more_rows_stay_as_they_are() -> None:
+    backend = compiled(model := decoder("Llama"))
+    run(model, backend, MAX_ROWS + 1)
     assert backend.after == {"linear": 15, "cached_attention": 2, "rotations inside": 2}
-    torch.testing.assert_close(fused, run(model, backend, batch=2, is_fused=False)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_gemma_norms_stay_as_they_are() -> None:

@@ -4,6 +4,7 @@ No bfloat16: the interpreter multiplies matrices of it as the integers that it k
 """
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -215,9 +216,9 @@ def cached_attention() -> None:
 
 def skinny_linear() -> None:
     from skinny_cases import CASES as SKINNY
-    from skinny_cases import GATED
+    from skinny_cases import GATED, SEVERAL, SEVERAL_GATED, Arguments
 
-    from torch_vtensor.ops.skinny_linear import triton
+    from torch_vtensor.ops.skinny_linear import rows_triton, triton
 
     for case in SKINNY:
         a = case.arguments()
@@ -227,6 +228,26 @@ def skinny_linear() -> None:
         a = case.arguments()
         norm = None if a.norm is None else triton.Norm(a.norm, 0.0, a.eps)
         case.check_gated(triton.launch_gated(a.x, *a.weights, norm, early=False))
+
+    def flat(a: Arguments) -> Arguments:
+        residual = None if a.residual is None else a.residual.flatten(0, 1)
+        return a._replace(x=a.x.flatten(0, 1), residual=residual)
+
+    for case in (replace(case, dtype=torch.float16) for case in SEVERAL if max(case.widths) < 1000):
+        a = flat(case.arguments())
+        norm = None if a.norm is None else triton.Norm(a.norm, 0.0, a.eps)
+        outs = rows_triton.launch(a.x, a.weights, a.biases, norm, a.residual, early=False)
+        case.check([out.unflatten(0, (-1, 1)) for out in outs])
+    for case in (replace(case, dtype=torch.float16) for case in SEVERAL_GATED):
+        a = flat(case.arguments())
+        norm = None if a.norm is None else triton.Norm(a.norm, 0.0, a.eps)
+        case.check_gated(rows_triton.launch_gated(a.x, *a.weights, norm, early=False).unflatten(0, (-1, 1)))
+    case = replace(SEVERAL[2], dtype=torch.float16)
+    a = flat(case.arguments())
+    weight = torch.linspace(0.5, 2, len(a.weights[0])).half()
+    normed = triton.Norm(weight, 0.0, a.eps)
+    outs = rows_triton.launch_normed(a.x, a.weights[0], a.biases[0], a.residual, normed, early=False)
+    case.check_normed(*(out.unflatten(0, (-1, 1)) for out in outs), weight)
 
 
 if __name__ == "__main__":

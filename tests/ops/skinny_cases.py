@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-Rows = tuple[int, ...]
+Widths = tuple[int, ...]
 
 
 class Arguments(NamedTuple):
@@ -23,14 +23,15 @@ class Arguments(NamedTuple):
 
 @dataclass(frozen=True)
 class SkinnyCase:
-    """One row of ``k`` elements times matrices of ``num_rows`` rows."""
+    """Rows of ``k`` elements, one by default, times matrices of ``widths`` rows."""
 
     k: int
-    num_rows: Rows
+    widths: Widths
     has_bias: tuple[bool, ...] = (False, False, False)
     has_norm: bool = False
     has_residual: bool = False
     dtype: torch.dtype = torch.float32
+    num_rows: int = 1
 
     def arguments(self, device: str = "cpu") -> Arguments:
         """Random, the same every time."""
@@ -40,12 +41,12 @@ class SkinnyCase:
             return torch.randn(shape, generator=random).to(self.dtype).to(device)
 
         return Arguments(
-            randn(1, 1, self.k),
-            [randn(n, self.k) for n in self.num_rows],
-            [randn(n) if has else None for n, has in zip(self.num_rows, self.has_bias, strict=False)],
+            randn(self.num_rows, 1, self.k),
+            [randn(n, self.k) for n in self.widths],
+            [randn(n) if has else None for n, has in zip(self.widths, self.has_bias, strict=False)],
             randn(self.k) if self.has_norm else None,
             1e-5,
-            randn(1, 1, self.num_rows[0]) if self.has_residual else None,
+            randn(self.num_rows, 1, self.widths[0]) if self.has_residual else None,
         )
 
     def exact(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -83,6 +84,17 @@ class SkinnyCase:
             error = (out.cpu().double() - result).abs()
             assert bool((error <= budget).all()), f"{(error / budget).max():.3g} times the error budget: {self}"
 
+    def check_normed(self, total: torch.Tensor, normed: torch.Tensor, weight: torch.Tensor) -> None:
+        """The sum as exact as `check` wants, and normed: by its own values, rounded in two places."""
+        self.check([total])
+        wide = total.cpu().double()
+        result = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.arguments().eps) * weight.cpu().double()
+        r = torch.finfo(self.dtype).eps / 2
+        error = (normed.cpu().double() - result).abs()
+        budget = result.abs() * (2.1 * r + 4 * (self.k + 8) * torch.finfo(torch.float32).eps) + 1e-9
+        assert normed.dtype is self.dtype
+        assert bool((error <= budget).all()), f"{(error / budget).max():.3g} times the error budget: {self}"
+
     def check_gated(self, out: torch.Tensor) -> None:
         """``silu`` grows by at most 1.1 times its argument's error; implementations may round three times more."""
         (gate, up), (gate_budget, up_budget) = self.exact()
@@ -104,3 +116,17 @@ CASES = [
     SkinnyCase(512, (33,), has_residual=True, dtype=torch.float16),
 ]
 GATED = [SkinnyCase(64, (48, 48)), SkinnyCase(100, (7, 7), has_norm=True), SkinnyCase(256, (9, 9), dtype=torch.float16)]
+SEVERAL = [
+    SkinnyCase(64, (48,), num_rows=2),
+    SkinnyCase(192, (7, 33, 1), (True, False, True), has_norm=True, num_rows=5),
+    SkinnyCase(1024, (40,), (True,), has_residual=True, num_rows=17),
+    SkinnyCase(576, (130,), has_norm=True, has_residual=True, num_rows=33),
+    SkinnyCase(96, (16, 5), (False, True), has_norm=True, num_rows=4),
+    SkinnyCase(512, (6208,), num_rows=64),
+    SkinnyCase(128, (24,), (True,), has_norm=True, has_residual=True, num_rows=65),
+]
+SEVERAL_GATED = [
+    SkinnyCase(64, (48, 48), num_rows=3),
+    SkinnyCase(256, (70, 70), has_norm=True, num_rows=64),
+    SkinnyCase(96, (16, 16), num_rows=66),
+]

@@ -1,13 +1,14 @@
-"""What surrounds the matrix products of a traced step, moved into them: five kernels a transformer block.
+"""What surrounds the matrix products of a traced step, moved into them: five operators a transformer block.
 
-A step of one row reads gigabytes of weights and next to nothing else, so everything between two matrix products is a
+A step of a few rows reads gigabytes of weights and next to nothing else, so everything between two matrix products is a
 launch and a wait for what costs nothing inside the one or the other:
 
     norm, q, k, v              -> skinny_linear        rotary embedding, append, attention -> cached_attention
     output, residual           -> skinny_linear        norm, gate, up, silu, product       -> skinny_gated_linear
     down, residual             -> skinny_linear
 
-Everything is matched by what it computes. What is written another way stays as it is, and inductor compiles it.
+Of several rows a norm is part of the sum before it, not of the products after it (skinny_linear_normed). Everything is
+matched by what it computes. What is written another way stays as it is, and inductor compiles it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,19 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from torch_vtensor.ops.cached_attention import cached_attention
-from torch_vtensor.ops.skinny_linear import MAX_WEIGHTS, skinny_gated_linear, skinny_linear
+from torch_vtensor.ops.skinny_linear import (
+    MAX_WEIGHTS,
+    skinny_gated_linear,
+    skinny_linear,
+    skinny_linear_normed,
+    takes,
+)
 
 __all__ = ["fuse"]
 
@@ -43,6 +50,9 @@ def fuse(graph_module: GraphModule) -> None:
     for x, linears in of_input.items():
         for start in range(0, len(linears), MAX_WEIGHTS):
             _merge_linears(graph, x, linears[start : start + MAX_WEIGHTS])
+    for node in list(graph.nodes):
+        if _calls(node, skinny_linear.default):
+            _norm_sum(graph, node)
     graph.eliminate_dead_code()
     graph.lint()
     graph_module.recompile()
@@ -78,6 +88,38 @@ def _merge_linears(graph: Graph, x: Node, linears: list[Node]) -> None:
             item = graph.call_function(operator.getitem, (merged, index))
             item.meta = dict(node.meta)
             node.replace_all_uses_with(item)
+
+
+def _norm_sum(graph: Graph, node: Node) -> None:
+    """The sum of several rows whose norm is the input of products, as a `skinny_linear_normed`: normed only once."""
+    x, weights, biases, norm, _, residual = cast("tuple[Any, ...]", node.args)
+    if residual is None or norm is not None or _is_one_row(_value(x)):
+        return
+    (total,) = node.users
+    norms = {user: user.args[3:5] for user in total.users if _norms(user, total)}
+    if len(set(norms.values())) != 1:
+        return
+    with graph.inserting_before(node):
+        arguments = x, weights[0], biases[0], residual, *next(iter(norms.values()))
+        merged = graph.call_function(skinny_linear_normed.default, arguments)
+        plain, normed = (graph.call_function(operator.getitem, (merged, index)) for index in range(2))
+    plain.meta, normed.meta = dict(total.meta), dict(total.meta)
+    for user in norms:
+        user.args = (normed, *user.args[1:3], None, 0.0, *user.args[5:])
+    total.replace_all_uses_with(plain)
+    graph.erase_node(total)
+    graph.erase_node(node)
+
+
+def _is_one_row(x: torch.Tensor) -> bool:
+    num_rows = x.numel() // x.shape[-1]
+    return not isinstance(num_rows, torch.SymInt) and num_rows == 1
+
+
+def _norms(node: Node, x: Node) -> bool:
+    """Whether the node is products of x's norm, by a weight that the graph is given."""
+    is_product = _calls(node, skinny_linear.default) or _calls(node, skinny_gated_linear.default)
+    return is_product and node.args[0] is x and isinstance(norm := node.args[3], Node) and _is_given(norm)
 
 
 def _merge_gate(graph: Graph, node: Node) -> None:
@@ -188,20 +230,25 @@ def _residual(linear: Node) -> tuple[Node, Node] | None:
 
 
 def _is_linear(node: Any) -> bool:
-    """Whether the node is a linear layer of one row that `skinny_linear` takes."""
+    """Whether the node is a linear layer that `skinny_linear` takes."""
     if not _calls(node, torch._C._nn.linear):
         return False
-    if any(isinstance(of, Node) and of.op not in ("placeholder", "get_attr") for of in node.args[1:]):
-        return False  # made on the way: it may not be there yet where the product goes
-    x, weight = _value(node.args[0]), _value(node.args[1])
-    return bool(x.numel() == x.shape[-1] and x.dtype is weight.dtype and weight.is_contiguous())
+    if any(isinstance(of, Node) and not _is_given(of) for of in node.args[1:]):
+        return False
+    return takes(_value(node.args[0]), _value(node.args[1]))
+
+
+def _is_given(node: Node) -> bool:
+    """Whether it is there from the start: what is made on the way may come after where a product goes."""
+    return node.op in ("placeholder", "get_attr")
 
 
 def _changes_in_place(node: Node) -> bool:
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     name = getattr(node.target, "__name__", "")
-    is_named_so = node.target in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__"))
+    is_operator = getattr(operator, name, None) is node.target  # and_, not_, ... change nothing
+    is_named_so = node.target in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__") and not is_operator)
     return node.op == "call_function" and (is_named_so or "out" in node.kwargs or node.kwargs.get("inplace") is True)
 
 

@@ -40,7 +40,7 @@ def compile_step(forward: Callable[..., torch.Tensor], of_any_batch: bool = Fals
     """The same function, compiled by inductor at its first call, for tensors of those sizes.
 
     Args:
-        of_any_batch: for all batches of two and more instead, with what surrounds matrix products as it is.
+        of_any_batch: for all batches of two and more instead.
     """
     # A code object of its own: dynamo counts recompilations by code object, and every batch size is meant to be one.
     forward.__code__ = forward.__code__.replace()
@@ -48,8 +48,7 @@ def compile_step(forward: Callable[..., torch.Tensor], of_any_batch: bool = Fals
     def backend(graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
-        if not of_any_batch:
-            fuse(graph_module)
+        fuse(graph_module)
         return compile_fx(graph_module, example_inputs)
 
     return torch.compile(forward, backend=backend, fullgraph=True, dynamic=of_any_batch)

@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from torch_vtensor.ops.attention_triton import can_begin_early
 from torch_vtensor.ops.skinny_linear import MAX_WEIGHTS
 
-__all__ = ["Config", "Norm", "launch", "launch_gated"]
+__all__ = ["Config", "Norm", "check_weights", "launch", "launch_gated"]
 
 
 @triton.jit
@@ -282,9 +282,14 @@ def _check(x: Tensor, weights: list[Tensor]) -> int:
     k = x.shape[-1]
     if x.numel() != k or not x.is_contiguous():
         raise ValueError(f"x is {tuple(x.shape)} with strides {x.stride()}; on CUDA it is one contiguous row")
+    check_weights(weights)
+    return k
+
+
+def check_weights(weights: list[Tensor]) -> None:
+    """Raise a ValueError for more weights than one launch takes."""
     if not 1 <= len(weights) <= MAX_WEIGHTS:
         raise ValueError(f"{len(weights)} weights were given; one launch takes 1 to {MAX_WEIGHTS}")
-    return k
 
 
 def _norm_arguments(x: Tensor, norm: Norm | None) -> tuple[Any, ...]:

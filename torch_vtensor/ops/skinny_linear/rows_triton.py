@@ -1,0 +1,409 @@
+"""skinny_linear for several rows on a GPU: tensor-core products that begin while the kernel before still runs.
+
+A program owns some rows of a weight matrix, or a part of each of them where a matrix has too few for all
+multiprocessors: reading all of the input for fewer rows would cost more than the weights. When a kernel has read its
+last weights, the next one begins and has its first ones fetched, so memory is busy in between. Parts are summed by one
+program a row, in the same order every time, which also adds the residual and norms the sum for the products after it.
+Above `MAX_ROWS` rows, and for 32-bit numbers, products are torch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from torch_vtensor.ops.attention_triton import can_begin_early
+from torch_vtensor.ops.skinny_linear import MAX_ROWS, MAX_WEIGHTS
+from torch_vtensor.ops.skinny_linear.triton import Norm, check_weights
+
+__all__ = ["Config", "launch", "launch_gated", "launch_normed"]
+
+
+@triton.jit
+def _fetch(pointers, BYTES: tl.constexpr):
+    """Have BYTES from each pointer brought to the L2 cache; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [pointers.to(tl.int64), tl.full(pointers.shape, BYTES, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _product(
+    x,
+    num_rows,
+    weight,
+    gate_weight,
+    n,
+    first,
+    K: tl.constexpr,
+    PART: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Weight rows n times x's rows, over PART of K elements from ``first`` on: [BLOCK_N, BLOCK_M] in fp32."""
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    begins = n.to(tl.int64) * K + first
+    if EARLY:
+        if AHEAD > 0:
+            _fetch(weight + begins, AHEAD * 2)
+            if HAS_GATE:
+                _fetch(gate_weight + begins, AHEAD * 2)
+        gdc_wait()
+    tiles = weight + begins[:, None] + k[None, :]
+    gate_tiles = gate_weight + begins[:, None] + k[None, :]
+    columns = x + first + m[None, :] * K + k[:, None]
+    is_row = (m < num_rows)[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    gate_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in tl.range(0, PART, BLOCK_K, num_stages=STAGES):
+        part = tl.load(columns + start, mask=is_row, other=0.0)
+        acc = tl.dot(tl.load(tiles + start), part, acc)
+        if HAS_GATE:
+            gate_acc = tl.dot(tl.load(gate_tiles + start), part, gate_acc)
+    if EARLY:
+        gdc_launch_dependents()
+    return acc, gate_acc
+
+
+@triton.jit
+def _linear(
+    x,
+    weight_0,
+    weight_1,
+    weight_2,
+    bias_0,
+    bias_1,
+    bias_2,
+    out_0,
+    out_1,
+    out_2,
+    num_rows,
+    width_0,
+    width_1,
+    width_2,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    NUM_WEIGHTS: tl.constexpr,
+    HAS_BIAS_0: tl.constexpr,
+    HAS_BIAS_1: tl.constexpr,
+    HAS_BIAS_2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    blocks_0 = tl.cdiv(width_0, BLOCK_N)
+    weight = weight_0
+    bias = bias_0
+    out = out_0
+    width = width_0
+    has_bias = HAS_BIAS_0
+    if NUM_WEIGHTS > 1:
+        blocks_1 = tl.cdiv(width_1, BLOCK_N)
+        if block >= blocks_0:
+            weight = weight_1
+            bias = bias_1
+            out = out_1
+            width = width_1
+            has_bias = HAS_BIAS_1
+            if NUM_WEIGHTS > 2:
+                if block >= blocks_0 + blocks_1:
+                    weight = weight_2
+                    bias = bias_2
+                    out = out_2
+                    width = width_2
+                    has_bias = HAS_BIAS_2
+                    block -= blocks_1
+            block -= blocks_0
+        weight = tl.multiple_of(weight, 16)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = tl.minimum(n, width - 1)
+    PART: tl.constexpr = K // PARTS
+    acc, _ = _product(
+        x, num_rows, weight, weight, inside, part * PART, K, PART, False,
+        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, AHEAD, EARLY,
+    )  # fmt: skip
+    if HAS_BIAS_0 or HAS_BIAS_1 or HAS_BIAS_2:
+        acc += tl.load(bias + inside, mask=has_bias & (n < width), other=0.0).to(tl.float32)[:, None]
+    m = tl.arange(0, BLOCK_M)
+    to = out + (part * num_rows + m[None, :]) * width + n[:, None]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=(n < width)[:, None] & (m < num_rows)[None, :])
+
+
+@triton.jit
+def _gated_linear(
+    x,
+    gate_weight,
+    up_weight,
+    out,
+    num_rows,
+    width,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    up, gate = _product(
+        x, num_rows, up_weight, gate_weight, tl.minimum(n, width - 1), 0, K, K, True,
+        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, AHEAD, EARLY,
+    )  # fmt: skip
+    result = gate / (1 + tl.exp(-gate)) * up
+    m = tl.arange(0, BLOCK_M)
+    to = out + m[None, :] * width + n[:, None]
+    tl.store(to, result.to(out.dtype.element_ty), mask=(n < width)[:, None] & (m < num_rows)[None, :])
+
+
+@triton.jit
+def _sum(
+    parts,
+    bias,
+    residual,
+    norm,
+    norm_eps,
+    out,
+    normed,
+    width,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """A row: the sum of its parts and the residual is stored, and stored once more RMS-normed."""
+    if EARLY:
+        gdc_launch_dependents()
+    row = tl.program_id(0)
+    n = tl.arange(0, BLOCK_N)
+    ok = n < width
+    place = row * width + n
+    if HAS_NORM:
+        scale = tl.load(norm + n, mask=ok, other=0.0)
+    if EARLY:
+        gdc_wait()
+    if PARTS > 0:
+        total = tl.zeros([BLOCK_N], tl.float32)
+        for part in tl.static_range(PARTS):
+            total += tl.load(parts + part * tl.num_programs(0) * width + place, mask=ok, other=0.0)
+        if HAS_BIAS:
+            total += tl.load(bias + n, mask=ok, other=0.0).to(tl.float32)
+        result = total.to(out.dtype.element_ty)
+        result += tl.load(residual + place, mask=ok, other=0.0)
+        tl.store(out + place, result, mask=ok)
+    else:
+        result = tl.load(residual + place, mask=ok, other=0.0)
+    if HAS_NORM:
+        wide = result.to(tl.float32)
+        factor = tl.rsqrt(tl.sum(wide * wide, 0) / width + norm_eps)
+        tl.store(normed + place, (wide * factor).to(normed.dtype.element_ty) * scale, mask=ok)
+
+
+class Config(NamedTuple):
+    """How a product is cut: weight rows a program, elements a step, steps under way, parts of a row, warps."""
+
+    block_n: int
+    block_k: int
+    stages: int
+    parts: int
+    num_warps: int
+
+
+_AHEAD = 256
+"""Elements of each weight row that are fetched before the input is there."""
+
+
+def _config(width: int, k: int, may_split: bool) -> Config:
+    """Measured on an H100 (benchmarks/results)."""
+    if may_split and width < 6144 and k % 512 == 0:
+        return Config(64, 128, 4, 4, 4) if k <= 8192 else Config(128, 128, 3, 4, 8)
+    return Config(64 if width >= 4096 else 32, 64, 6, 1, 4)
+
+
+def _gated_config(k: int) -> Config:
+    return Config(64, 64 if k % 128 else 128, 3, 1, 4)
+
+
+def launch(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    early: bool = True,
+    config: Config | None = None,
+) -> list[Tensor]:
+    """``[norm(x) @ weight.T + bias + residual ...]`` of up to `MAX_WEIGHTS` weights and x [M, K], contiguous.
+
+    Args:
+        residual: [M, N] of the only weight.
+        early: begin while the kernel before still runs, where the device can; it must not be writing the weights.
+    """
+    check_weights(weights)
+    x = _normed(x, norm, early)
+    if residual is not None:
+        return [_summed(x, weights[0], biases[0], residual, None, early, config)[0]]
+    if not _has_kernel(x):
+        return [functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    width = sum(weight.shape[0] for weight in weights)
+    return _products(x, weights, biases, early, config or _config(width, x.shape[1], may_split=False))
+
+
+def launch_normed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm: Norm,
+    early: bool = True,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``x @ weight.T + bias + residual`` [M, N], and the same normed."""
+    return _summed(x, weight, bias, residual, norm, early, config)
+
+
+def launch_gated(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    norm: Norm | None = None,
+    early: bool = True,
+    config: Config | None = None,
+) -> Tensor:
+    """``silu(norm(x) @ gate_weight.T) * (norm(x) @ up_weight.T)``."""
+    x = _normed(x, norm, early)
+    if not _has_kernel(x):
+        return functional.silu(functional.linear(x, gate_weight)) * functional.linear(x, up_weight)
+    num_rows, k = x.shape
+    width = gate_weight.shape[0]
+    config = config or _gated_config(k)
+    out = x.new_empty(num_rows, width)
+    _gated_linear[(triton.cdiv(width, config.block_n),)](
+        x, gate_weight, up_weight, out, num_rows, width, K=k, **_options(config, x, [gate_weight, up_weight], early)
+    )
+    return out
+
+
+def _products(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], early: bool, config: Config
+) -> list[Tensor]:
+    """Of every weight [M, N], or, of several parts, [parts, M, N] in fp32."""
+    num_rows, k = x.shape
+    padding = MAX_WEIGHTS - len(weights)
+    widths = [weight.shape[0] for weight in weights]
+    if config.parts > 1:
+        outs = [x.new_empty(config.parts, num_rows, width, dtype=torch.float32) for width in widths]
+    else:
+        outs = [x.new_empty(num_rows, width) for width in widths]
+    _linear[(sum(triton.cdiv(width, config.block_n) for width in widths), config.parts)](
+        x,
+        *weights,
+        *[weights[0]] * padding,
+        *[weight if bias is None else bias for weight, bias in zip(weights, biases, strict=True)],
+        *[weights[0]] * padding,
+        *outs,
+        *[outs[0]] * padding,
+        num_rows,
+        *widths,
+        *[widths[0]] * padding,
+        K=k,
+        PARTS=config.parts,
+        NUM_WEIGHTS=len(weights),
+        HAS_BIAS_0=biases[0] is not None,
+        HAS_BIAS_1=len(biases) > 1 and biases[1] is not None,
+        HAS_BIAS_2=len(biases) > 2 and biases[2] is not None,
+        **_options(config, x, weights, early),
+    )
+    return outs
+
+
+def _summed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm: Norm | None,
+    early: bool,
+    config: Config | None,
+) -> tuple[Tensor, Tensor]:
+    """``x @ weight.T + bias + residual``, and the same normed if there is a norm."""
+    if not _has_kernel(x):
+        return _sum_rows(functional.linear(x, weight)[None], bias, residual, norm, early)
+    config = config or _config(weight.shape[0], x.shape[1], may_split=True)
+    parts = _products(x, [weight], [None], early, config)[0]
+    return _sum_rows(parts.view(-1, *residual.shape), bias, residual, norm, early)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return len(x) <= MAX_ROWS and x.dtype.itemsize == 2 and x.shape[1] % 64 == 0
+
+
+def _normed(x: Tensor, norm: Norm | None, early: bool) -> Tensor:
+    return x if norm is None else _sum_rows(None, None, x, norm, early)[1]
+
+
+def _sum_rows(
+    parts: Tensor | None, bias: Tensor | None, residual: Tensor, norm: Norm | None, early: bool
+) -> tuple[Tensor, Tensor]:
+    """The sum of parts [parts, M, N], bias [N] and residual [M, N], and the same normed."""
+    num_rows, width = residual.shape
+    out = residual if parts is None else torch.empty_like(residual)
+    normed = out if norm is None else torch.empty_like(residual)
+    early = early and can_begin_early(residual.device.index or 0)
+    block_n = triton.next_power_of_2(width)
+    _sum[(num_rows,)](
+        residual if parts is None else parts,
+        residual if bias is None else bias,
+        residual,
+        residual if norm is None else norm.weight,
+        0.0 if norm is None else norm.eps,
+        out,
+        normed,
+        width,
+        PARTS=0 if parts is None else len(parts),
+        HAS_BIAS=bias is not None,
+        HAS_NORM=norm is not None,
+        BLOCK_N=block_n,
+        EARLY=early,
+        num_warps=max(1, min(16, block_n // 512)),
+        **({"launch_pdl": True} if early else {}),
+    )
+    return out, normed
+
+
+def _options(config: Config, x: Tensor, weights: list[Tensor], early: bool) -> dict[str, Any]:
+    early = early and can_begin_early(x.device.index or 0)
+    is_aligned = all(weight.data_ptr() % 16 == 0 for weight in weights)
+    return {
+        "BLOCK_M": max(16, triton.next_power_of_2(len(x))),
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "STAGES": config.stages,
+        "AHEAD": min(_AHEAD, x.shape[1] // config.parts) if is_aligned else 0,
+        "EARLY": early,
+        "num_warps": config.num_warps,
+        **({"launch_pdl": True} if early else {}),
+    }
