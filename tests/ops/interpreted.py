@@ -220,6 +220,8 @@ def skinny_linear() -> None:
 
     from torch_vtensor.ops.skinny_linear import rows_triton, triton
 
+    rows_triton.has_kernel = lambda x: x.dtype.itemsize == 2 and x.shape[-1] % 64 == 0  # type: ignore[assignment]
+    rows_triton._shared_bytes = lambda device_index: 50_000  # type: ignore[assignment]
     for case in SKINNY:
         a = case.arguments()
         norm = None if a.norm is None else triton.Norm(a.norm, 0.0, a.eps)

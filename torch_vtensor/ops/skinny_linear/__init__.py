@@ -5,6 +5,8 @@ The operators take any number of rows; `takes` tells where they are worth it.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -62,11 +64,18 @@ def takes(x: Tensor, weight: Tensor) -> bool:
             return False
         if num_rows == 1:
             return True
-    return x.device.type != "cuda" or _has_kernel(x)
+    return x.device.type != "cuda" or has_kernel(x)
 
 
-def _has_kernel(x: Tensor) -> bool:
-    return x.dtype.itemsize == 2 and x.shape[-1] % 64 == 0
+def has_kernel(x: Tensor) -> bool:
+    """Whether there is a kernel for several rows like these, on a GPU."""
+    return x.dtype.itemsize == 2 and x.shape[-1] % 64 == 0 and _has_tensor_cores(x.device.index or 0)
+
+
+@functools.cache
+def _has_tensor_cores(device_index: int) -> bool:
+    """Of the kind that takes both 16-bit dtypes."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device_index) >= (8, 0)
 
 
 def _fake(

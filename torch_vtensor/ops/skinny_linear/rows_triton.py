@@ -9,6 +9,7 @@ Above `MAX_ROWS` rows, and for 32-bit numbers, products are torch's.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_vtensor.ops.attention_triton import can_begin_early
-from torch_vtensor.ops.skinny_linear import MAX_ROWS, MAX_WEIGHTS
+from torch_vtensor.ops.skinny_linear import MAX_ROWS, MAX_WEIGHTS, has_kernel
 from torch_vtensor.ops.skinny_linear.triton import Norm, check_weights
 
 __all__ = ["Config", "launch", "launch_gated", "launch_normed"]
@@ -247,6 +248,27 @@ def _gated_config(k: int) -> Config:
     return Config(64, 64 if k % 128 else 128, 3, 1, 4)
 
 
+def _fitting(config: Config, x: Tensor, num_tiles: int) -> Config:
+    """The same in fewer or shorter steps where a multiprocessor has too little shared memory."""
+    room = _shared_bytes(x.device.index or 0)
+    while (num_tiles * config.block_n + _block_m(x)) * config.block_k * config.stages * x.itemsize > room:
+        if config.stages > 2:
+            config = config._replace(stages=config.stages - 1)
+        else:
+            config = config._replace(block_k=config.block_k // 2)
+    return config
+
+
+@functools.cache
+def _shared_bytes(device_index: int) -> int:
+    driver: Any = triton.runtime.driver.active
+    return int(driver.utils.get_device_properties(device_index)["max_shared_mem"])
+
+
+def _block_m(x: Tensor) -> int:
+    return max(16, int(triton.next_power_of_2(len(x))))
+
+
 def launch(
     x: Tensor,
     weights: list[Tensor],
@@ -299,7 +321,7 @@ def launch_gated(
         return functional.silu(functional.linear(x, gate_weight)) * functional.linear(x, up_weight)
     num_rows, k = x.shape
     width = gate_weight.shape[0]
-    config = config or _gated_config(k)
+    config = _fitting(config or _gated_config(k), x, num_tiles=2)
     out = x.new_empty(num_rows, width)
     _gated_linear[(triton.cdiv(width, config.block_n),)](
         x, gate_weight, up_weight, out, num_rows, width, K=k, **_options(config, x, [gate_weight, up_weight], early)
@@ -312,6 +334,7 @@ def _products(
 ) -> list[Tensor]:
     """Of every weight [M, N], or, of several parts, [parts, M, N] in fp32."""
     num_rows, k = x.shape
+    config = _fitting(config, x, num_tiles=1)
     padding = MAX_WEIGHTS - len(weights)
     widths = [weight.shape[0] for weight in weights]
     if config.parts > 1:
@@ -358,7 +381,7 @@ def _summed(
 
 
 def _has_kernel(x: Tensor) -> bool:
-    return len(x) <= MAX_ROWS and x.dtype.itemsize == 2 and x.shape[1] % 64 == 0
+    return len(x) <= MAX_ROWS and has_kernel(x)
 
 
 def _normed(x: Tensor, norm: Norm | None, early: bool) -> Tensor:
@@ -398,7 +421,7 @@ def _options(config: Config, x: Tensor, weights: list[Tensor], early: bool) -> d
     early = early and can_begin_early(x.device.index or 0)
     is_aligned = all(weight.data_ptr() % 16 == 0 for weight in weights)
     return {
-        "BLOCK_M": max(16, triton.next_power_of_2(len(x))),
+        "BLOCK_M": _block_m(x),
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "STAGES": config.stages,
