@@ -112,7 +112,7 @@ def watch_shared_reads(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]
     attend, told = step.cached_attention, []
 
     def checked(*args: Any, groups: Any = None, num_shared: Any = None, **options: Any) -> Any:
-        if groups is not None:
+        if groups is not None and len(groups) > 0:
             members = [row for row in ([slot for slot in row if slot >= 0] for row in groups.tolist()) if row]
             if members:
                 told.append(members)

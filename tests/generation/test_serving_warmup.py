@@ -17,6 +17,7 @@ from torch_vtensor.generation.serving.program import ServingProgram
 from torch_vtensor.generation.serving.prompts import PromptShape
 
 pytestmark = IN_ONE_LAYOUT
+COMPILE_STEP = graphs.compile_step
 
 
 class Event(NamedTuple):
@@ -77,6 +78,31 @@ def test_nothing_is_captured_once_requests_come(
     assert "capture" not in kinds[kinds.index("prompts") :]
     assert {event.thread for event in events} == {thread}, "the manager's own"
     assert (counted("steps that read shared tokens once") > 0) == reuses_prefixes
+
+
+def test_batches_of_all_sizes_are_compiled_once_whatever_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_reads, "_SHARES_READS", {"cpu"})
+    monkeypatch.setattr(shared_reads, "_LEAST_SAVED_BYTES", 1)
+    monkeypatch.setattr(graphs, "compile_step", COMPILE_STEP)
+    compiled: list[str] = []
+
+    def compile_fx(graph_module: Any, inputs: Any) -> Any:
+        compiled.append("of any batch" if any(isinstance(each, torch.SymInt) for each in inputs) else "of one")
+        return graph_module
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    model, (stem, *asked) = model_to_serve("llama"), prompts(150, 9, 30, 20, 70, 40)
+    asked += [stem + tail for tail in asked]
+    with torch_vtensor.enabled(compile=True, prefix_cache=True):
+        for batch in (asked[:2], asked, asked[4:]):
+            outputs = model.generate_batch(batch, generation_config=config_of())
+            found = [output.generated_tokens for output in outputs.values()]
+            assert found == [alone("llama", prompt, 8) for prompt in batch]
+    torch._dynamo.reset()
+    assert counted("steps that read shared tokens once") > 0
+    assert counted("uncompiled: the model's step cannot be compiled") == 0
+    assert compiled.count("of any batch") == 3
+    assert compiled.count("of one") == 3
 
 
 def test_a_running_manager_warms_up_while_it_is_waited_for(events: list[Event]) -> None:

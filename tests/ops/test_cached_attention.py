@@ -61,6 +61,17 @@ def test_what_sequences_share_is_read_once(
             torch.testing.assert_close(now, then, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_tables_without_groups_share_nothing(device: str) -> None:
+    call = CachedCall(SHARED[1][0], device, has_rotation=True)
+    rows = {name: call.given[name].clone() for name in ("keys", "values")}
+    expected = cached_attention(*call.arguments())
+    for name, before in rows.items():
+        call.given[name].copy_(before)
+    nothing = torch.zeros(0, 4, dtype=torch.int32, device=device), torch.zeros(4, dtype=torch.int32, device=device)
+    assert torch.equal(cached_attention(*call.arguments(), groups=nothing[0], num_shared=nothing[1]), expected)
+
+
 def test_offsets_and_repeated_steps() -> None:
     """Two layers in one memory, one step after another: as if all tokens had been there from the start."""
     heads, dim, room, steps = 2, 8, 9, 9

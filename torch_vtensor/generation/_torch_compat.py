@@ -10,6 +10,7 @@ __all__ = [
     "is_observed",
     "is_traced",
     "jit_is_tracing",
+    "mark_any_size",
     "num_dispatch_modes",
 ]
 
@@ -32,3 +33,10 @@ def is_observed() -> bool:
 def has_global_hooks() -> bool:
     """Whether hooks run in the forward passes of every module."""
     return any(_global_hooks)
+
+
+def mark_any_size(tensor: torch.Tensor, dim: int, from_zero: bool = False) -> None:
+    """Have torch.compile take the size of this dim for any number, of two and more or ``from_zero``."""
+    from torch._dynamo.decorators import mark_unbacked, maybe_mark_dynamic
+
+    (mark_unbacked if from_zero else maybe_mark_dynamic)(tensor, dim)

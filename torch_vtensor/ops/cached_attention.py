@@ -37,7 +37,7 @@ Shapes:  query [B, Hq, Q, D]; key [B, H, Q, D], value [B, H, Q, Dv]; addresses [
     before these; firsts [B] int32: the first real token (left padding); sinks [Hq]; partials, arrivals: the workspace,
     which Q = 1 uses; cos, sin [B or 1, Q, D]: a rotary embedding for query and key, whose halves make the pairs;
     num_new [B] int32: how many of the Q are tokens of the sequence, default all; groups [G, K] and num_shared [B]
-    int32: as in ``decode_attention``, at most ``lengths``, without a window, looked at where Q = 1. Returns
+    int32: as in ``decode_attention``, at most ``lengths``, without a window, looked at where Q = 1; G may be 0. Returns
     [B, Hq, Q, Dv], of which rows from ``num_new`` on mean nothing.
 Effects: writes ``num_new`` rows a head; rows from ``lengths`` + ``num_new`` on are neither read nor written.
 """
@@ -87,7 +87,7 @@ def _cuda(
     )
     rotation = None if cos is None or sin is None else (cos, sin)
     is_prompt = query.shape[2] > 1
-    shares = groups is not None and window is None and not is_prompt
+    shares = groups is not None and len(groups) > 0 and window is None and not is_prompt
     if rotation is not None and (is_prompt or shares):
         query, key, rotation = _rotated(query, *rotation), _rotated(key, *rotation), None
     num_heads, value_dim, new = key.shape[1], value.shape[3], (key, value)

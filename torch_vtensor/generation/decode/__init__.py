@@ -8,6 +8,7 @@ prompt_parts.py   what stands between the matrix products of prompts, compiled
 graphs.py         inductor's code and captured graphs
 prompt.py         how a prompt is cut into parts of a few sizes
 step.py           how a model runs one step over rows at addresses
+pieces.py         layers of a traced step that are alike, compiled once
 fuse.py           what surrounds the matrix products of a traced step, moved into them
 sampling.py       from logits to the next token, on the device
 """

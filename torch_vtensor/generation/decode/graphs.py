@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_vtensor.allocator.captures import capturing
+from torch_vtensor.generation._torch_compat import mark_any_size
 from torch_vtensor.generation.decode.fuse import fuse
-from torch_vtensor.generation.decode.step import LayerRows
+from torch_vtensor.generation.decode.pieces import compile_in_pieces
+from torch_vtensor.generation.decode.step import LayerRows, Step
 
 __all__ = [
     "CaptureSpace",
@@ -24,6 +26,7 @@ __all__ = [
 ]
 
 Graph = Callable[[], None]
+StepForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Step], torch.Tensor]
 
 
 def workspace(batch: int, layers: tuple[LayerRows, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,8 +39,8 @@ def workspace(batch: int, layers: tuple[LayerRows, ...], device: torch.device) -
     return make_workspace(batch, heads, value_dim, device)
 
 
-def compile_step(forward: Callable[..., torch.Tensor], of_any_batch: bool = False) -> Callable[..., torch.Tensor]:
-    """The same function, compiled by inductor at its first call, for tensors of those sizes.
+def compile_step(forward: StepForward, of_any_batch: bool = False) -> StepForward:
+    """A step as `step_forward` makes it, compiled by inductor at its first call, for tensors of those sizes.
 
     Args:
         of_any_batch: for all batches of two and more instead.
@@ -49,9 +52,32 @@ def compile_step(forward: Callable[..., torch.Tensor], of_any_batch: bool = Fals
         from torch._inductor.compile_fx import compile_fx
 
         fuse(graph_module)
-        return compile_fx(graph_module, example_inputs)
+        return compile_in_pieces(graph_module, example_inputs, compile_fx)
 
-    return torch.compile(forward, backend=backend, fullgraph=True, dynamic=of_any_batch)
+    compiled = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
+    return _of_any_batch(compiled) if of_any_batch else compiled
+
+
+def _of_any_batch(compiled: StepForward) -> StepForward:
+    """The same, of which nothing but the number of sequences, and of groups that share tokens, is any number.
+
+    Were all sizes, inductor would take twice as long for them and dynamo would trace all layers once more to find which
+    numbers are not.
+    """
+
+    def forward(tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, step: Step) -> torch.Tensor:
+        of_batch = [tokens, positions, mask]
+        for group in step.groups:
+            of_batch += [group.key_addresses, group.value_addresses, group.lengths, group.firsts]
+            if group.shared is not None:
+                of_batch.append(group.shared.num_shared)
+                mark_any_size(group.shared.groups, 0, from_zero=True)
+                mark_any_size(group.shared.groups, 1)
+        for tensor in of_batch:
+            mark_any_size(tensor, 0)
+        return compiled(tokens, positions, mask, step)
+
+    return forward
 
 
 class CaptureSpace(NamedTuple):

@@ -18,7 +18,7 @@ from torch_vtensor.generation.decode.step import LayerRows, Step, step_forward
 from torch_vtensor.generation.serving.choice import Choice
 from torch_vtensor.generation.serving.seats import Seats
 from torch_vtensor.generation.serving.support import counters, is_out_of_memory, log
-from torch_vtensor.generation.shared_reads import MOST_GROUPS, SharedPrefix, SharedTables, tables_of
+from torch_vtensor.generation.shared_reads import MOST_GROUPS, SharedPrefix, SharedTables, shares_reads, tables_of
 
 __all__ = ["StepGraphs", "size_of"]
 
@@ -176,9 +176,10 @@ class StepGraphs:
         self, batch: int, size: int, shares: tuple[bool, ...], forward: Callable[..., torch.Tensor]
     ) -> torch.Tensor:
         seats, shared = self._seats, None
-        if any(shares):
+        if shares_reads(seats.device) and size > 1:
+            # Of no groups where nothing is shared: one compiled step serves both.
             shared = [
-                SharedTables(tables.groups, tables.num_shared[:batch]) if is_shared else None
+                SharedTables(tables.groups[: MOST_GROUPS * is_shared], tables.num_shared[:batch])
                 for tables, is_shared in zip(self._tables_for(size), shares, strict=True)
             ]
         step = Step(self._layers, seats.groups(batch, shared), *self._workspace)
