@@ -1,8 +1,8 @@
 """skinny_linear for several rows on a GPU: tensor-core products that begin while the kernel before still runs.
 
 A program owns some rows of a weight matrix, or a part of each of them where a matrix has too few for all
-multiprocessors: reading all of the input for fewer rows would cost more than the weights. When a kernel has read its
-last weights, the next one begins and has its first ones fetched, so memory is busy in between. Parts are summed by one
+multiprocessors: reading all of the input for fewer rows would cost more than the weights. When a program has read its
+last weights, one of the next kernel may take its place and wait for what is still computed. Parts are summed by one
 program a row, in the same order every time, which also adds the residual and norms the sum for the products after it.
 Above `MAX_ROWS` rows, and for 32-bit numbers, products are torch's.
 """
@@ -27,19 +27,6 @@ __all__ = ["Config", "launch", "launch_gated", "launch_normed"]
 
 
 @triton.jit
-def _fetch(pointers, BYTES: tl.constexpr):
-    """Have BYTES from each pointer brought to the L2 cache; nothing waits for them."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [pointers.to(tl.int64), tl.full(pointers.shape, BYTES, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _product(
     x,
     num_rows,
@@ -54,7 +41,6 @@ def _product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Weight rows n times x's rows, over PART of K elements from ``first`` on: [BLOCK_N, BLOCK_M] in fp32."""
@@ -62,10 +48,6 @@ def _product(
     k = tl.arange(0, BLOCK_K)
     begins = n.to(tl.int64) * K + first
     if EARLY:
-        if AHEAD > 0:
-            _fetch(weight + begins, AHEAD * 2)
-            if HAS_GATE:
-                _fetch(gate_weight + begins, AHEAD * 2)
         gdc_wait()
     tiles = weight + begins[:, None] + k[None, :]
     gate_tiles = gate_weight + begins[:, None] + k[None, :]
@@ -109,7 +91,6 @@ def _linear(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -143,7 +124,7 @@ def _linear(
     PART: tl.constexpr = K // PARTS
     acc, _ = _product(
         x, num_rows, weight, weight, inside, part * PART, K, PART, False,
-        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, AHEAD, EARLY,
+        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EARLY,
     )  # fmt: skip
     if HAS_BIAS_0 or HAS_BIAS_1 or HAS_BIAS_2:
         acc += tl.load(bias + inside, mask=has_bias & (n < width), other=0.0).to(tl.float32)[:, None]
@@ -165,13 +146,12 @@ def _gated_linear(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     up, gate = _product(
         x, num_rows, up_weight, gate_weight, tl.minimum(n, width - 1), 0, K, K, True,
-        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, AHEAD, EARLY,
+        BLOCK_M, BLOCK_N, BLOCK_K, STAGES, EARLY,
     )  # fmt: skip
     result = gate / (1 + tl.exp(-gate)) * up
     m = tl.arange(0, BLOCK_M)
@@ -233,15 +213,10 @@ class Config(NamedTuple):
     num_warps: int
 
 
-_AHEAD = 256
-"""Elements of each weight row that are fetched before the input is there."""
-
-
 def _config(width: int, k: int, may_split: bool) -> Config:
-    """Measured on an H100 (benchmarks/results)."""
-    if may_split and width < 6144 and k % 512 == 0:
-        return Config(64, 128, 4, 4, 4) if k <= 8192 else Config(128, 128, 3, 4, 8)
-    return Config(64 if width >= 4096 else 32, 64, 6, 1, 4)
+    """Measured on an H100: benchmarks/bench_products.py."""
+    parts = 4 if may_split and width < 6144 and k % 512 == 0 else 1
+    return Config(64 if parts > 1 or width >= 4096 else 32, 64 if k % 128 else 128, 4, parts, 4)
 
 
 def _gated_config(k: int) -> Config:
@@ -324,7 +299,7 @@ def launch_gated(
     config = _fitting(config or _gated_config(k), x, num_tiles=2)
     out = x.new_empty(num_rows, width)
     _gated_linear[(triton.cdiv(width, config.block_n),)](
-        x, gate_weight, up_weight, out, num_rows, width, K=k, **_options(config, x, [gate_weight, up_weight], early)
+        x, gate_weight, up_weight, out, num_rows, width, K=k, **_options(config, x, early)
     )
     return out
 
@@ -358,7 +333,7 @@ def _products(
         HAS_BIAS_0=biases[0] is not None,
         HAS_BIAS_1=len(biases) > 1 and biases[1] is not None,
         HAS_BIAS_2=len(biases) > 2 and biases[2] is not None,
-        **_options(config, x, weights, early),
+        **_options(config, x, early),
     )
     return outs
 
@@ -417,15 +392,13 @@ def _sum_rows(
     return out, normed
 
 
-def _options(config: Config, x: Tensor, weights: list[Tensor], early: bool) -> dict[str, Any]:
+def _options(config: Config, x: Tensor, early: bool) -> dict[str, Any]:
     early = early and can_begin_early(x.device.index or 0)
-    is_aligned = all(weight.data_ptr() % 16 == 0 for weight in weights)
     return {
         "BLOCK_M": _block_m(x),
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "STAGES": config.stages,
-        "AHEAD": min(_AHEAD, x.shape[1] // config.parts) if is_aligned else 0,
         "EARLY": early,
         "num_warps": config.num_warps,
         **({"launch_pdl": True} if early else {}),
