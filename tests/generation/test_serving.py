@@ -17,11 +17,14 @@ from tiny_models import FAMILIES, SHORT_WINDOW
 from transformers import GenerationMixin
 
 import torch_vtensor
+from torch_vtensor.allocator.pools import default_scheduler
 from torch_vtensor.generation import prefix_cache
 from torch_vtensor.generation.decode import graphs
 from torch_vtensor.generation.serving import steps as steps_module
+from torch_vtensor.generation.serving.engine import Engine
 from torch_vtensor.generation.serving.manager import BatchingManager
 from torch_vtensor.generation.serving.program import ServingProgram
+from torch_vtensor.generation.serving.queues import Queues
 
 pytestmark = BATCHES
 one_layout = pytest.mark.parametrize("memory", ["token-major"], indirect=True)
@@ -503,6 +506,40 @@ def test_random_numbers_go_on_with_other_weights(seed: int | None) -> None:
         said.append(output.generated_tokens)
     assert len(said[0]) == 120
     assert said[0] == said[1]
+
+
+@one_layout
+def test_a_hand_over_that_fails_is_told_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (prompt,) = copy.deepcopy(model_to_serve("llama")), prompts(30)
+    closed: list[Engine] = []
+    close = Engine.close
+
+    def noted(engine: Engine) -> None:
+        closed.append(engine)
+        close(engine)
+
+    def refuse(*args: Any) -> None:
+        raise RuntimeError("no hand-over today")
+
+    monkeypatch.setattr(Engine, "close", noted)
+    monkeypatch.setattr(Queues, "hand_over", refuse)
+    with torch_vtensor.enabled():
+        manager = model.init_continuous_batching(generation_config=config_of(max_new_tokens=150))
+        if not hasattr(manager, "pause"):
+            pytest.skip("this version of transformers has no pause")
+        manager.start()
+        manager.add_request(prompt, request_id="one", streaming=True)
+        while not manager.get_result(timeout=60).generated_tokens:
+            pass
+        with manager.pause():
+            model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())
+        output = manager.get_result(timeout=60)
+        while output.error is None and not output.is_finished():
+            output = manager.get_result(timeout=60)
+        manager.stop()
+    assert "no hand-over today" in output.error
+    assert len(closed) == len(set(closed)) == 2
+    assert default_scheduler(torch.device("cpu")).pool.rounds == []
 
 
 @one_layout

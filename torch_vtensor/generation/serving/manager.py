@@ -251,8 +251,13 @@ class BatchingManager(ContinuousBatchingManager):
         engine.settle()
         wait_while_paused(self)
         if not self._traced.is_of_today():  # graphs would read memory that is not the weights' any more
-            self._engine = self._make_engine(engine.seed)
-            engine.hand_over(self._engine)
+            other = self._make_engine(engine.seed)
+            try:
+                engine.hand_over(other)
+            except BaseException:
+                other.close()  # whoever waits for an answer is the old one's still
+                raise
+            self._engine = self.batch_processor = other
             engine.close()
 
     def _make_engine(self, seed: int | None = None) -> Engine:
