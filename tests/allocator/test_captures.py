@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from scripted_drivers import PAGE, ManualDriver
+from scripted_drivers import PAGE, ManualDriver, ManualFence
 from vtensors import MakeScheduler, pages
 
 from torch_vtensor.allocator import captures
 from torch_vtensor.allocator.captures import another_captures, between_captures, capturing
+from torch_vtensor.allocator.vtensor import VTensor
 from torch_vtensor.errors import OutOfPagesError, VTensorError
 
 
@@ -135,6 +136,89 @@ def test_what_moves_waits_for_another_threads_capture(make_scheduler: MakeSchedu
         move()
         capture.join()
     assert vtensor.tensor().unique().tolist() == [1]
+
+
+def test_what_moves_waits_for_a_capture_that_began_after_it(make_scheduler: MakeScheduler) -> None:
+    """While it waited for the pool's lock, or for who used the tensor."""
+    driver = ManualDriver()
+    scheduler = make_scheduler(driver)
+    vtensor = pages(scheduler, 10)
+    refused: list[VTensorError] = []
+
+    def tried(move: Callable[[], object]) -> None:
+        try:
+            move()
+        except VTensorError as error:
+            refused.append(error)
+
+    for move in (scheduler.sleep, scheduler.wake, vtensor.offload, vtensor.prefetch):
+        with scheduler.pool.lock:
+            thread = threading.Thread(target=tried, args=(move,), daemon=True)
+            thread.start()
+            time.sleep(0.05)
+            capture = Ending(driver)
+        thread.join(20)
+        capture.join()
+        assert not thread.is_alive()
+    assert refused == []
+    assert vtensor.tensor().unique().tolist() == [1]
+
+
+def test_trim_waits_and_gives_back_all_of_it(make_scheduler: MakeScheduler) -> None:
+    driver = ManualDriver()
+    scheduler = make_scheduler(driver)
+    pages(scheduler, 30).close()
+    scheduler.settle()
+    capture = Ending(driver)
+    assert scheduler.trim() == 30 * PAGE
+    capture.join()
+
+
+def test_a_tensor_that_borrows_waits_as_well(make_scheduler: MakeScheduler) -> None:
+    driver = ManualDriver()
+    scheduler = make_scheduler(driver, budget_bytes=40 * PAGE)
+    pages(scheduler, 30).close()
+    scheduler.settle()
+    source = pages(scheduler, 5, adopt=False)
+    own = VTensor((PAGE,), capacity=100, dtype=torch.uint8, scheduler=scheduler, adopt=False)
+    capture = Ending(driver)
+    own.borrow(source.lend(0, 5), [False], 25)
+    capture.join()
+    assert own.length == 25
+    assert own.tensor()[:5].unique().tolist() == [1]
+
+
+def test_nothing_waits_with_the_pools_lock(other: Capturing, make_scheduler: MakeScheduler) -> None:
+    """For a capture that began after it had asked: who captures may need the lock."""
+    driver = ManualDriver()
+    driver.fences_break_captures = True
+    scheduler = make_scheduler(driver)
+    pages(scheduler, 10).close()
+    assert driver.fences == [], "and makes no fence, which would break the capture"
+    other.join()
+    scheduler.reap()
+    assert len(driver.fences) == 1
+
+
+def test_no_capture_begins_while_something_moves(make_scheduler: MakeScheduler) -> None:
+    driver = ManualDriver()
+    driver.fences_break_captures = True
+    scheduler = make_scheduler(driver)
+    vtensor = pages(scheduler, 10)
+    seen: list[bool] = []
+    make_fence = driver.fence
+
+    def fence() -> ManualFence:
+        thread = threading.Thread(target=lambda: Capturing().join(), daemon=True)
+        thread.start()
+        thread.join(0.1)
+        seen.append(thread.is_alive())
+        return make_fence()
+
+    driver.fence = fence
+    vtensor.offload()
+    assert seen[0], "it waits"
+    vtensor.prefetch()
 
 
 def test_a_capture_that_does_not_end_is_named(make_scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,19 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch_vtensor.allocator.driver import Driver
 
-__all__ = ["another_captures", "between_captures", "captures_here", "capturing", "outlast_captures"]
+__all__ = [
+    "another_captures",
+    "bar_captures",
+    "between_captures",
+    "captures_here",
+    "capturing",
+    "outlast_captures",
+    "outside_captures",
+]
 
 _MOST_SECONDS = 10.0  # whoever captures may in the end wait for a lock that the caller has
 _PAUSE_SECONDS = 0.001
@@ -64,6 +72,35 @@ def outlast_captures(driver: Driver) -> bool:
             return False
         time.sleep(_PAUSE_SECONDS)
     return True
+
+
+def bar_captures(driver: Driver, held: ExitStack) -> bool:
+    """Whether no other thread captures now; then none begins to until ``held`` ends. Waits for nothing."""
+    lock = _captures.lock
+    is_free = lock.acquire(blocking=False)
+    if is_free:
+        held.callback(lock.release)
+    return (is_free or not driver.fences_break_captures) and not _captured_elsewhere(driver)
+
+
+@contextmanager
+def outside_captures(driver: Driver, lock: AbstractContextManager[object]) -> Iterator[None]:
+    """A block with ``lock``, a pool's, during which no other thread captures.
+
+    Waits for those that do without the lock, which they may need; after ten seconds the block begins all the same.
+    """
+    may_wait = True
+    while True:
+        with ExitStack() as held:
+            held.enter_context(lock)
+            if bar_captures(driver, held) or not may_wait:
+                yield
+                return
+        may_wait = outlast_captures(driver) or not _captured_elsewhere(driver)
+
+
+def _captured_elsewhere(driver: Driver) -> bool:
+    return driver.is_capturing() and not driver.is_capturing_here()
 
 
 @contextmanager

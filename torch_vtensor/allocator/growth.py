@@ -23,12 +23,12 @@ import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 from torch_vtensor.allocator import tiers
 from torch_vtensor.allocator.address_range import AddressRange
-from torch_vtensor.allocator.captures import outlast_captures
+from torch_vtensor.allocator.captures import bar_captures, outside_captures
 from torch_vtensor.allocator.driver import Fence
 from torch_vtensor.allocator.page_pool import Page, PagePool, PoolStats, Tier
 from torch_vtensor.allocator.watcher import is_watching
@@ -210,7 +210,6 @@ class GrowthScheduler:
         """
         if self.pool.is_foreign:
             return 0
-        outlast_captures(self.pool.driver)
         with tiers.between_uses(self.pool, tags):
             tiers.check_can_move(self.pool)
             committed_bytes = self.pool.ledger.committed_bytes
@@ -245,7 +244,6 @@ class GrowthScheduler:
         """
         if self.pool.is_foreign:
             return 0
-        outlast_captures(self.pool.driver)
         with tiers.between_uses(self.pool, tags):
             tiers.check_can_move(self.pool)
             used_bytes = self.pool.ledger.committed_bytes - self.pool.ledger.free_bytes
@@ -295,13 +293,14 @@ class GrowthScheduler:
     def trim(self) -> int:
         """Return all parked and pooled memory, and unused prefixes, to the system; waits for the device if it must.
 
-        While this stream is being captured into a graph, only pooled memory: waiting would break the capture.
+        Other threads' captures are waited for, ten seconds at most. While this stream is being captured into a graph,
+        only pooled memory goes back: waiting would break the capture.
 
         Returns: bytes of physical memory given back; 0 in a child process, where all of it is the parent's.
         """
         if self.pool.is_foreign:
             return 0
-        with self.pool.lock:
+        with outside_captures(self.pool.driver, self.pool.lock):
             self._empty_parked()
             for evict in list(self.pool.evictors):
                 evict(math.inf)
@@ -349,7 +348,11 @@ class GrowthScheduler:
         num_dead = len(self._dead)  # one that dies during this call may have work behind this call's fence
         if not num_dead or self.pool.driver.is_capturing() or self._leaves_fences_to_others():
             return
-        fence = self.pool.driver.fence()
+        with ExitStack() as held:
+            # A fence would wait for who begins a capture just now, and that one may wait for the pool's lock.
+            if not bar_captures(self.pool.driver, held):
+                return
+            fence = self.pool.driver.fence()
         while num_dead and self._dead:  # a close() in a finalizer can come in between
             num_dead -= 1
             dead = self._dead.popleft()

@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
 from torch_vtensor.allocator.address_range import AddressRange
+from torch_vtensor.allocator.captures import outside_captures
 from torch_vtensor.allocator.moves import Arrival, Place, arrive, leave, units_of
 from torch_vtensor.allocator.page_pool import Page, PagePool, Tier
 from torch_vtensor.errors import DriverError, OffloadLimitError, OutOfPagesError, VTensorError
@@ -150,6 +151,8 @@ os.register_at_fork(after_in_child=_start_afresh_in_child)
 def between_uses(pool: PagePool, tags: Collection[str] | None) -> Iterator[None]:
     """Hold the pool's lock while nobody is in a call or a round, or has a lease on a range with these tags (None: any).
 
+    Nor does another thread capture a graph: see `outside_captures`.
+
     Raises: VTensorError inside a call of generate(), if another thread does the same.
     """
     awaited: threading.RLock | None = None
@@ -161,7 +164,7 @@ def between_uses(pool: PagePool, tags: Collection[str] | None) -> Iterator[None]
                 several = [*_calls.running, *pool.rounds]
                 awaited = next((rounds.lock for rounds in several if not _taken(rounds.lock, held)), None)
                 if awaited is None:
-                    held.enter_context(pool.lock)
+                    held.enter_context(outside_captures(pool.driver, pool.lock))
                     leases, ranges = Leases(held), [it for it in list(pool.ranges.values()) if has_tag(it.tag, tags)]
                     awaited = next((range_.lease for range_ in ranges if not leases.take(range_)), None)
                     if awaited is None and all(rounds in several for rounds in pool.rounds):  # nobody began meanwhile

@@ -15,7 +15,7 @@ import torch
 from torch_vtensor.allocator import tiers
 from torch_vtensor.allocator._torch_compat import num_storage_users
 from torch_vtensor.allocator.address_range import AddressRange
-from torch_vtensor.allocator.captures import outlast_captures
+from torch_vtensor.allocator.captures import outlast_captures, outside_captures
 from torch_vtensor.allocator.growth import GrowthScheduler, RangeHold
 from torch_vtensor.allocator.page_pool import Tier
 from torch_vtensor.allocator.page_run import PageRun
@@ -383,7 +383,7 @@ class VTensor:
                 tiers.make_mappable(self.scheduler, run.pages())
             self._range.commit_run(run.bounds, strips)
         self._shared_bytes = self._range.committed_bytes
-        self._range.commit(length * self.row_bytes)
+        self._commit(self._range, length * self.row_bytes)
         if pool.is_tiered:
             self._bring_back()
         self.length = length
@@ -417,13 +417,14 @@ class VTensor:
         Effects: waits for the device. Pages that another tensor uses stay; so does what cannot be mapped at once.
         Raises:  OffloadLimitError, or DriverError, with all rows as they were; AsleepError.
         """
+        pool = self.scheduler.pool
         with self.in_place():
             hold = self._awake()
             if when_needed:
                 self.scheduler.mark_idle(hold)
                 return 0
-            outlast_captures(self.scheduler.pool.driver)
-            return self.scheduler.offload(hold)
+            with outside_captures(pool.driver, pool.lock):
+                return self.scheduler.offload(hold)
 
     def prefetch(self) -> int:
         """Bring the rows back to the device, at the same addresses, and end ``offload``; returns the bytes that came.
@@ -431,8 +432,8 @@ class VTensor:
         Effects: waits for the device. Pages that another tensor uses, which is not idle, stay where they are.
         Raises:  OutOfPagesError, with all rows where they were; AsleepError.
         """
-        with self.in_place():
-            outlast_captures(self.scheduler.pool.driver)
+        pool = self.scheduler.pool
+        with self.in_place(), outside_captures(pool.driver, pool.lock):
             return self.scheduler.prefetch(self._awake())
 
     def use(self) -> None:
