@@ -11,13 +11,15 @@ import argparse
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
 import report
 import torch
+from bench_generate import EagerProbe, Probe, make_model
 from memory import used_bytes
-from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers import DynamicCache, LlamaConfig, LogitsProcessorList, StaticCache
 
 import torch_vtensor
 from torch_vtensor.allocator.pools import default_scheduler
@@ -40,7 +42,7 @@ def main() -> None:
             append(device, repeats),
             host(device, repeats),
             capacity(device),
-            growth(device),
+            growth(device, quick=arguments.quick),
             fork(device, quick=arguments.quick),
             give_back(device),
         ]
@@ -144,30 +146,27 @@ def capacity(device: torch.device) -> str:
     )
 
 
-def growth(device: torch.device) -> str:
-    """Driver calls on the appending thread and behind it, over 2,048 appended tokens."""
-    import threading
-
-    scheduler = default_scheduler(device)
-    counts = scheduler.pool.driver.num_calls_by_thread
-    main = threading.get_ident()
-    with torch_vtensor.VTensor((8192,), capacity=16384, dtype=torch.bfloat16, device=device) as vtensor:
-        vtensor.append(torch.zeros(1024, 8192, device=device, dtype=torch.bfloat16))
-        row = torch.zeros(1, 8192, device=device, dtype=torch.bfloat16)
-        scheduler.settle()
-        steps_with_calls, all_before = 0, sum(counts.values())
-        num_steps = 2048
-        for _ in range(num_steps):
-            before = counts[main]
-            if vtensor.committed - vtensor.length == 2:
-                vtensor.commit_ahead(vtensor.committed + 1)
-                scheduler.settle()  # a model step takes milliseconds: time enough for the scheduler's thread
-            vtensor.append(row)
-            steps_with_calls += counts[main] != before
-        total = sum(counts.values()) - all_before
+def growth(device: torch.device, quick: bool) -> str:
+    """Driver calls on the decoding thread and behind it, while generate() extends a cache at the pace of a model."""
+    model, shape = make_model(device, quick=True)
+    num_steps = 128 if quick else 1024
+    prompt = torch.randint(model.config.vocab_size, (1, 1024), device=device)
+    torch_vtensor.trim()  # otherwise the cache would begin in memory that is mapped still
+    probe = Probe(device)
+    model.generate(
+        prompt,
+        past_key_values=torch_vtensor.VTensorCache(config=model.config),
+        max_new_tokens=num_steps + 1,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([EagerProbe(probe)]),
+    )
+    (main, others), (first_main, first_others) = probe.calls[-1], probe.calls[0]
+    steps_with_calls = sum(after[0] != before[0] for before, after in pairwise(probe.calls))
+    step = report.timing([after - before for before, after in pairwise(probe.times)])
     return (
-        "## Driver calls while one sequence grows by 2,048 tokens of 16 KiB\n\n"
-        f"{total} calls, in {steps_with_calls} of {num_steps} steps on the appending thread, the others ahead of need."
+        f"## Driver calls while generate() extends a prompt of 1,024 tokens by {num_steps:,}\n\n"
+        f"{shape}, eager, {step:ms} ms a step: {main - first_main} calls on the decoding thread, in {steps_with_calls} "
+        f"of {num_steps} steps, and {others - first_others} behind it, ahead of need."
     )
 
 

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import report
 import torch
-from memory import give_back, used_bytes
+from memory import Peak, give_back, used_bytes
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from workloads import measure_workloads, options_of
 
@@ -32,7 +32,7 @@ from torch_vtensor.allocator.pools import default_scheduler
 
 GPU_POINTS = "1x1024,1x8192,1x32768,8x1024,8x8192,8x32768,32x1024,32x8192"
 CPU_POINTS = "1x1024,1x4096,1x12288,4x2048"
-STATIC_POINTS = {"1x1024"}  # each shape costs up to a minute of compiling
+STATIC_POINTS = {"1x1024", "1x4096", "4x2048", "8x1024", "8x8192", "32x1024"}  # each is compiled, for up to a minute
 MODES = {
     "dynamic": "DynamicCache",
     "vtensor": "torch_vtensor",
@@ -73,24 +73,26 @@ class Probe:
         self.times: list[float] = []
         self.calls: list[tuple[int, int]] = []
         self.committed_bytes = 0
+        self.peak = Peak(device)
         self._main = threading.get_ident()
 
     def note(self) -> None:
         """A step is done: for eager decoding launched, for compiled decoding finished."""
         if not self.times:
             report.synchronize(self.device)
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
+            self.peak.start()
         self._profile()
-        if self.profile_from is not None and len(self.calls) >= self.profile_from:
-            self.calls.append(self.calls[-1])
-            return
-        self.times.append(time.perf_counter())
-        pool = default_scheduler(self.device).pool
-        counts = dict(pool.driver.num_calls_by_thread)
+        if self.profile_from is None or len(self.calls) < self.profile_from:  # the profiler slows what it looks at
+            self.times.append(time.perf_counter())
+        counts = dict(default_scheduler(self.device).pool.driver.num_calls_by_thread)
         main = counts.pop(self._main, 0)
         self.calls.append((main, sum(counts.values())))
-        self.committed_bytes = max(self.committed_bytes, pool.ledger.committed_bytes)
+        self.see_memory()
+
+    def see_memory(self) -> None:
+        """Take into account what is committed now."""
+        committed_bytes = default_scheduler(self.device).pool.ledger.committed_bytes
+        self.committed_bytes = max(self.committed_bytes, committed_bytes)
 
     def _profile(self) -> None:
         if self._profiler is None or self.profile_from is None:
@@ -204,10 +206,12 @@ LEGEND = (
     "tokens/s is the batch over the median decoding step, vs dynamic the median over turns of DynamicCache's median "
     "step over this one's in the same turn (and the least and most of a turn). In the first call every length is new "
     "to torch's cuDNN attention, which plans it then. GPU ms is how long kernels and copies ran in an eager step: "
-    "where it is far below the step's time, the host could not launch them any faster. MiB are physical bytes above "
-    "the weights: at the end of decoding, the most while decoding, and after the cache is gone and trim() / "
-    "empty_cache() was called. Driver calls and waits for the device are torch_vtensor's own, while decoding. Same "
-    "tokens: against DynamicCache; weights are random, so the two highest logits are often a rounding apart."
+    "where it is far below the step's time, the host could not launch them any faster. First token s is the least over "
+    "turns. MiB are physical bytes: of the cache, at the end of decoding; the most while decoding, the model's "
+    "activations included, and after the cache is gone and trim() / empty_cache() was called, both above what was in "
+    "use before (on a CPU, what the system kept resident for this process). Driver calls and waits for the device are "
+    "torch_vtensor's own, while decoding. Same tokens: against DynamicCache; weights are random, so the two highest "
+    "logits are often a rounding apart."
 )
 
 
@@ -291,7 +295,11 @@ def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: in
     device = prompt.device
 
     def generate(prompt: torch.Tensor, num_tokens: int, probe: Probe) -> Any:
-        options: dict[str, Any] = {"cache_implementation": "static"} if mode == "static" else {}
+        options: dict[str, Any] = {}
+        if mode == "static":
+            compile_config = CompileConfig()
+            compile_config._compile_all_devices = True  # transformers compiles by itself on GPUs alone
+            options |= {"cache_implementation": "static", "compile_config": compile_config}
         if prompt.numel() > LONG_PROMPT_TOKENS:
             options["prefill_chunk_size"] = LONG_PROMPT_TOKENS // len(prompt)
         if mode == "compiled":
@@ -311,7 +319,6 @@ def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: in
         give_back(device)
         scheduler = default_scheduler(device)
         before, waits = used_bytes(device), scheduler.num_device_waits
-        allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         eager = mode in ("dynamic", "vtensor", "fast")
         profiled = eager and device.type == "cuda" and new_tokens >= 4 * PROFILED_STEPS
         probe = Probe(device, new_tokens - PROFILED_STEPS - 2 if profiled else None)
@@ -322,10 +329,8 @@ def run(model: LlamaForCausalLM, prompt: torch.Tensor, mode: str, new_tokens: in
         cache = output.past_key_values
         held = torch_vtensor.memory(cache)
         now = held.committed_bytes + held.ordinary_bytes
-        peak = held.ordinary_bytes
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device) - allocated
-        peak += probe.committed_bytes
+        probe.see_memory()
+        peak = probe.peak.nbytes(probe.committed_bytes)
         tokens = output.sequences.clone()
         del cache, output
         give_back(device)

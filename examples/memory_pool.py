@@ -3,7 +3,7 @@
 import torch
 
 import torch_vtensor
-from torch_vtensor.allocator.torch_pool import release_idle, torch_pool_stats
+from torch_vtensor.allocator.torch_pool import torch_pool_stats
 from torch_vtensor.settings import MIB
 
 if not torch.cuda.is_available():
@@ -40,6 +40,5 @@ with torch_vtensor.memory_pool(budget_bytes=1024 * MIB) as pool:
 
 del activations, scores, large
 show("tensors gone, memory still cached")
-release_idle()
-pool.trim()
+torch_vtensor.trim()
 show("returned to the device")

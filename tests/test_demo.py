@@ -34,16 +34,25 @@ def run_contender(model: Any, contender: compare.Contender, num_new: int, num_pr
     return compare.generate(model, contender, prompt, num_new, seed=0, capacity=num_prompt + num_new)
 
 
-@pytest.mark.slow
-def test_quick_demo_trains_generates_compares_and_draws(run_python: Callable[..., str], tmp_path: Path) -> None:
-    printed = run_python("-m", "torch_vtensor", "demo", "--quick", "--out", "out")
+def check_story(printed: str, folder: Path) -> None:
+    """That a demo trained, saved, loaded, generated, compared and drew."""
     (row,) = (line.split() for line in printed.splitlines() if line.startswith("torch_vtensor  "))
     assert row[-1] == "identical"
     assert printed.splitlines()[-1].startswith("next: ")
     for name in ("memory.png", "branches.png"):
-        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "out" / "text.txt").read_text(encoding="utf-8") in printed
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").config.model_type == "llama"
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert (folder / "text.txt").read_text(encoding="utf-8") in printed
+    assert AutoModelForCausalLM.from_pretrained(folder / "model").config.model_type == "llama"
+
+
+@pytest.mark.slow
+def test_quick_demo_of_a_fresh_process(run_python: Callable[..., str], tmp_path: Path) -> None:
+    check_story(run_python("-m", "torch_vtensor", "demo", "--quick", "--out", "out"), tmp_path / "out")
+
+
+def test_a_small_demo_trains_generates_compares_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*LESS, "--steps", "2", "--out", str(tmp_path)]) == 0
+    check_story(capsys.readouterr().out, tmp_path)
 
 
 def test_other_tokens_than_dynamic_cache_end_the_demo_with_an_error(

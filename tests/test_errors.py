@@ -14,7 +14,8 @@ DEVICE = torch.device("cuda", 1)
 @pytest.mark.parametrize(
     "error",
     [
-        OutOfPagesError(DEVICE, 3 << 20, 5 << 20, None),
+        OutOfPagesError(DEVICE, 3 << 20, 5 << 20, 6 << 20),
+        OutOfPagesError(DEVICE, 3 << 20, 5 << 20, None, is_device_full=True),
         CapacityError(5, 4),
         ClosedError("closed"),
         DriverError("cuMemCreate", "CUDA_ERROR_OUT_OF_MEMORY", DEVICE, 64, "a hint"),

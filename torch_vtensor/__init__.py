@@ -21,7 +21,7 @@ _HOME = {
     "memory_map": "allocator.memory_map",
     "memory_pool": "allocator.torch_pool",
     "record_memory": "allocator.memory_map",
-    "metrics": "generation.metrics",
+    "metrics": "allocator.metrics",
     "sleep": "allocator.sleeping",
     "wake": "allocator.sleeping",
     "enable": "generation.enable",
@@ -29,9 +29,9 @@ _HOME = {
     "disable": "generation.enable",
     "is_enabled": "generation.enable",
     "explain": "generation.report",
-    "stats": "generation.report",
-    "trim": "generation.report",
-    "empty_cache": "generation.report",
+    "stats": "allocator.statistics",
+    "trim": "allocator.statistics",
+    "empty_cache": "allocator.statistics",
     "prefix_salt": "generation.tenant",
     "AsleepError": "errors",
     "CapacityError": "errors",
@@ -71,7 +71,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from torch_vtensor.allocator.memory_map import memory_map, record_memory
+    from torch_vtensor.allocator.metrics import metrics
     from torch_vtensor.allocator.sleeping import sleep, wake
+    from torch_vtensor.allocator.statistics import empty_cache, stats, trim
     from torch_vtensor.allocator.torch_pool import memory_pool
     from torch_vtensor.allocator.vtensor import VTensor
     from torch_vtensor.errors import (
@@ -83,8 +85,7 @@ if TYPE_CHECKING:
     )
     from torch_vtensor.generation.cache import VTensorCache, memory, offload, prefetch
     from torch_vtensor.generation.enable import disable, enable, enabled, is_enabled
-    from torch_vtensor.generation.metrics import metrics
-    from torch_vtensor.generation.report import empty_cache, explain, stats, trim
+    from torch_vtensor.generation.report import explain
     from torch_vtensor.generation.session import Session
     from torch_vtensor.generation.tenant import prefix_salt
 

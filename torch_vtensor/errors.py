@@ -34,7 +34,13 @@ class OutOfPagesError(VTensorError, torch.OutOfMemoryError):
 
     Also a ``torch.OutOfMemoryError``, so code that already handles running out of memory handles this.
 
-    Units: bytes in every field; ``budget_bytes`` is None where only the device itself is the limit.
+    The message names what was the limit, the budget or the device itself, and what helps against that one.
+
+    Args:
+        budget_bytes: the budget that was set, whether or not it was the limit; None: there is none.
+        is_device_full: the device had no more, within the budget or without one.
+
+    Units: bytes in every field.
     """
 
     def __init__(
@@ -44,18 +50,27 @@ class OutOfPagesError(VTensorError, torch.OutOfMemoryError):
         committed_bytes: int,
         budget_bytes: int | None,
         *,
+        is_device_full: bool = False,
         is_capturing: bool = False,
     ) -> None:
         self.device = device
         self.asked_bytes = asked_bytes
         self.committed_bytes = committed_bytes
         self.budget_bytes = budget_bytes
-        limit = "the device has no more" if budget_bytes is None else f"the budget is {_mib(budget_bytes)}"
+        self.is_device_full = is_device_full
+        if is_device_full:
+            within = "" if budget_bytes is None else f" of a budget of {_mib(budget_bytes)}"
+            limit = f"{_mib(committed_bytes)} committed{within}, and the device has no more"
+            last = "have torch let go of what it caches (torch.cuda.empty_cache())" if device.type == "cuda" else ""
+        else:
+            assert budget_bytes is not None
+            limit = f"{_mib(committed_bytes)} committed, and the budget is {_mib(budget_bytes)}"
+            last = "raise the budget (budget_bytes= of enable(), or TORCH_VTENSOR_BUDGET_BYTES)"
         kept = " While a graph is being captured, nothing is taken back: commit before." if is_capturing else ""
         super().__init__(
-            f"out of pages on {device}: asked for {_mib(asked_bytes)} more with {_mib(committed_bytes)} committed, and "
-            f"{limit}. Nothing was changed. Close or shorten sequences, call torch_vtensor.trim(), or raise the budget "
-            f"(budget_bytes= of enable(), or TORCH_VTENSOR_BUDGET_BYTES).{kept}"
+            f"out of pages on {device}: asked for {_mib(asked_bytes)} more with {limit}. Nothing was changed. "
+            "Call torch_vtensor.trim(), move what is idle elsewhere (torch_vtensor.offload(cache) or sleep()), close "
+            f"or shorten sequences, take a smaller batch{', or ' + last if last else ''}.{kept}"
         )
 
 

@@ -472,6 +472,64 @@ def test_failures_belong_to_the_thread_that_met_them(allocator: Torch, ledger: L
     assert allocator.failure().num_failures == before
 
 
+class NativeThread:
+    """A thread that Python knows nothing of, at work while the calling one keeps the GIL."""
+
+    def __init__(self, folder: Path) -> None:
+        compile_c(folder / "libnativethread.so", "-O1", "-fPIC", "-shared", HERE / "native_thread.c")
+        self._keeping_gil = ctypes.PyDLL(str(folder / "libnativethread.so"))
+        self._letting_go = ctypes.CDLL(str(folder / "libnativethread.so"))
+        self._keeping_gil.native_thread_run.argtypes = [
+            *[ctypes.c_void_p] * 2, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int, ctypes.c_int,
+        ]  # fmt: skip
+
+    def run(self, functions: tuple[int | None, int | None], nbytes: int, num_rounds: int, ms: int) -> bool:
+        """Allocate and free so often; returns whether every call came back in time, without the GIL."""
+        in_time = bool(self._keeping_gil.native_thread_run(*functions, nbytes, STREAM, num_rounds, ms))
+        if not in_time:
+            self._letting_go.native_thread_join()
+        return in_time
+
+    @property
+    def num_made(self) -> int:
+        return int(self._letting_go.native_thread_num_made())
+
+
+@pytest.fixture(scope="module")
+def native_thread(tmp_path_factory: pytest.TempPathFactory) -> NativeThread:
+    return NativeThread(tmp_path_factory.mktemp("native_thread"))
+
+
+def test_a_function_that_takes_the_gil_is_noticed(native_thread: NativeThread) -> None:
+    alloc = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)(lambda *_: None)
+    address = ctypes.cast(alloc, ctypes.c_void_p).value
+    assert not native_thread.run((address, None), PAGE, 1, ms=100)
+
+
+@pytest.mark.parametrize("situation", ["new pages", "pages of what is freed", "over budget", "a broken driver"])
+def test_alloc_and_free_never_take_the_gil(
+    fake: FakeCuda, allocator: Torch, ledger: Ledger, native_thread: NativeThread, situation: str
+) -> None:
+    """torch holds the lock of its caching allocator meanwhile, which another thread may wait for with the GIL."""
+    expected = 50
+    if situation == "pages of what is freed":  # while a kernel uses it: the budget makes alloc wait for that kernel
+        ledger.budget_bytes = LARGE_PAGE
+        allocator.free(allocator.run(LARGE_PAGE), LARGE_PAGE)
+        assert allocator.stats(0).pending_segments == 1
+    elif situation == "over budget":
+        ledger.budget_bytes = PAGE
+        expected = 0
+    elif situation == "a broken driver":
+        fake.fail(every="cuMemSetAccess")
+        expected = 0
+    with allocator.watched(0):  # as sleep() and wake() do, with the GIL and without
+        assert native_thread.run(allocator.functions, LARGE_PAGE, 50 if expected == 0 else 1, ms=60_000)
+    before = native_thread.num_made
+    assert native_thread.run(allocator.functions, LARGE_PAGE, 50, ms=60_000)
+    assert native_thread.num_made == expected
+    assert before == (expected > 0)
+
+
 def test_missing_driver_is_named(built: tuple[Path, Path], tmp_path: Path) -> None:
     fresh = tmp_path / "fresh.so"  # a library that has opened no driver yet
     fresh.write_bytes(built[1].read_bytes())

@@ -127,7 +127,8 @@ def test_out_of_pages_is_torchs_out_of_memory_and_says_what_to_do() -> None:
     assert isinstance(error, VTensorError)
     mib = 2**20
     assert (error.asked_bytes, error.committed_bytes, error.budget_bytes) == (4 * mib, 2 * mib, 5 * mib)
-    for part in ("cpu", "4.00 MiB", "2.00 MiB", "5.00 MiB", "trim()", "TORCH_VTENSOR_BUDGET_BYTES"):
+    assert not error.is_device_full
+    for part in ("cpu", "4.00 MiB", "2.00 MiB", "5.00 MiB", "trim()", "sleep()", "TORCH_VTENSOR_BUDGET_BYTES"):
         assert part in str(error)
     pool.budget_bytes = 6 * mib
     assert len(pool.acquire([4 * mib])) == 1
@@ -163,13 +164,19 @@ def test_a_device_that_is_full_is_asked_again_after_reclaiming() -> None:
     pool.check_integrity()
 
 
-def test_a_device_that_stays_full_is_named_as_the_limit() -> None:
-    pool = PagePool(FailingDriver(fail_at=1, num_failures=99, code="ENOMEM"), budget_bytes=100 * PAGE)
+@pytest.mark.parametrize("budget_bytes", [None, 2**30])
+def test_a_device_that_stays_full_is_named_as_the_limit(budget_bytes: int | None) -> None:
+    pool = PagePool(FailingDriver(fail_at=1, num_failures=99, code="ENOMEM"), budget_bytes)
     pool.acquire([PAGE])
     with pytest.raises(OutOfPagesError, match="the device has no more") as caught:
         pool.acquire([PAGE, PAGE])
-    assert (caught.value.asked_bytes, caught.value.committed_bytes, caught.value.budget_bytes) == (2 * PAGE, PAGE, None)
-    assert isinstance(caught.value.__cause__, DriverError)
+    error = caught.value
+    assert (error.asked_bytes, error.committed_bytes, error.budget_bytes) == (2 * PAGE, PAGE, budget_bytes)
+    assert error.is_device_full
+    assert ("of a budget of 1,024.00 MiB" in str(error)) == (budget_bytes is not None)
+    assert "raise the budget" not in str(error), "which cannot help"
+    assert "trim()" in str(error)
+    assert isinstance(error.__cause__, DriverError)
     pool.check_integrity()
 
 

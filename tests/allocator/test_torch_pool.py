@@ -207,11 +207,14 @@ def test_exhausted_budget_is_named_and_everything_still_works(fake_torch: FakeTo
     assert kept is not None
 
 
-def test_full_device_is_named_without_a_budget(fake_torch: FakeTorch, fake: FakeCuda) -> None:
+def test_full_device_is_named_with_what_helps(fake_torch: FakeTorch, fake: FakeCuda) -> None:
     fake.set_memory(PAGE)
     with pytest.raises(OutOfPagesError, match="the device has no more") as caught, memory_pool(budget_bytes=LARGE_PAGE):
         fake_torch.empty(2 * PAGE)
-    assert (caught.value.asked_bytes, caught.value.budget_bytes) == (2 * PAGE, None)
+    assert (caught.value.asked_bytes, caught.value.budget_bytes) == (2 * PAGE, LARGE_PAGE)
+    assert caught.value.is_device_full
+    assert "torch.cuda.empty_cache()" in str(caught.value)
+    assert "raise the budget" not in str(caught.value)
 
 
 def test_broken_driver_is_named_and_not_called_lack_of_memory(fake_torch: FakeTorch, fake: FakeCuda) -> None:

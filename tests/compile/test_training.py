@@ -106,8 +106,7 @@ def test_tied_weights(assert_trains_like_eager: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
-def test_a_language_model_trains_like_eager(codegen: str, assert_trains_like_eager: Any) -> None:
+def language_model(dtype: torch.dtype) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=31,
@@ -119,16 +118,32 @@ def test_a_language_model_trains_like_eager(codegen: str, assert_trains_like_eag
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
+    model: nn.Module = transformers.LlamaForCausalLM(config).to(dtype)
+    return model
+
+
+def next_token_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = model(tokens, labels=tokens, use_cache=False).loss
+    return loss
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_a_language_model_trains_like_eager(codegen: str, assert_trains_like_eager: Any) -> None:
     # torch 2.11's own inductor generates attention for float64 that fails on a CPU.
-    model = transformers.LlamaForCausalLM(config).to(torch.float32 if codegen == "inductor" else torch.float64)
+    model = language_model(torch.float32 if codegen == "inductor" else torch.float64)
     batches = [(torch.randint(31, (2, 8)),) for _ in range(NUM_STEPS)]
+    # Its norms and its loss are computed in float32 whatever the model's dtype is.
+    assert_trains_like_eager(model, batches, next_token_loss, tolerance=2e-5, codegen=codegen)
+
+
+def test_generated_code_trains_a_language_model_on_batches_of_any_size(
+    assert_trains_like_eager: Any, compilations: list[Uncut]
+) -> None:
+    batches = [(torch.randint(31, (size, 8), generator=torch.Generator().manual_seed(size)),) for size in (2, 5, 3)]
     assert_trains_like_eager(
-        model,
-        batches,
-        lambda model, tokens: model(tokens, labels=tokens, use_cache=False).loss,
-        tolerance=2e-5,  # its norms and its loss are computed in float32 whatever the model's dtype is
-        codegen=codegen,
+        language_model(torch.float32), batches, next_token_loss, tolerance=2e-5, codegen="inductor", dynamic=True
     )
+    assert [compilation.is_joint for compilation in compilations] == [True]
 
 
 def test_batch_sizes_compile_twice_at_most(assert_trains_like_eager: Any, compilations: list[Uncut]) -> None:

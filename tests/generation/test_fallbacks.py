@@ -86,7 +86,6 @@ def test_a_compiled_forward_compiles_as_often_and_says_the_same(memory: Memory) 
     assert "zero-copy" not in memory.appends
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["token-major"], indirect=True)
 def test_a_prompt_eager_and_decoding_compiled(memory: Memory) -> None:
     """Compiled code gets views of our memory, and its results come back to us."""

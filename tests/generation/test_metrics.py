@@ -18,6 +18,7 @@ from torch_vtensor.allocator.pools import default_scheduler
 from torch_vtensor.allocator.recorder import Recorder, Sample
 from torch_vtensor.allocator.timed_driver import TimedDriver
 from torch_vtensor.generation import layers
+from torch_vtensor.generation.serving import support
 
 CPU = torch.device("cpu")
 _SAMPLE = re.compile(r'(torch_vtensor_[a-z_]+)\{((?:[a-z]+="(?:[^"\\\n]|\\.)*",?)*)\} (\S+)')
@@ -47,11 +48,12 @@ def make(num_pages: int, **options: str) -> VTensor:
     return vtensor
 
 
-def test_metrics_are_the_figures_of_stats(memory: Memory) -> None:
+def test_metrics_are_the_figures_of_stats(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     vtensor, other = make(20), make(10)
     other.offload()
     memory.settle()
     layers.counters['stock: a "reason"\\'] = 3
+    monkeypatch.setitem(support.counters, "steps", 2)
     found, stats = samples(), torch_vtensor.stats().devices[CPU]
     for name in ("reserved_bytes", "committed_bytes", "live_bytes", "offloaded_bytes"):
         assert found[f"torch_vtensor_{name}", 'device="cpu"'] == getattr(stats, name)
@@ -59,6 +61,7 @@ def test_metrics_are_the_figures_of_stats(memory: Memory) -> None:
     assert found["torch_vtensor_driver_calls_total", 'device="cpu",call="create"'] == stats.driver_calls["create"].count
     assert 0 < found["torch_vtensor_driver_call_seconds", 'device="cpu",call="create",quantile="0.5"'] < 60
     assert found["torch_vtensor_appends_total", r'how="stock: a \"reason\"\\"'] == 3
+    assert found["torch_vtensor_serving_total", 'how="steps"'] == 2
     assert ("torch_vtensor_budget_bytes", 'device="cpu"') not in found
     with torch_vtensor.enabled(budget_bytes=2**30):
         assert samples()["torch_vtensor_budget_bytes", 'device="cpu"'] == 2**30

@@ -455,7 +455,7 @@ class PagePool:
             self.trim(max(self.ledger.free_bytes - shortfall_bytes, 0))
             taken = self.ledger.take(nbytes)
         if taken is Take.OVER_BUDGET:
-            raise self._out_of_pages(asked_bytes, self.ledger.committed_bytes, self.budget_bytes)
+            raise self._out_of_pages(asked_bytes, self.ledger.committed_bytes)
         handle = self._create(nbytes, missing_bytes, asked_bytes) if taken is Take.CHARGED else taken
         assert isinstance(handle, int)
         page = Page(handle, nbytes, salt, self._is_dirty(handle, taken is Take.CHARGED, salt))
@@ -494,16 +494,23 @@ class PagePool:
                         raise
                     refusal = error
             # The device's limit, not the budget's: the page itself is charged already, and was not had.
-            raise self._out_of_pages(asked_bytes, self.ledger.committed_bytes - nbytes, None) from refusal
+            committed_bytes = self.ledger.committed_bytes - nbytes
+            raise self._out_of_pages(asked_bytes, committed_bytes, is_device_full=True) from refusal
         except BaseException:
             self.ledger.uncharge(nbytes)
             raise
         finally:
             del refusal  # an error that its own traceback leads to would keep alive what else that does
 
-    def _out_of_pages(self, asked_bytes: int, committed_bytes: int, budget_bytes: int | None) -> OutOfPagesError:
-        is_capturing = self.driver.is_capturing()
-        return OutOfPagesError(self.device, asked_bytes, committed_bytes, budget_bytes, is_capturing=is_capturing)
+    def _out_of_pages(self, asked_bytes: int, committed_bytes: int, is_device_full: bool = False) -> OutOfPagesError:
+        return OutOfPagesError(
+            self.device,
+            asked_bytes,
+            committed_bytes,
+            self.budget_bytes,
+            is_device_full=is_device_full,
+            is_capturing=self.driver.is_capturing(),
+        )
 
     def _ways_to_memory(self, missing_bytes: int) -> Iterator[None]:
         """Ways to have the device give more, each to be tried when the one before was in vain; the first is to ask."""

@@ -20,7 +20,10 @@ from torch_vtensor.allocator.watcher import Watcher
 from torch_vtensor.settings import load_settings, status_folder
 from torch_vtensor.status import StatusFile
 
-__all__ = ["all_schedulers", "default_pool", "default_scheduler", "set_default_budget", "set_recording"]
+__all__ = ["DEVICE_TYPES", "all_schedulers", "default_pool", "default_scheduler", "set_default_budget", "set_recording"]
+
+DEVICE_TYPES = ("cpu", "cuda")
+"""Devices whose memory there is a driver for."""
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()

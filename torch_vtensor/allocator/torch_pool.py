@@ -35,7 +35,8 @@ from torch_vtensor.errors import DriverError, OutOfPagesError, VTensorError
 
 __all__ = ["TorchPoolStats", "memory_pool", "release_idle", "torch_pool_stats"]
 
-_OUT_OF_MEMORY = ("over budget", "CUDA_ERROR_OUT_OF_MEMORY")
+_OVER_BUDGET = "over budget"
+_OUT_OF_MEMORY = (_OVER_BUDGET, "CUDA_ERROR_OUT_OF_MEMORY")
 
 
 class TorchPools:
@@ -225,10 +226,13 @@ class TorchPools:
     def _cause(self, failure: Failure, asked_bytes: int | None = None) -> Exception:
         if failure.code not in _OUT_OF_MEMORY:
             return DriverError(failure.call, failure.code, self.pool.device, failure.nbytes)
-        budget_bytes = self.pool.budget_bytes if failure.code == "over budget" else None
-        committed_bytes = self.pool.ledger.committed_bytes
-        asked_bytes = failure.asked_bytes if asked_bytes is None else asked_bytes
-        return OutOfPagesError(self.pool.device, asked_bytes, committed_bytes, budget_bytes)
+        return OutOfPagesError(
+            self.pool.device,
+            failure.asked_bytes if asked_bytes is None else asked_bytes,
+            self.pool.ledger.committed_bytes,
+            self.pool.budget_bytes,
+            is_device_full=failure.code != _OVER_BUDGET,
+        )
 
 
 def _to_pages(segment: Segment, pages: Sequence[Page]) -> list[Transfer]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from torch_vtensor.allocator.statistics import count_with
 from torch_vtensor.generation import layers
 from torch_vtensor.generation._torch_compat import is_observed, is_traced
 from torch_vtensor.generation._transformers_compat import (
@@ -37,6 +38,7 @@ __all__ = ["counters", "install", "remove", "what_layer_does"]
 
 counters: Counter[str] = Counter()
 """How often attention was ours ("fast") and transformers' own, by reason."""
+count_with("attention", lambda: counters)
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
 _WIDEST = 576  # head dims that the kernels' blocks were made for

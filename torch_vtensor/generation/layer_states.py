@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from torch_vtensor.allocator.statistics import count_with
 from torch_vtensor.generation._torch_compat import functorch_is_active, jit_is_tracing, num_dispatch_modes
 from torch_vtensor.generation._transformers_compat import DynamicLayer
 from torch_vtensor.generation.layer_column import LayerColumn
@@ -51,6 +52,7 @@ noting = Noting()
 
 counters: Counter[str] = Counter()
 """How often layers appended in place ("zero-copy"), by copy ("import"), and by the stock method, by reason."""
+count_with("appends", lambda: counters)
 
 NEVER, ALL, WINDOW = range(3)
 """What `LayerState.repeats` says: steps need their checks; they go on as the last one did, keeping all or a window."""

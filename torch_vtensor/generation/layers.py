@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from torch_vtensor.allocator.pools import DEVICE_TYPES
 from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
 from torch_vtensor.generation._torch_compat import is_traced
 from torch_vtensor.generation._transformers_compat import (
@@ -44,7 +45,6 @@ from torch_vtensor.generation.layer_states import (
 )
 
 __all__ = [
-    "DEVICE_TYPES",
     "LayerState",
     "batch_repeat_interleave",
     "batch_select_indices",
@@ -65,9 +65,6 @@ __all__ = [
     "update_window",
     "why_no_driver",
 ]
-
-DEVICE_TYPES = ("cpu", "cuda")
-"""Devices whose memory there is a driver for."""
 
 
 @functools.cache

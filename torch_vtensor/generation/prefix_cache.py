@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_vtensor.allocator.prefix import Loan, Pin, PrefixTree
+from torch_vtensor.allocator.statistics import count_with
 from torch_vtensor.errors import OutOfPagesError, VTensorError
 from torch_vtensor.generation import _torch_compat
 from torch_vtensor.generation._transformers_compat import (
@@ -235,6 +236,9 @@ def figures() -> dict[str, int]:
         "copied, for want of mappings": sum(tree.num_copies_for_mappings for tree in found),
     }
     return dict(counters) | {name: count for name, count in sums.items() if count}
+
+
+count_with("prefixes", figures)
 
 
 def why_never(model: Any) -> str | None:

@@ -1,52 +1,15 @@
-"""What the memory is doing and why: stats(), explain(), trim()."""
+"""explain(): what each layer of a model's cache will do, and why."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-
-from torch_vtensor.allocator.page_pool import PoolStats
-from torch_vtensor.allocator.pools import all_schedulers
-from torch_vtensor.allocator.torch_pool import release_idle
 from torch_vtensor.generation import attention, layers, prefix_cache
 from torch_vtensor.generation._transformers_compat import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from torch_vtensor.generation.cached_rows import is_plain
 from torch_vtensor.generation.serving import support as serving
-from torch_vtensor.settings import format_bytes
 
-__all__ = ["Explanation", "LayerExplanation", "Stats", "empty_cache", "explain", "stats", "trim", "why_all_stock"]
-
-
-class Stats(NamedTuple):
-    """Every device's memory, and how many appends of cache layers were zero-copy or stock, by reason.
-
-    ``attention`` counts the calls of attention while attention="fast" was on, in the same way; ``prefixes`` what calls
-    of generate() reused while prefix_cache=True was, in tokens, and how often calls did not, by reason; ``serving``
-    what continuous batching did, and how often it was left to transformers, by reason.
-    """
-
-    devices: dict[torch.device, PoolStats]
-    appends: dict[str, int]
-    attention: dict[str, int]
-    prefixes: dict[str, int]
-    serving: dict[str, int]
-
-    def __str__(self) -> str:
-        lines = []
-        for device, pool in self.devices.items():
-            names = ("committed", "live", "shared", "prefix", "parked", "pooled", "torch", "offloaded", "reserved")
-            sizes = ", ".join(f"{name} {format_bytes(getattr(pool, name + '_bytes'))}" for name in names)
-            lines.append(f"{device}: {sizes}; {pool.num_driver_calls} driver calls, {pool.num_device_waits} waits")
-            lines += [
-                f"  {name:<11} {call.count:>7} calls, p50 {call.p50_us:.1f} us, p99 {call.p99_us:.1f} us"
-                for name, call in pool.driver_calls.items()
-            ]
-        lines += [f"appends {reason}: {count}" for reason, count in self.appends.items()]
-        lines += [f"attention {reason}: {count}" for reason, count in self.attention.items()]
-        lines += [f"prefixes {reason}: {count}" for reason, count in self.prefixes.items()]
-        lines += [f"serving {reason}: {count}" for reason, count in self.serving.items()]
-        return "\n".join(lines) or "nothing was allocated yet"
+__all__ = ["Explanation", "LayerExplanation", "explain", "why_all_stock"]
 
 
 class LayerExplanation(NamedTuple):
@@ -78,46 +41,6 @@ class Explanation(tuple[LayerExplanation, ...]):
         ]
         reasons = dict.fromkeys(f"attention {entry.attention}" for entry in self if ":" in entry.attention)
         return "\n".join(["layer  memory     attention  kind", *rows, *reasons])
-
-
-def stats() -> Stats:
-    """Exact figures of this process's memory, by device, and of what the cache layers did."""
-    return Stats(
-        {device: scheduler.stats() for device, scheduler in all_schedulers().items()},
-        dict(layers.counters),
-        dict(attention.counters),
-        prefix_cache.figures(),
-        dict(serving.counters),
-    )
-
-
-def trim(device: torch.device | str | None = None) -> int:
-    """Give all memory that no live tensor uses back to the system; may wait for the device.
-
-    Args:
-        device: only this one; without an index, all of its type; default: all.
-
-    Returns: bytes of physical memory given back.
-    Raises:  ValueError for a device type without a memory driver.
-    """
-    wanted = None if device is None else torch.device(device)
-    if wanted is not None and wanted.type not in layers.DEVICE_TYPES:
-        known_types = " and ".join(map(repr, layers.DEVICE_TYPES))
-        raise ValueError(
-            f"device is '{wanted}', which has no memory driver: give one of {known_types}, or none for all."
-        )
-    freed_bytes = 0
-    for known, scheduler in all_schedulers().items():
-        if wanted is None or (known.type == wanted.type and wanted.index in (None, known.index or 0)):
-            if known.type == "cuda":
-                release_idle(known)
-            freed_bytes += scheduler.trim()
-    return freed_bytes
-
-
-def empty_cache() -> None:
-    """``trim()`` under the name that torch.cuda's users know."""
-    trim()
 
 
 def explain(model: Any) -> Explanation:

@@ -286,6 +286,14 @@ class TorchCalls(NativeAllocator):
         self._library.vtp_torch_alloc.argtypes = [ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
         self._library.vtp_torch_free.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 
+    @property
+    def functions(self) -> tuple[int | None, int | None]:
+        """The addresses of alloc and free, as torch is given them."""
+        return tuple(
+            ctypes.cast(function, ctypes.c_void_p).value
+            for function in (self._library.vtp_torch_alloc, self._library.vtp_torch_free)
+        )
+
     def alloc(self, nbytes: int, stream: int = 0, device: int = 0) -> int | None:
         return self._library.vtp_torch_alloc(nbytes, device, stream)
 

@@ -80,7 +80,7 @@ class Admission:
         with pool.lock:
             counts = pool.ledger.counts()
             own_bytes = scratch_bytes + (0 if rows is None else rows.committed_bytes)
-            is_of_budget = isinstance(error, OutOfPagesError) and error.budget_bytes is not None
+            is_of_budget = isinstance(error, OutOfPagesError) and not error.is_device_full
             others_hold = not is_of_budget or counts.committed_bytes - counts.free_bytes > own_bytes
         fits_alone = self._scratch.need(num_rows).nbytes + scratch_bytes <= pool.limit_bytes
         return others_hold and fits_alone and time.monotonic() - request.waits_since < _MOST_WAIT_S

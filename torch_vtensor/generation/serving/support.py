@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from torch_vtensor.allocator.statistics import count_with
 from torch_vtensor.errors import DriverError
 from torch_vtensor.generation import prefix_cache
 from torch_vtensor.generation.decode.support import why_never as why_no_step
@@ -20,6 +21,7 @@ __all__ = ["counters", "is_out_of_memory", "log", "why_never", "why_stock"]
 log = logging.getLogger(__name__)
 counters: Counter[str] = Counter()
 """What was served since the process began, and why managers were left to transformers, by reason."""
+count_with("serving", lambda: counters)
 
 _OF_PAGED_CACHES = {
     "num_blocks": "a paged cache of a given size is asked for (num_blocks): set a budget instead",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from torch_vtensor.allocator.page_pool import PoolStats
-from torch_vtensor.generation.report import Stats, stats
+from torch_vtensor.allocator.statistics import Stats, stats
 
 __all__ = ["metrics"]
 
@@ -34,7 +34,8 @@ _POOL_COUNTERS = {
 def metrics() -> str:
     """The figures of ``stats()`` in the text format that Prometheus scrapes.
 
-    Every sample of memory has the label ``device``, the counts of appends, attention and prefixes the label ``how``.
+    Every sample of memory has the label ``device``, the counts of appends, attention, prefixes and serving
+    the label ``how``.
     Reading them takes the device's memory lock for a moment, and never waits for a device.
     """
     return "".join(line + "\n" for line in _lines(stats()))
@@ -59,6 +60,7 @@ def _lines(found: Stats) -> Iterator[str]:
         ("appends_total", "Appends of cache layers, zero-copy or stock and why.", found.appends),
         ("attention_total", "Calls of attention, fast or stock and why.", found.attention),
         ("prefixes_total", "Tokens that calls of generate() reused, and calls that did not and why.", found.prefixes),
+        ("serving_total", "What continuous batching did, and what it left to transformers and why.", found.serving),
     ):
         yield from _family(name, "counter", text, [({"how": how}, count) for how, count in counts.items()])
 
