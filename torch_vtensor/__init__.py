@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch_vtensor.settings import load_settings
@@ -100,7 +102,19 @@ def __dir__() -> list[str]:
     return list(__all__)
 
 
-_settings = load_settings()
+def _is_command() -> bool:
+    """Whether it is `torch-vtensor` or `python -m torch_vtensor` that imports the package, and no program."""
+    started = sys.argv[0] if sys.argv else ""  # "-m" as long as Python looks for the module to run
+    return Path(started).name == "torch-vtensor" or (started == "-m" and "torch_vtensor" in sys.orig_argv)
+
+
+try:
+    _settings = load_settings()
+except ValueError as error:
+    if not _is_command():
+        raise
+    sys.stderr.write(f"{error}\n")  # a traceback would show how commands are found
+    sys.exit(2)
 logging.getLogger(__name__).setLevel(_settings.log_level)
 if _settings.enable:  # this, and only this, makes importing the package import transformers
     importlib.import_module(f"{__name__}.generation.enable").enable()

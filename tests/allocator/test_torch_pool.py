@@ -209,7 +209,7 @@ def test_exhausted_budget_is_named_and_everything_still_works(fake_torch: FakeTo
 
 def test_full_device_is_named_with_what_helps(fake_torch: FakeTorch, fake: FakeCuda) -> None:
     fake.set_memory(PAGE)
-    with pytest.raises(OutOfPagesError, match="the device has no more") as caught, memory_pool(budget_bytes=LARGE_PAGE):
+    with pytest.raises(OutOfPagesError, match="the device has no more") as caught, memory_pool(budget_bytes="32MiB"):
         fake_torch.empty(2 * PAGE)
     assert (caught.value.asked_bytes, caught.value.budget_bytes) == (2 * PAGE, LARGE_PAGE)
     assert caught.value.is_device_full

@@ -85,7 +85,7 @@ def test_memory_is_predicted_for_a_model_without_memory_that_makes_tensors() -> 
     def step(x: torch.Tensor) -> torch.Tensor:
         return model(x * torch.arange(WIDTH, device=x.device)).square().sum()
 
-    assert max(ss.explain(step, x, memory_budget=1 << 40).peak_bytes.values()) > x.nbytes
+    assert max(ss.explain(step, x, memory_budget="1TiB").peak_bytes.values()) > x.nbytes
 
 
 def test_timelines_are_drawn_and_traced(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from torch_vtensor.compile.options import parse_options
             {"inductor": {"max_autotun": True}},
             r"options\['inductor'\] has no 'max_autotun'\. Did you mean 'max_autotune'",
         ),
+        ({"memory_budget": "8GB"}, r"memory_budget: '8GB' is not a size"),
+        ({"memory_budget": []}, r"memory_budget is \[\]; give a number of bytes"),
         ({"inspect": []}, r"inspect is \[\]; give a function"),
     ],
 )
@@ -45,6 +47,10 @@ def test_modes_come_before_settings_of_ones_own() -> None:
     options = parse_options("max-autotune-no-cudagraphs", {"inductor": {"coordinate_descent_tuning": False}})
     assert options.config_patches["max_autotune"] is True
     assert options.config_patches["coordinate_descent_tuning"] is False
+
+
+def test_a_memory_budget_may_be_text() -> None:
+    assert parse_options(None, {"memory_budget": "1.5 GiB"}).memory_budget == 3 << 29
 
 
 def test_guard_filters_stay_with_torch(compiled: Any) -> None:

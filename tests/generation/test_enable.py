@@ -162,16 +162,20 @@ def test_explain_refuses_what_is_no_model() -> None:
         torch_vtensor.explain(3)
 
 
-def test_a_budget_below_one_byte_is_refused() -> None:
+def test_what_is_no_budget_is_refused() -> None:
     with pytest.raises(ValueError, match="give at least one byte"):
         torch_vtensor.enable(budget_bytes=0)
+    with pytest.raises(ValueError, match="budget_bytes: '8GB' is not a size"):
+        torch_vtensor.enable(budget_bytes="8GB")
+    with pytest.raises(TypeError, match=r"budget_bytes is 8.0: give a number of bytes, a text such as '8GiB', or None"):
+        torch_vtensor.enable(budget_bytes=8.0)
     assert not torch_vtensor.is_enabled()
 
 
 def test_a_blocks_budget_ends_with_it() -> None:
     pool = default_pool(torch.device("cpu"))
     before = pool.budget_bytes
-    torch_vtensor.enable(budget_bytes=8 << 20)
+    torch_vtensor.enable(budget_bytes="8MiB")
     with torch_vtensor.enabled(budget_bytes=2 << 20):
         assert pool.budget_bytes == 2 << 20
         with torch_vtensor.enabled():
@@ -185,7 +189,7 @@ def test_without_cuda_python_caches_on_a_gpu_stay_stock(monkeypatch: pytest.Monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     layers.why_no_driver.cache_clear()
     try:
-        assert "pip install 'torch_vtensor[cuda]'" in str(layers.why_no_driver("cuda"))
+        assert "pip install 'torch-vtensor[cuda]'" in str(layers.why_no_driver("cuda"))
         assert layers.why_no_driver("cpu") is None
     finally:
         layers.why_no_driver.cache_clear()

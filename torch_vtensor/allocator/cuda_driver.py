@@ -118,7 +118,7 @@ class CudaDriver:
             from cuda.bindings import driver as cuda
         except ImportError as error:
             raise ImportError(
-                "CUDA memory needs cuda-python: pip install 'torch_vtensor[cuda]' (or cuda-bindings)"
+                "CUDA memory needs cuda-python: pip install 'torch-vtensor[cuda]' (or cuda-bindings)"
             ) from error
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         torch.cuda.init()

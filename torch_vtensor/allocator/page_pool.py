@@ -17,6 +17,7 @@ from torch_vtensor.allocator.offload_pool import OffloadPool
 from torch_vtensor.allocator.recorder import Sample
 from torch_vtensor.allocator.timed_driver import CallStats, TimedDriver
 from torch_vtensor.errors import DriverError, ForkedProcessError, OutOfPagesError
+from torch_vtensor.settings import parse_bytes
 
 if TYPE_CHECKING:
     from torch_vtensor.allocator.address_range import AddressRange
@@ -24,16 +25,23 @@ if TYPE_CHECKING:
     from torch_vtensor.allocator.tiers import Rounds, Sleeper
     from torch_vtensor.status import StatusRecord
 
-__all__ = ["Page", "PagePool", "PoolStats", "Tier", "check_budget"]
+__all__ = ["Page", "PagePool", "PoolStats", "Tier", "read_budget"]
 
 
-def check_budget(budget_bytes: int | None) -> None:
-    """Refuse a budget that nothing fits into.
+def read_budget(budget_bytes: int | str | None) -> int | None:
+    """A budget in bytes, given so or as text such as "8GiB"; None for no limit.
 
-    Raises: ValueError for less than one byte.
+    Raises: ValueError for less than one byte, or a text that is no size; TypeError for anything else.
     """
-    if budget_bytes is not None and budget_bytes < 1:
+    try:
+        read = parse_bytes(budget_bytes) if isinstance(budget_bytes, str) else budget_bytes
+    except ValueError as error:
+        raise ValueError(f"budget_bytes: {error}") from None
+    if read is not None and (isinstance(read, bool) or not isinstance(read, int)):
+        raise TypeError(f"budget_bytes is {budget_bytes!r}: give a number of bytes, a text such as '8GiB', or None")
+    if read is not None and read < 1:
         raise ValueError(f"budget_bytes is {budget_bytes}: give at least one byte, or None for no limit")
+    return read
 
 
 class Tier(enum.Enum):

@@ -14,7 +14,7 @@ import torch
 from torch_vtensor.allocator.driver import Driver
 from torch_vtensor.allocator.growth import GrowthScheduler, is_ahead_of_need
 from torch_vtensor.allocator.neighbours import idle_memory_of_others
-from torch_vtensor.allocator.page_pool import PagePool, check_budget
+from torch_vtensor.allocator.page_pool import PagePool, read_budget
 from torch_vtensor.allocator.recorder import Recorder
 from torch_vtensor.allocator.watcher import Watcher
 from torch_vtensor.settings import load_settings, status_folder
@@ -67,18 +67,18 @@ def default_pool(device: torch.device) -> PagePool:
     return default_scheduler(device).pool
 
 
-def set_default_budget(budget_bytes: int | None) -> None:
+def set_default_budget(budget_bytes: int | str | None) -> None:
     """Limit the physical memory of every device's own pool, those not made yet included.
 
-    Units:  bytes; None takes the limit away.
-    Raises: ValueError for less than one byte.
+    Units:  bytes, or a text such as "8GiB"; None takes the limit away.
+    Raises: ValueError for less than one byte, or a text that is no size; TypeError for anything else.
     """
     global _budget_bytes
-    check_budget(budget_bytes)
+    read = read_budget(budget_bytes)
     with _lock:
-        _budget_bytes = budget_bytes
+        _budget_bytes = read
         for scheduler in _schedulers.values():
-            scheduler.pool.budget_bytes = budget_bytes
+            scheduler.pool.budget_bytes = read
 
 
 def set_recording(recording: tuple[float, int] | None) -> None:

@@ -27,7 +27,7 @@ from torch_vtensor.allocator._torch_compat import PoolId
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.native_allocator import Failure, NativeAllocator, Outcome, Segment, TorchPoolStats
 from torch_vtensor.allocator.page_copy import Piece, Transfer, copy_pieces
-from torch_vtensor.allocator.page_pool import Page, PagePool, Tier, check_budget
+from torch_vtensor.allocator.page_pool import Page, PagePool, Tier, read_budget
 from torch_vtensor.allocator.pools import default_pool
 from torch_vtensor.allocator.tiers import has_tag
 from torch_vtensor.allocator.watcher import is_watching
@@ -261,7 +261,7 @@ _pools: dict[int, TorchPools] = {}
 
 @contextlib.contextmanager
 def memory_pool(
-    device: torch.device | str | int | None = None, budget_bytes: int | None = None, *, tag: str = "weights"
+    device: torch.device | str | int | None = None, budget_bytes: int | str | None = None, *, tag: str = "weights"
 ) -> Iterator[PagePool]:
     """Inside the `with` block, this thread's CUDA tensors come from the device's PagePool, and count in its budget.
 
@@ -271,7 +271,8 @@ def memory_pool(
 
     Args:
         device: a CUDA device; the current one by default. Tensors of other devices are not affected.
-        budget_bytes: sets the budget of the device's PagePool, KV memory included, also after the block.
+        budget_bytes: sets the budget of the device's PagePool, KV memory included, also after the block: bytes, or a
+            text such as "8GiB".
         tag: by which ``sleep`` and ``wake`` can name the tensors that are made inside.
 
     Effects: the block itself makes no driver call. A tensor that needs a new segment does, natively, without the GIL
@@ -279,15 +280,15 @@ def memory_pool(
     Raises:  OutOfPagesError (a ``torch.OutOfMemoryError``) out of the block where an allocation in it found no page;
         VTensorError on a machine without CUDA, or inside a capture; ValueError for a budget of less than one byte.
     """
-    check_budget(budget_bytes)
+    budget = read_budget(budget_bytes)
     pools = _pools_on(_cuda_device(device))
     if torch.cuda.is_current_stream_capturing():
         raise VTensorError(
             "memory_pool() was opened while the current stream captures a CUDA graph, whose memory torch keeps in a "
             "pool of the graph's own. Open it before the capture: captures inside the block are fine."
         )
-    if budget_bytes is not None:
-        pools.pool.budget_bytes = budget_bytes
+    if budget is not None:
+        pools.pool.budget_bytes = budget
     with pools.routed(tag):
         yield pools.pool
 

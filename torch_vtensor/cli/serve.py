@@ -44,7 +44,7 @@ def _why_not() -> str | None:
     try:
         from torch_vtensor.generation.serving._transformers_compat import why_no_server
     except ImportError as error:
-        return f"{error}. Install what a server needs: pip install 'torch_vtensor[serving]'"
+        return f"{error}. Install what a server needs: pip install 'torch-vtensor[serving]'"
     return why_no_server()
 
 

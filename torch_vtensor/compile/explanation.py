@@ -20,6 +20,7 @@ from torch_vtensor.compile.capture import Captured, capture
 from torch_vtensor.compile.footprint import Tracer
 from torch_vtensor.compile.mesh import name_ranks
 from torch_vtensor.compile.names import name_inputs
+from torch_vtensor.compile.options import read_memory_budget
 from torch_vtensor.compile.plans import cuts_classes
 from torch_vtensor.compile.plans.layerwise import by_layers
 from torch_vtensor.compile.plans.resolve import resolve
@@ -108,7 +109,7 @@ def explain(
     *arguments: Any,
     plan: PlanFunction | str | None = None,
     mesh: Mapping[str, int] | int = 1,
-    memory_budget: float | None = None,
+    memory_budget: float | str | None = None,
     **keywords: Any,
 ) -> Explanation:
     """Plan a call of a function for a mesh, and check it, without compiling or running anything.
@@ -124,13 +125,14 @@ def explain(
     if plan is None and memory_budget is None:
         raise ValueError("explain got neither a plan nor a memory_budget; give one, plan='single' for no cuts.")
     num_ranks = mesh if isinstance(mesh, int) else math.prod(mesh.values())
+    budget = read_memory_budget(memory_budget)
     function_of_plan, on = resolve(plan or "single", None if isinstance(mesh, int) else mesh, num_ranks)
     call = capture_call(function, arguments, keywords, cuts_classes=cuts_classes(function_of_plan))
     captured = call.captured
-    if memory_budget is None:
+    if budget is None:
         return Explanation(compile_plan(captured, function_of_plan, on, trains=True))
     tracer = Tracer(_torch_compat.device_of(_torch_compat.leaves([*arguments, keywords])), {})
-    fitted = fit(captured, None if plan is None else function_of_plan, on, memory_budget, tracer, trains=True)
+    fitted = fit(captured, None if plan is None else function_of_plan, on, budget, tracer, trains=True)
     if isinstance(fitted, Choice):
         whole = compile_plan(captured, by_layers(function_of_plan), on, trains=True, measure=tracer)
         fitted = replace(whole, choice=fitted)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch_vtensor import __version__
 from torch_vtensor.compile import _torch_compat
 from torch_vtensor.compile.primitives import PlanFunction
+from torch_vtensor.settings import parse_bytes
 
 if TYPE_CHECKING:
     from torch_vtensor.compile.backend import Compilation
@@ -28,10 +29,10 @@ class Options:
     on this device."""
 
     memory_budget: int | float | None = None
-    """The most bytes that a step may hold on one device: parameters, gradients, activations; or, as a float up to 1.0,
-    a share of what it would hold uncut. The compiler finds pieces and recomputation that fit at the least extra time,
-    changes nothing where nothing has to be, and refuses a budget that it cannot meet. With a plan: that plan has to
-    fit."""
+    """The most bytes that a step may hold on one device, also given as text such as "20GiB": parameters, gradients,
+    activations; or, as a float up to 1.0, a share of what it would hold uncut. The compiler finds pieces and
+    recomputation that fit at the least extra time, changes nothing where nothing has to be, and refuses a budget that
+    it cannot meet. With a plan: that plan has to fit."""
 
     mesh: Mapping[str, int] | None = None
     """Names and sizes of the mesh's axes, for instance ``{"pp": 2, "tp": 4}``; the last runs fastest over the ranks. A
@@ -53,17 +54,6 @@ class Options:
             raise TypeError(
                 f"plan is {self.plan!r}; a plan is a function of (graph, mesh), a name such as 'dp2+tp2', or "
                 f"'file.py:function'."
-            )
-        budget = self.memory_budget
-        if budget is not None and (
-            isinstance(budget, bool)
-            or not isinstance(budget, int | float)
-            or budget <= 0
-            or (isinstance(budget, float) and budget > 1)
-        ):
-            raise ValueError(
-                f"memory_budget is {budget!r}; give a number of bytes (an int), or a share of what the step takes "
-                f"uncut (a float up to 1.0)."
             )
         if self.codegen not in get_args(CodeGenerator):
             raise ValueError(f"codegen is {self.codegen!r}; choose one of {', '.join(get_args(CodeGenerator))}.")
@@ -89,6 +79,30 @@ class Options:
         return f"torch_vtensor {__version__} uncut" if asks_nothing else None
 
 
+def read_memory_budget(given: int | float | str | None) -> int | float | None:
+    """The option `memory_budget`, given in bytes, as text, or as a share.
+
+    Raises:  ValueError for what is none of them.
+    """
+    budget = given
+    if isinstance(given, str):
+        try:
+            budget = parse_bytes(given)
+        except ValueError as error:
+            raise ValueError(f"memory_budget: {error}") from None
+    if budget is not None and (
+        isinstance(budget, bool)
+        or not isinstance(budget, int | float)
+        or budget <= 0
+        or (isinstance(budget, float) and budget > 1)
+    ):
+        raise ValueError(
+            f"memory_budget is {given!r}; give a number of bytes (an int, or a text such as '20GiB'), or a share of "
+            f"what the step takes uncut (a float up to 1.0)."
+        )
+    return budget
+
+
 def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
     """Read what the user gave torch.compile.
 
@@ -99,6 +113,8 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     _refuse_unknown("options", given, [known.name for known in fields(Options)])
     if mode is not None:
         given["inductor"] = {**_torch_compat.mode_options(mode), **given.get("inductor", {})}
+    if "memory_budget" in given:
+        given["memory_budget"] = read_memory_budget(given["memory_budget"])
     return Options(**given)
 
 

@@ -51,7 +51,7 @@ _blocks: set[object] = set()
 _compiles: set[object] = set()  # who of those asked for compiled decoding
 _attends: set[object] = set()  # who of those asked for fast attention
 _reuses: set[object] = set()  # who of those asked for prefixes to be reused
-_budgets: dict[object, int] = {}  # the budgets that they asked for, the latest last
+_budgets: dict[object, int | str] = {}  # the budgets that they asked for, the latest last
 _managers: weakref.WeakSet[Any] = weakref.WeakSet()  # of continuous batching, those over our memory
 _stock: list[tuple[type, str, Any]] = []  # what was replaced; None where the class had no method of its own
 
@@ -83,7 +83,7 @@ def enable(
     compile: bool = False,
     attention: str | None = None,
     prefix_cache: bool = False,
-    budget_bytes: int | None = None,
+    budget_bytes: int | str | None = None,
 ) -> None:
     """Give every HuggingFace ``generate()`` loop in this process growable KV memory, without changing its results.
 
@@ -103,10 +103,11 @@ def enable(
             that bring a cache of their own are left alone. ``stats()`` counts how much was reused, and why not;
             ``prefix_salt`` keeps tenants apart. What is kept gives way to other caches, and ends with the model, with
             a change of its weights (other than through ``parameter.data``), or with ``disable()``.
-        budget_bytes: the most physical memory a device may hold for caches, explicit ones included; of several budgets
-            asked for the latest holds. Default: as before, at first TORCH_VTENSOR_BUDGET_BYTES or what the device has.
+        budget_bytes: the most physical memory a device may hold for caches, explicit ones included, in bytes or as a
+            text such as "8GiB"; of several budgets asked for the latest holds. Default: as before, at first
+            TORCH_VTENSOR_BUDGET_BYTES or what the device has.
 
-    Raises: ValueError for a budget of less than one byte, or another ``attention``.
+    Raises: ValueError for a budget of less than one byte or a text that is no size, or another ``attention``.
     """
     global _switched_on
     _check_attention(attention)
@@ -145,7 +146,7 @@ def enabled(
     compile: bool = False,
     attention: str | None = None,
     prefix_cache: bool = False,
-    budget_bytes: int | None = None,
+    budget_bytes: int | str | None = None,
 ) -> Iterator[None]:
     """``enable()`` for a block. Blocks may nest and overlap between threads; the last one out puts things back."""
     block = object()
@@ -287,7 +288,7 @@ def _set_attention(who: object, attention: str | None) -> None:
         fast_attention.remove()
 
 
-def _set_budget(who: object, budget_bytes: int | None) -> None:
+def _set_budget(who: object, budget_bytes: int | str | None) -> None:
     if budget_bytes is not None:
         set_default_budget(budget_bytes)
         _budgets.pop(who, None)

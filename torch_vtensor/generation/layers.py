@@ -78,7 +78,7 @@ def why_no_driver(device_type: str) -> str | None:
         except ModuleNotFoundError:
             found = None
         if found is None:
-            return "no memory driver for cuda: it needs cuda-python (pip install 'torch_vtensor[cuda]')"
+            return "no memory driver for cuda: it needs cuda-python (pip install 'torch-vtensor[cuda]')"
     return None
 
 

@@ -130,8 +130,8 @@ def why_no_server() -> str | None:
     try:
         importlib.import_module("transformers.cli.transformers")
     except ImportError as error:
-        return f"{error}: pip install 'torch_vtensor[serving]'"
-    return None if is_serve_available() else "packages are missing: pip install 'torch_vtensor[serving]'"
+        return f"{error}: pip install 'torch-vtensor[serving]'"
+    return None if is_serve_available() else "packages are missing: pip install 'torch-vtensor[serving]'"
 
 
 def run_server(arguments: list[str]) -> None:
