@@ -46,6 +46,9 @@ def test_readme_begins_with_lines_that_run(run_python: Callable[..., str]) -> No
     assert re.search(r"appends zero-copy: [1-9]", printed)
 
 
-def test_readme_links_to_files_that_exist() -> None:
-    targets = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+def test_readme_links_to_files_and_sections_that_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    titles = re.findall(r"(?m)^#+ (.+)$", text)
+    sections = {"#" + re.sub("[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    assert [target for target in targets if target not in sections and not (ROOT / target).exists()] == []
