@@ -32,9 +32,12 @@ class ProcessGroups(Transport):
         steps = [move.step for move in program.moves]
         sets = sorted({tuple(sorted(step.ranks)) for step in steps if isinstance(step, Collective)})
         self._groups = {ranks: group_of(ranks) for ranks in sets}
-        transfers = sorted(name for name, work in program.work.items() if isinstance(work, Move))
+        transfers = sorted(
+            name for name, work in program.work.items() if isinstance(work, Move) and isinstance(work.step, Transfer)
+        )
         # Messages between two ranks are told apart by their job, whatever order they arrive in.
         self._tags = {name: tag for tag, name in enumerate(transfers)}
+        self._everyone = group_of(range(dist.get_world_size())) if transfers else None
 
     def collective(
         self,
@@ -64,13 +67,15 @@ class ProcessGroups(Transport):
         """Begin to send."""
         data = tensor.contiguous()
         what = f"{name!r} to rank {step.destination.rank}"
-        return _Work(what, [dist.isend(data, step.destination.rank, tag=self._tags[name])], list, keeps=[data])
+        begun = dist.isend(data, step.destination.rank, self._everyone, self._tags[name])
+        return _Work(what, [begun], list, keeps=[data])
 
     def receive(self, name: str, step: Transfer, dtype: torch.dtype, device: torch.device) -> _Work:
         """Begin to receive."""
         data = torch.empty(step.destination.mask.shape, dtype=dtype, device=device)
         what = f"{name!r} from rank {step.source.rank}"
-        return _Work(what, [dist.irecv(data, step.source.rank, tag=self._tags[name])], lambda: [data])
+        begun = dist.irecv(data, step.source.rank, self._everyone, self._tags[name])
+        return _Work(what, [begun], lambda: [data])
 
 
 class _Call(NamedTuple):
