@@ -75,6 +75,20 @@ class Collective(NamedTuple):
         buffers = self.inputs if self.kind != "broadcast" else self.inputs + self.outputs
         return tuple(buffer.rank for buffer in buffers)
 
+    @property
+    def copies_what_it_takes(self) -> bool:
+        """Whether each rank's input is copied to begin, for its shards to lie one behind the other."""
+        return self.scatter_dim is not None and not self._is_in_order(self.scatter_dim)
+
+    @property
+    def copies_what_it_brings(self) -> bool:
+        """Whether the shards that a rank gets are copied in the end, to lie as those of one tensor do."""
+        return self.gather_dim is not None and not self._is_in_order(self.gather_dim)
+
+    def _is_in_order(self, dim: int) -> bool:
+        """Whether shards along a dimension lie in memory as torch takes and brings them, by ascending ranks."""
+        return dim == 0 and all(one < other for one, other in itertools.pairwise(self.ranks))
+
     def reads(self, rank: int) -> tuple[Buffer, ...]:
         """Buffers that this rank gives."""
         return tuple(buffer for buffer in self.inputs if buffer.rank == rank)
@@ -95,6 +109,15 @@ class Collective(NamedTuple):
             return others * elements * itemsize
         times = 2 if self.kind == "all_reduce" else 1
         return -(-times * elements * others // len(ranks)) * itemsize
+
+    def workspace_bytes(self, itemsize: int) -> int:
+        """Bytes that each rank needs until it is done, besides inputs and outputs: copies of the one and the other.
+
+        Outputs are copied at the end alone, when nothing else is computed.
+        """
+        num_elements = self.inputs[0].mask.num_elements * self.copies_what_it_takes
+        num_elements += self.outputs[0].mask.num_elements * self.copies_what_it_brings
+        return num_elements * itemsize
 
     def seconds(self, itemsize: int, topology: Topology) -> float:
         """Predicted time."""
@@ -200,13 +223,17 @@ Step: TypeAlias = Collective | Transfer | Assemble
 
 
 class StepFacts(NamedTuple):
-    """What a step reads and writes on each of its ranks that do, its predicted time, and the bytes that all send."""
+    """What a step reads and writes on each of its ranks that do, its predicted time, and bytes.
+
+    Units:  ``wire_bytes`` that all ranks together send, ``workspace_bytes`` that each needs besides.
+    """
 
     step: Step
     reads: Mapping[int, tuple[Buffer, ...]]
     writes: Mapping[int, tuple[Buffer, ...]]
     seconds: float
     wire_bytes: int
+    workspace_bytes: int
 
     @classmethod
     def of(cls, step: Step, itemsize: int, topology: Topology) -> StepFacts:
@@ -214,7 +241,8 @@ class StepFacts(NamedTuple):
         reads = {rank: tuple(dict.fromkeys(buffers)) for rank in step.ranks if (buffers := step.reads(rank))}
         writes = {rank: buffers for rank in step.ranks if (buffers := step.writes(rank))}
         wire_bytes = sum(step.bytes_sent(rank, itemsize) for rank in step.ranks)
-        return cls(step, reads, writes, seconds_of((step,), itemsize, topology), wire_bytes)
+        workspace_bytes = step.workspace_bytes(itemsize) if isinstance(step, Collective) else 0
+        return cls(step, reads, writes, seconds_of((step,), itemsize, topology), wire_bytes, workspace_bytes)
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,7 @@ class _Builder:
         kind: ValueKind,
     ) -> None:
         itemsize, stage = tensor.dtype.itemsize, self._label[tensor]
-        for step, read, written, seconds, wire_bytes in steps:
+        for step, read, written, seconds, wire_bytes, workspace_bytes in steps:
             reads = {rank: tuple(dict.fromkeys([keys[b] for b in buffers])) for rank, buffers in read.items()}
             writes = {rank: tuple([keys[buffer] for buffer in buffers]) for rank, buffers in written.items()}
             for rank, buffers in written.items():
@@ -291,6 +291,7 @@ class _Builder:
                     microbatch=microbatch,
                     seconds=seconds,
                     wire_bytes=wire_bytes,
+                    workspace_bytes=workspace_bytes,
                 )
             )
 
