@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias
@@ -223,12 +223,13 @@ Step: TypeAlias = Collective | Transfer | Assemble
 
 
 class StepFacts(NamedTuple):
-    """What a step reads and writes on each of its ranks that do, its predicted time, and bytes.
+    """What a step reads and writes on each of those of its ranks that are looked at, its predicted time, and bytes.
 
     Units:  ``wire_bytes`` that all ranks together send, ``workspace_bytes`` that each needs besides.
     """
 
     step: Step
+    ranks: tuple[int, ...]
     reads: Mapping[int, tuple[Buffer, ...]]
     writes: Mapping[int, tuple[Buffer, ...]]
     seconds: float
@@ -236,13 +237,14 @@ class StepFacts(NamedTuple):
     workspace_bytes: int
 
     @classmethod
-    def of(cls, step: Step, itemsize: int, topology: Topology) -> StepFacts:
-        """Look at a step of a tensor with elements of this size."""
-        reads = {rank: tuple(dict.fromkeys(buffers)) for rank in step.ranks if (buffers := step.reads(rank))}
-        writes = {rank: buffers for rank in step.ranks if (buffers := step.writes(rank))}
+    def of(cls, step: Step, itemsize: int, topology: Topology, planned: Collection[int] | None = None) -> StepFacts:
+        """Look at a step of a tensor with elements of this size, on all of its ranks or on those that are planned."""
+        ranks = step.ranks if planned is None else tuple([rank for rank in step.ranks if rank in planned])
+        reads = {rank: tuple(dict.fromkeys(buffers)) for rank in ranks if (buffers := step.reads(rank))}
+        writes = {rank: buffers for rank in ranks if (buffers := step.writes(rank))}
         wire_bytes = sum(step.bytes_sent(rank, itemsize) for rank in step.ranks)
         workspace_bytes = step.workspace_bytes(itemsize) if isinstance(step, Collective) else 0
-        return cls(step, reads, writes, seconds_of((step,), itemsize, topology), wire_bytes, workspace_bytes)
+        return cls(step, ranks, reads, writes, seconds_of((step,), itemsize, topology), wire_bytes, workspace_bytes)
 
 
 @dataclass(frozen=True)
@@ -250,12 +252,24 @@ class Communication:
     """How what ranks need of a tensor comes to exist, from what they have.
 
     ``have`` and ``need`` name the buffer of each part. A need that is met by what the rank has, as it is, is that very
-    buffer. What several steps read must not be overwritten; nothing here overwrites.
+    buffer. What several steps read must not be overwritten; nothing here overwrites. ``planned`` are the ranks that
+    this is about where it is not about all that take part in the steps.
     """
 
     have: Mapping[Placed, Buffer]
     need: Mapping[Placed, Buffer]
     steps: tuple[Step, ...]
+    planned: frozenset[int] | None = None
+
+    def on(self, ranks: frozenset[int]) -> Communication:
+        """What it is to these ranks alone; their steps have all members nevertheless."""
+        have, need = (
+            {part: buffer for part, buffer in buffers.items() if part.rank in ranks}
+            for buffers in (self.have, self.need)
+        )
+        return Communication(
+            have, need, tuple([step for step in self.steps if not ranks.isdisjoint(step.ranks)]), ranks
+        )
 
     def of_rank(self, rank: int) -> tuple[Step, ...]:
         """The steps that a rank takes part in, in order."""
@@ -272,19 +286,22 @@ class Communication:
     @cached_property
     def sent(self) -> frozenset[Buffer]:
         """Every buffer that some step reads."""
-        return frozenset(buffer for step in self.steps for rank in step.ranks for buffer in step.reads(rank))
+        return frozenset(buffer for step in self.steps for rank in self._ranks_of(step) for buffer in step.reads(rank))
 
     @cached_property
     def buffers(self) -> frozenset[Buffer]:
         """Every buffer."""
-        written = (buffer for step in self.steps for rank in step.ranks for buffer in step.writes(rank))
+        written = (buffer for step in self.steps for rank in self._ranks_of(step) for buffer in step.writes(rank))
         return frozenset((*self.have.values(), *self.need.values(), *self.sent, *written))
+
+    def _ranks_of(self, step: Step) -> Iterable[int]:
+        return step.ranks if self.planned is None else self.planned.intersection(step.ranks)
 
     def facts(self, itemsize: int, topology: Topology) -> tuple[StepFacts, ...]:
         """About each step, in order; found out once for each size of elements."""
         asked = itemsize, topology
         if asked not in self._facts:
-            self._facts[asked] = tuple(StepFacts.of(step, itemsize, topology) for step in self.steps)
+            self._facts[asked] = tuple(StepFacts.of(step, itemsize, topology, self.planned) for step in self.steps)
         return self._facts[asked]
 
     @cached_property

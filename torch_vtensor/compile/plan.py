@@ -7,7 +7,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch_vtensor.compile.mesh import Mesh, name_ranks
 from torch_vtensor.compile.primitives import Graph, Pipeline, PlanFunction, Storage, op_assign
@@ -40,6 +40,15 @@ class Plan:
     unit: Mapping[Operator, int]
     pipeline: Pipeline | None
     num_microbatches: int
+
+    def on(self, ranks: frozenset[int]) -> Plan:
+        """What it decides for these ranks of its mesh alone."""
+        mesh = Mesh(tuple([rank for rank in self.mesh.ranks if rank in ranks]))
+        of_task = {}
+        for task, everywhere in self.ranks.items():
+            if here := tuple([rank for rank in everywhere if rank in ranks]):
+                of_task[task] = here
+        return replace(self, mesh=mesh, tasks=tuple(of_task), ranks=of_task)
 
     def __str__(self) -> str:
         """Count the tasks of each rank, and name what is decided for all."""
