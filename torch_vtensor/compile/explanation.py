@@ -217,7 +217,7 @@ def capture_call(
     torch.compiler.reset()
     try:
         with no_garbage():
-            torch.compile(function, backend=backend, dynamic=False)(*arguments, **keywords)
+            _torch_compat.capture_for_once(function, backend)(*arguments, **keywords)
     finally:
         torch.compiler.reset()
     if len(found) != 1:
