@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from torch_vtensor.compile import _torch_compat
-from torch_vtensor.compile.communication import Buffer, Collective
-from torch_vtensor.compile.tensor_view import Mask
+from torch_vtensor.compile.communication import Buffer, Collective, Transfer
+from torch_vtensor.compile.program import Move
+from torch_vtensor.compile.tensor_view import LogicalTensor, Mask
 from torch_vtensor.compile.transport import ProcessGroups
 from torch_vtensor.compile.worlds import group_of
 
@@ -96,6 +97,21 @@ def test_what_the_world_is_used_for_meanwhile_is_not_taken_for_a_program_s(world
     (work,) = meanwhile
     assert work is not None, "it was taken for one of those that begin together"
     work.wait()
+
+
+def test_messages_go_by_a_group_of_their_own_too(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the user's, of the same tag, could be taken for them."""
+    whole = Mask.of((3,))
+    step = Transfer(Buffer(0, whole), Buffer(1, whole, 1))
+    move = Move(LogicalTensor("x", (3,), torch.float32), step, {})
+    used: list[object] = []
+    for name in ("isend", "irecv"):
+        monkeypatch.setattr(dist, name, lambda data, peer, group, tag: used.append(group))
+    groups = ProcessGroups(SimpleNamespace(moves=[move], work={"move": move}))
+    groups.send("move", step, torch.ones(3))
+    groups.receive("move", step, torch.float32, torch.device("cpu"))
+    assert used == [group_of((0,)), group_of((0,))]
+    assert dist.group.WORLD not in used
 
 
 def test_what_is_interrupted_leaves_the_group_as_it_was(world: None) -> None:
