@@ -2,9 +2,10 @@
 
     python benchmarks/bench_planning.py [--sizes 4x64 32x64 …] [--repeats N] [--quick] [--out FOLDER]
 
-A size is LAYERSxRANKS. Work is shared between what is alike: layers, microbatches, stages. First it is shown that a
-program captured and planned with sharing is the one without, action by action. Then each size is measured in processes
-of its own, which have found out nothing yet. Writes benchmarks/results/planning_cpu_<date>.md.
+A size is LAYERSxRANKS. Work is shared between what is alike: layers, microbatches, stages, and ranks, of which one of
+each kind is planned. First it is shown that a program captured and planned with sharing is the one without, action by
+action, and that what is said of all ranks is the same. Then each size is measured in processes of its own, which have
+found out nothing yet. Writes benchmarks/results/planning_cpu_<date>.md.
 """
 
 from __future__ import annotations
@@ -70,14 +71,15 @@ def main() -> None:
     load = os.getloadavg()[0]
     sizes = ["2x8"] if arguments.quick else arguments.sizes
     rows = [row(size, 1 if arguments.quick else arguments.repeats) for size in sizes]
-    header = ["layers", "ranks", "tasks", "jobs", "actions", *_PARTS, "all", "all, by the clock"]
+    header = ["layers", "ranks", "of which planned", "tasks", "jobs", "actions", *_PARTS, "all", "all, by the clock"]
     body = (
         f"Llama-3-8B's shape of so many layers, 4096 tokens, {_NUM_MICROBATCHES} microbatches, pp, dp and tp as in "
-        f"`_AXES`; nothing but shapes, no weights. CPU seconds of one process, the best of "
-        f"{1 if arguments.quick else arguments.repeats} runs, each in a new process; capture includes what torch "
-        f"imports for it. The machine had {os.cpu_count()} CPUs and a load of {load:.1f} when this began: at a load "
-        f"above 1 CPU seconds are longer, too, and the clock tells little.\n\n"
-        "Checked before: captured and planned with and without sharing, a small model's actions are the same.\n\n"
+        f"`_AXES`; nothing but shapes, no weights. Jobs and actions are of planned ranks. CPU seconds of one process, "
+        f"the best of {1 if arguments.quick else arguments.repeats} runs, each in a new process; capture includes what "
+        f"torch imports for it. The machine had {os.cpu_count()} CPUs and a load of {load:.1f} when this began: at a "
+        f"load above 1 CPU seconds are longer, too, and the clock tells little.\n\n"
+        "Checked before: captured and planned with and without sharing, a small model's actions are the same, and what "
+        "is explained.\n\n"
     )
     path = report.write("planning", torch.device("cpu"), body + report.table(header, rows), arguments.out)
     print(path.read_text())
@@ -103,6 +105,9 @@ def check_sharing() -> None:
     with patch.object(capture, "find_stretches", lambda gm: None):
         at_once = small()
     assert list(calls(shared.captured)) == list(calls(at_once))
+    one_of_each = backend.compile_plan(shared.captured, plan, mesh, trains=True, one_of_each=True)
+    assert len(one_of_each.program.flow.plan.mesh) < len(mesh)
+    assert str(Explanation(one_of_each)) == str(Explanation(shared))
 
 
 def calls(captured: Captured) -> Iterator[tuple[object, ...]]:
@@ -150,12 +155,17 @@ def measure(num_layers: int, num_ranks: int) -> dict[str, Any]:
     call = timed("capture", lambda: capture_model(num_layers, LLAMA_3_8B, batch=batch, sequence=4096, cuts=True))
     with backend.no_garbage():
         plan = timed("record", lambda: record(function, call.captured.graph, mesh))
-        flow = timed("dataflow", lambda: find_dataflow(plan, topology, trains=True))
+        flow = timed("dataflow", lambda: find_dataflow(plan, topology, trains=True, one_of_each=True))
         segments = timed("segments", lambda: find_segments(flow))
         program = timed("program", lambda: build_program(flow, segments, topology))
         passes = timed("order and check", lambda: order_passes(program))
         timed("explain", lambda: str(Explanation(Compilation(call.captured, plan, program, passes))))
-    counts = {"tasks": len(plan.tasks), "jobs": len(program.jobs), "actions": passes.forward.num_actions}
+    counts = {
+        "planned": len(flow.plan.mesh),
+        "tasks": len(plan.tasks),
+        "jobs": len(program.jobs),
+        "actions": passes.forward.num_actions,
+    }
     return {**counts, "seconds": seconds, "clock": time.perf_counter() - began}
 
 
@@ -168,7 +178,7 @@ def row(size: str, repeats: int) -> list[object]:
         runs.append(json.loads(done.stdout.splitlines()[-1]))
     best = min(runs, key=lambda run: sum(run["seconds"].values()))
     seconds = [best["seconds"][part] for part in _PARTS]
-    counts = [f"{best[count]:,}" for count in ("tasks", "jobs", "actions")]
+    counts = [f"{best[count]:,}" for count in ("planned", "tasks", "jobs", "actions")]
     times = [f"{part:.2f}" for part in (*seconds, sum(seconds), best["clock"])]
     return [*size.split("x"), *counts, *times]
 

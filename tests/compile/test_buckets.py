@@ -42,13 +42,22 @@ class Program:
         name = f"{kind} {read}"
         self.work[name] = Move(tensor, Collective(kind, given, got, **dims), keys)
         reads, writes = (dict.fromkeys(RANKS, (key,)) for key in (read, written))
-        self.jobs.append(Job(name, "collective", RANKS, reads, writes))
+        self.jobs.append(Job(name, "collective", RANKS, reads, writes, workspace_bytes=ROWS))
         return name
 
     def buckets(self) -> list[set[str]]:
         """The tensors of each bucket."""
         _, work = fill_buckets(self.jobs, self.work, Topology())
         return [{move.tensor.name for move in one.moves} for one in work.values() if isinstance(one, Bucket)]
+
+
+def test_a_bucket_needs_at_once_what_its_members_need() -> None:
+    program = Program()
+    program.compute("B0", "B", [], ["x", "y", "z"])
+    for key in "xyz":
+        program.collective("reduce_scatter", key, f"shard {key}")
+    jobs, _ = fill_buckets(program.jobs, program.work, Topology())
+    assert [job.workspace_bytes for job in jobs if job.kind == "collective"] == [3 * ROWS]
 
 
 def test_a_sum_waits_for_all_its_addends_and_holds_up_no_gradient_of_the_last() -> None:

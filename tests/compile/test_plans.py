@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from ready_models import Example, captured, deep_gpt2, evoformer, gpt2, llama, swin, t5, tied_llama
+from ready_models import VOCABULARY, Example, captured, deep_gpt2, evoformer, gpt2, llama, swin, t5, tied_llama
 from torch import nn
 from virtual import assert_plan_is_right, capture_call, run_plan
 
@@ -99,6 +99,13 @@ def test_sharded_parameters_compute_what_one_process_does(plan: PlanFunction) ->
 
 
 # ------------------------------------------------------------------------------------------------ what is communicated
+
+
+def test_a_stage_computes_what_no_gradient_flows_through_where_it_has_its_inputs() -> None:
+    """The part of a loss with cut classes that is detached: nobody gathers logits for it."""
+    compilation = compiled_by_name(llama, "pp2+dp2+tp2+1f1b/2", world=8)
+    logits = {move.tensor.name for move in compilation.program.moves if move.tensor.shape[-1:] == (VOCABULARY,)}
+    assert not logits
 
 
 def moved(compilation: Compilation, kind: str) -> Counter[str]:

@@ -1,5 +1,6 @@
 """Process groups and communication of a world of one rank, in this process."""
 
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -9,8 +10,9 @@ import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from torch_vtensor.compile import _torch_compat
-from torch_vtensor.compile.communication import Buffer, Collective
-from torch_vtensor.compile.tensor_view import Mask
+from torch_vtensor.compile.communication import Buffer, Collective, Transfer
+from torch_vtensor.compile.program import Move
+from torch_vtensor.compile.tensor_view import LogicalTensor, Mask
 from torch_vtensor.compile.transport import ProcessGroups
 from torch_vtensor.compile.worlds import group_of
 
@@ -30,14 +32,14 @@ def begin() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
-def test_a_world_has_one_group_for_a_set_of_ranks(world: None) -> None:
-    assert group_of((0,)) is dist.group.WORLD
-    made = group_of((0,), "gloo")
+@pytest.mark.parametrize("backend", [None, "gloo"])
+def test_a_world_has_one_group_for_a_set_of_ranks(backend: str | None, world: None) -> None:
+    made = group_of((0,), backend)
     assert made is not dist.group.WORLD
-    assert group_of(range(1), "gloo") is made
+    assert group_of(range(1), backend) is made
     dist.destroy_process_group()
     begin()
-    assert group_of((0,), "gloo") is not made, "the group ended with its world"
+    assert group_of((0,), backend) is not made, "the group ended with its world"
 
 
 class Groups(ProcessGroups):
@@ -71,7 +73,45 @@ def test_collectives_of_several_tensors_are_begun_as_one_and_hold_on_to_nothing(
     assert all(torch.equal(*pair) for pair in zip(made, given, strict=True))
     storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*given, *made)]
     del given, made
-    assert all(storage.expired() for storage in storages)
+    until = time.monotonic() + 10
+    while not all(storage.expired() for storage in storages):  # gloo's thread lets go a little after it has told so
+        assert time.monotonic() < until, "they are held"
+        time.sleep(0.01)
+
+
+def test_what_the_world_is_used_for_meanwhile_is_not_taken_for_a_program_s(world: None) -> None:
+    """What another thread begins in the world's own group while collectives of a program begin together."""
+    given, others = [torch.ones(3), torch.ones(3)], torch.ones(3)
+    group = group_of((0,))
+    meanwhile: list[dist.Work | None] = []
+
+    def first() -> dist.Work | None:
+        meanwhile.append(dist.all_reduce(others, async_op=True))
+        return dist.all_reduce(given[0], group=group, async_op=True)
+
+    def second() -> dist.Work | None:
+        return dist.all_reduce(given[1], group=group, async_op=True)
+
+    works = _torch_compat.begin_together([first, second], group, torch.device("cpu"))
+    assert len(works) == 1
+    (work,) = meanwhile
+    assert work is not None, "it was taken for one of those that begin together"
+    work.wait()
+
+
+def test_messages_go_by_a_group_of_their_own_too(world: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the user's, of the same tag, could be taken for them."""
+    whole = Mask.of((3,))
+    step = Transfer(Buffer(0, whole), Buffer(1, whole, 1))
+    move = Move(LogicalTensor("x", (3,), torch.float32), step, {})
+    used: list[object] = []
+    for name in ("isend", "irecv"):
+        monkeypatch.setattr(dist, name, lambda data, peer, group, tag: used.append(group))
+    groups = ProcessGroups(SimpleNamespace(moves=[move], work={"move": move}))
+    groups.send("move", step, torch.ones(3))
+    groups.receive("move", step, torch.float32, torch.device("cpu"))
+    assert used == [group_of((0,)), group_of((0,))]
+    assert dist.group.WORLD not in used
 
 
 def test_what_is_interrupted_leaves_the_group_as_it_was(world: None) -> None:

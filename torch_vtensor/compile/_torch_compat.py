@@ -22,6 +22,7 @@ graph at two places, the partitioner (training) and `inner_compile` (every graph
 | `_amp_foreach_non_finite_check_and_unscale_` | `torch.amp.GradScaler` on parts |
 | `_C._swap_tensor_impl`, `_is_param`, `_backward_hooks`, `_post_accumulate_grad_hooks` | parameters sharded in place |
 | `distributed.distributed_c10d._coalescing_manager` | collectives of several tensors in one call |
+| `_dynamo.config.run_gc_after_compile`; the option `guard_filter_fn` of torch.compile | graphs to look at |
 | `_C._get_dispatch_mode`, `_schema`, `Tag.pointwise` | telling operators apart |
 
 Run on torch 2.13.0 and 2.15.0. tests/compile/test_torch_compat.py fails by name when one of these moves.
@@ -560,6 +561,27 @@ def call_on_fakes(operator: Any, args: Any, kwargs: Any) -> Any:
 def _fake_like(mode: Any, wrapper: WrapperTensor) -> torch.Tensor:
     with mode:
         return torch.empty(wrapper.shape, dtype=wrapper.dtype, device=wrapper.device)
+
+
+def capture_for_once(
+    function: Callable[..., Any], backend: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+) -> Callable[..., Any]:
+    """A function whose graphs, when it is called, a backend gets to see, as torch.compile captures them.
+
+    To be called once: nothing is found out that tells whether the graphs are good for other calls, nor is what
+    capturing them leaves behind collected.
+    """
+    compiled = torch.compile(
+        function, backend=backend, dynamic=False, options={"guard_filter_fn": lambda guards: [False] * len(guards)}
+    )
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        config = torch._dynamo.config
+        collects = {name: False for name in ("run_gc_after_compile",) if hasattr(config, name)}
+        with config.patch(collects):
+            return compiled(*arguments, **keywords)
+
+    return call
 
 
 def begin_together(begin: Sequence[Callable[[], Any]], group: Any, device: torch.device) -> list[Any]:

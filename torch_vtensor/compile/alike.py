@@ -39,12 +39,15 @@ class _One(NamedTuple):
 class Pattern(NamedTuple):
     """The exchanges of a tensor, and the parts of it that ranks keep, without the tensor.
 
-    ``is_local`` tells whether no rank keeps a part that does not read the tensor.
+    ``is_local`` tells whether no rank keeps a part that does not read the tensor; ``makers`` and ``readers`` are the
+    ranks of these, by position.
     """
 
     exchanges: tuple[_One, ...]
     storage: Mapping[int, Mask] | None
     is_local: bool
+    makers: Numbers
+    readers: Numbers
 
     @classmethod
     def of(
@@ -92,7 +95,8 @@ class Pattern(NamedTuple):
                     exchange.anew,
                 )
             )
-        return cls(tuple(ones), storage, set(storage or ()) <= {reader.rank for reader in readers})
+        of_makers, of_readers = (tuple([one.rank for one in some]) for some in (makers, readers))
+        return cls(tuple(ones), storage, set(storage or ()) <= set(of_readers), of_makers, of_readers)
 
     def shifted(self, by: int) -> Pattern:
         """The same on ranks of other numbers."""
@@ -115,6 +119,45 @@ class Pattern(NamedTuple):
             ),
             None if self.storage is None else {rank + by: mask for rank, mask in self.storage.items()},
             self.is_local,
+            tuple([rank + by for rank in self.makers]),
+            tuple([rank + by for rank in self.readers]),
+        )
+
+    def on(self, ranks: frozenset[int]) -> Pattern:
+        """What it is to these ranks alone, by position among their makers and readers."""
+        makers, readers = (
+            {number: place for place, number in enumerate(n for n, rank in enumerate(of) if rank in ranks)}
+            for of in (self.makers, self.readers)
+        )
+
+        def keep(
+            parts: tuple[tuple[Placed, Numbers], ...], places: Mapping[int, int]
+        ) -> tuple[tuple[Placed, Numbers], ...]:
+            return tuple([(part, tuple([places[number] for number in by])) for part, by in parts if part.rank in ranks])
+
+        return self._replace(
+            exchanges=tuple(
+                [
+                    one._replace(
+                        makers=keep(one.makers, makers),
+                        readers=tuple([readers[number] for number in one.readers if number in readers]),
+                        inputs=tuple(
+                            [
+                                (None if source is None else makers[source], group, part)
+                                for number, (source, group, part) in zip(one.readers, one.inputs, strict=True)
+                                if number in readers
+                            ]
+                        ),
+                        communication=one.communication.on(ranks),
+                        groups=tuple(
+                            [_Group(keep(addends, readers), found.on(ranks)) for addends, found in one.groups]
+                        ),
+                    )
+                    for one in self.exchanges
+                ]
+            ),
+            makers=tuple([rank for rank in self.makers if rank in ranks]),
+            readers=tuple([rank for rank in self.readers if rank in ranks]),
         )
 
     def exchanges_of(

@@ -128,18 +128,19 @@ def compile_plan(
     trains: bool,
     kept: Mapping[LogicalTensor, Parts] = NOTHING_KEPT,
     measure: Measure = estimate,
+    one_of_each: bool = False,
 ) -> Compilation:
     """Plan, materialize, segment, order and check: everything that needs no other rank and no device.
 
     ``kept`` are the parts of parameters that ranks keep since an earlier compilation; ``measure`` tells what memory
-    segments take.
+    segments take; ``one_of_each`` asks for one rank of those that do the same, to look at: `Dataflow.like` has which.
 
     Raises:  ValueError for a plan that cannot run.
     """
     topology = Topology()
     with no_garbage():
         plan = record(function, captured.graph, mesh)
-        flow = find_dataflow(plan, topology, trains=trains, kept=kept)
+        flow = find_dataflow(plan, topology, trains=trains, kept=kept, one_of_each=one_of_each)
         segments = find_segments(flow)
         program = build_program(flow, segments, topology, measure)
         return Compilation(captured, plan, program, order_passes(program))

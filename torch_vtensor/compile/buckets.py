@@ -10,7 +10,8 @@
                                        all_gather v         →
                                        all_gather b
 
-Each tensor keeps memory of its own: nothing is copied to put them together. A bucket waits for nothing that its members
+Each tensor keeps memory of its own: nothing is copied to put them together, and what the collective of one alone would
+copy is copied of all at once. A bucket waits for nothing that its members
 would not wait for, and nothing waits for it that would not wait for each of them, so communication overlaps with passes
 as before.
 """
@@ -184,6 +185,7 @@ def _job(members: Sequence[Job], bucket: Bucket, topology: Topology) -> Job:
         microbatch=first.microbatch,
         seconds=topology.collective_seconds(steps[0].kind, steps[0].ranks, num_bytes),
         wire_bytes=sum(job.wire_bytes for job in members),
+        workspace_bytes=sum(job.workspace_bytes for job in members),
         one_by_one=True,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias
@@ -75,6 +75,20 @@ class Collective(NamedTuple):
         buffers = self.inputs if self.kind != "broadcast" else self.inputs + self.outputs
         return tuple(buffer.rank for buffer in buffers)
 
+    @property
+    def copies_what_it_takes(self) -> bool:
+        """Whether each rank's input is copied to begin, for its shards to lie one behind the other."""
+        return self.scatter_dim is not None and not self._is_in_order(self.scatter_dim)
+
+    @property
+    def copies_what_it_brings(self) -> bool:
+        """Whether the shards that a rank gets are copied in the end, to lie as those of one tensor do."""
+        return self.gather_dim is not None and not self._is_in_order(self.gather_dim)
+
+    def _is_in_order(self, dim: int) -> bool:
+        """Whether shards along a dimension lie in memory as torch takes and brings them, by ascending ranks."""
+        return dim == 0 and all(one < other for one, other in itertools.pairwise(self.ranks))
+
     def reads(self, rank: int) -> tuple[Buffer, ...]:
         """Buffers that this rank gives."""
         return tuple(buffer for buffer in self.inputs if buffer.rank == rank)
@@ -95,6 +109,15 @@ class Collective(NamedTuple):
             return others * elements * itemsize
         times = 2 if self.kind == "all_reduce" else 1
         return -(-times * elements * others // len(ranks)) * itemsize
+
+    def workspace_bytes(self, itemsize: int) -> int:
+        """Bytes that each rank needs until it is done, besides inputs and outputs: copies of the one and the other.
+
+        Outputs are copied at the end alone, when nothing else is computed.
+        """
+        num_elements = self.inputs[0].mask.num_elements * self.copies_what_it_takes
+        num_elements += self.outputs[0].mask.num_elements * self.copies_what_it_brings
+        return num_elements * itemsize
 
     def seconds(self, itemsize: int, topology: Topology) -> float:
         """Predicted time."""
@@ -200,21 +223,28 @@ Step: TypeAlias = Collective | Transfer | Assemble
 
 
 class StepFacts(NamedTuple):
-    """What a step reads and writes on each of its ranks that do, its predicted time, and the bytes that all send."""
+    """What a step reads and writes on each of those of its ranks that are looked at, its predicted time, and bytes.
+
+    Units:  ``wire_bytes`` that all ranks together send, ``workspace_bytes`` that each needs besides.
+    """
 
     step: Step
+    ranks: tuple[int, ...]
     reads: Mapping[int, tuple[Buffer, ...]]
     writes: Mapping[int, tuple[Buffer, ...]]
     seconds: float
     wire_bytes: int
+    workspace_bytes: int
 
     @classmethod
-    def of(cls, step: Step, itemsize: int, topology: Topology) -> StepFacts:
-        """Look at a step of a tensor with elements of this size."""
-        reads = {rank: tuple(dict.fromkeys(buffers)) for rank in step.ranks if (buffers := step.reads(rank))}
-        writes = {rank: buffers for rank in step.ranks if (buffers := step.writes(rank))}
+    def of(cls, step: Step, itemsize: int, topology: Topology, planned: Collection[int] | None = None) -> StepFacts:
+        """Look at a step of a tensor with elements of this size, on all of its ranks or on those that are planned."""
+        ranks = step.ranks if planned is None else tuple([rank for rank in step.ranks if rank in planned])
+        reads = {rank: tuple(dict.fromkeys(buffers)) for rank in ranks if (buffers := step.reads(rank))}
+        writes = {rank: buffers for rank in ranks if (buffers := step.writes(rank))}
         wire_bytes = sum(step.bytes_sent(rank, itemsize) for rank in step.ranks)
-        return cls(step, reads, writes, seconds_of((step,), itemsize, topology), wire_bytes)
+        workspace_bytes = step.workspace_bytes(itemsize) if isinstance(step, Collective) else 0
+        return cls(step, ranks, reads, writes, seconds_of((step,), itemsize, topology), wire_bytes, workspace_bytes)
 
 
 @dataclass(frozen=True)
@@ -222,12 +252,24 @@ class Communication:
     """How what ranks need of a tensor comes to exist, from what they have.
 
     ``have`` and ``need`` name the buffer of each part. A need that is met by what the rank has, as it is, is that very
-    buffer. What several steps read must not be overwritten; nothing here overwrites.
+    buffer. What several steps read must not be overwritten; nothing here overwrites. ``planned`` are the ranks that
+    this is about where it is not about all that take part in the steps.
     """
 
     have: Mapping[Placed, Buffer]
     need: Mapping[Placed, Buffer]
     steps: tuple[Step, ...]
+    planned: frozenset[int] | None = None
+
+    def on(self, ranks: frozenset[int]) -> Communication:
+        """What it is to these ranks alone; their steps have all members nevertheless."""
+        have, need = (
+            {part: buffer for part, buffer in buffers.items() if part.rank in ranks}
+            for buffers in (self.have, self.need)
+        )
+        return Communication(
+            have, need, tuple([step for step in self.steps if not ranks.isdisjoint(step.ranks)]), ranks
+        )
 
     def of_rank(self, rank: int) -> tuple[Step, ...]:
         """The steps that a rank takes part in, in order."""
@@ -244,19 +286,22 @@ class Communication:
     @cached_property
     def sent(self) -> frozenset[Buffer]:
         """Every buffer that some step reads."""
-        return frozenset(buffer for step in self.steps for rank in step.ranks for buffer in step.reads(rank))
+        return frozenset(buffer for step in self.steps for rank in self._ranks_of(step) for buffer in step.reads(rank))
 
     @cached_property
     def buffers(self) -> frozenset[Buffer]:
         """Every buffer."""
-        written = (buffer for step in self.steps for rank in step.ranks for buffer in step.writes(rank))
+        written = (buffer for step in self.steps for rank in self._ranks_of(step) for buffer in step.writes(rank))
         return frozenset((*self.have.values(), *self.need.values(), *self.sent, *written))
+
+    def _ranks_of(self, step: Step) -> Iterable[int]:
+        return step.ranks if self.planned is None else self.planned.intersection(step.ranks)
 
     def facts(self, itemsize: int, topology: Topology) -> tuple[StepFacts, ...]:
         """About each step, in order; found out once for each size of elements."""
         asked = itemsize, topology
         if asked not in self._facts:
-            self._facts[asked] = tuple(StepFacts.of(step, itemsize, topology) for step in self.steps)
+            self._facts[asked] = tuple(StepFacts.of(step, itemsize, topology, self.planned) for step in self.steps)
         return self._facts[asked]
 
     @cached_property

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from torch_vtensor.compile.addends import Reader, find_addends, place_under_sums
 from torch_vtensor.compile.alike import Pattern
 from torch_vtensor.compile.communication import Buffer, Communication, Placed
+from torch_vtensor.compile.equal_ranks import Views, find_like
 from torch_vtensor.compile.exchange import Exchange, GradientGroup, Input, Instance
 from torch_vtensor.compile.moves import find_communication
 from torch_vtensor.compile.plan import Plan
@@ -34,7 +35,8 @@ class Dataflow:
     """All exchanges of a plan.
 
     ``inputs`` has what each instance reads, by position. ``storage`` tells which part of each parameter each rank keeps
-    between calls.
+    between calls. ``like`` has for each rank the one that is planned for it, itself unless one of each kind is: then
+    the plan is for these.
     """
 
     plan: Plan
@@ -43,6 +45,12 @@ class Dataflow:
     returns: tuple[tuple[Exchange, Reader], ...]
     storage: Mapping[LogicalTensor, Mapping[int, Mask]]
     active: frozenset[LogicalTensor]
+    like: Mapping[int, int]
+
+    @property
+    def is_of_all(self) -> bool:
+        """Whether every rank is planned."""
+        return len(self.plan.mesh) == len(self.like)
 
     @property
     def is_whole_step(self) -> bool:
@@ -52,39 +60,38 @@ class Dataflow:
 
 
 def find_dataflow(
-    plan: Plan, topology: Topology, *, trains: bool, kept: Mapping[LogicalTensor, Mapping[int, Mask]] = NOTHING_KEPT
+    plan: Plan,
+    topology: Topology,
+    *,
+    trains: bool,
+    kept: Mapping[LogicalTensor, Mapping[int, Mask]] = NOTHING_KEPT,
+    one_of_each: bool = False,
 ) -> Dataflow:
     """Find what every rank reads and writes, and all communication.
 
     ``trains``: also backward, from the outputs that gradients flow through. ``kept`` are the parts of parameters that
-    ranks keep already, whatever the plan would have them keep.
+    ranks keep already, whatever the plan would have them keep. ``one_of_each``: for one rank of those that do the same.
     """
     uses = _Uses(plan, topology.ranks_per_node)
     active = _active(plan) if trains else frozenset()
+    found = _Patterns(plan, topology, uses, active, kept, looks=one_of_each)
+    of_tensor = {tensor: found.of(tensor) for tensor in uses.tensors}
+    like = find_like(plan, uses.cuts, found.views) if one_of_each else {rank: rank for rank in plan.mesh.ranks}
+    planned = frozenset(like.values())
+    if len(planned) < len(like):
+        plan = plan.on(planned)
+        uses = _Uses(plan, topology.ranks_per_node)
+        patterns = {id(pattern): pattern for pattern in of_tensor.values()}
+        on_planned = {number: pattern.on(planned) for number, pattern in patterns.items()}
+        of_tensor = {tensor: on_planned[id(pattern)] for tensor, pattern in of_tensor.items()}
     storage: dict[LogicalTensor, Mapping[int, Mask]] = {}
     exchanges: list[Exchange] = []
     inputs: dict[Instance, list[Input]] = {}
     returns: list[tuple[Exchange, Reader]] = []
-    patterns: dict[Hashable, dict[int, Pattern]] = {}
-    for tensor in uses.tensors:
-        makers, readers = uses.makers(tensor), uses.readers(tensor)
-        of_uses, start = uses.likeness(tensor, active)
-        likeness = of_uses, tensor in active, (start, *kept[tensor].items()) if tensor in kept else None
-        known = patterns.setdefault(likeness, {})
-        first = next(iter(known), start)
-        if start in known:
-            pattern = known[start]
-        elif known and known[first].is_local:
-            pattern = known[start] = known[first].shifted(start - first)
-        else:
-            parts = kept.get(tensor) or (_stored(plan, tensor, readers) if tensor.kind == "parameter" else None)
-            found = list(_exchanges(plan, topology, tensor, makers, readers, parts))
-            for exchange in found if tensor in active else ():
-                _add_gradients(exchange, plan, active, topology)
-            pattern = known[start] = Pattern.of(found, parts, makers, readers)
+    for tensor, pattern in of_tensor.items():
         if pattern.storage is not None:
             storage[tensor] = pattern.storage
-        for exchange, reads in pattern.exchanges_of(tensor, makers, readers):
+        for exchange, reads in pattern.exchanges_of(tensor, uses.makers(tensor), uses.readers(tensor)):
             exchanges.append(exchange)
             for read in reads:
                 task, rank, position, _ = read.reader
@@ -97,7 +104,58 @@ def find_dataflow(
                     of_instance = inputs[instance] = [read] * len(task.operator.inputs)
                 of_instance[position] = read
     returns.sort(key=lambda item: item[1].position)
-    return Dataflow(plan, tuple(exchanges), inputs, tuple(returns), storage, active)
+    return Dataflow(plan, tuple(exchanges), inputs, tuple(returns), storage, active, like)
+
+
+class _Patterns:
+    """The exchanges of tensors, found once for those that are alike, and what ranks see of them if somebody looks."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        topology: Topology,
+        uses: _Uses,
+        active: frozenset[LogicalTensor],
+        kept: Mapping[LogicalTensor, Mapping[int, Mask]],
+        *,
+        looks: bool,
+    ) -> None:
+        self.views: list[Views] = []
+        self._plan, self._topology, self._uses, self._active, self._kept = plan, topology, uses, active, kept
+        self._looks = looks
+        self._known: dict[Hashable, dict[int, Pattern]] = {}
+        self._views: dict[Hashable, Views] = {}
+
+    def of(self, tensor: LogicalTensor) -> Pattern:
+        """The pattern of a tensor's exchanges."""
+        active, kept = self._active, self._kept
+        of_uses, start = self._uses.likeness(tensor, active)
+        likeness = of_uses, tensor in active, (start, *kept[tensor].items()) if tensor in kept else None
+        known = self._known.setdefault(likeness, {})
+        if start in known:
+            return known[start]
+        first = next(iter(known), start)
+        if known and known[first].is_local:
+            pattern = known[first].shifted(start - first)
+            if self._looks:
+                self.views.append(self._views[likeness].shifted(start - first))
+        else:
+            pattern, views = self._find(tensor)
+            if views is not None:
+                self._views.setdefault(likeness, views)
+                self.views.append(views)
+        known[start] = pattern
+        return pattern
+
+    def _find(self, tensor: LogicalTensor) -> tuple[Pattern, Views | None]:
+        plan, topology = self._plan, self._topology
+        makers, readers = self._uses.makers(tensor), self._uses.readers(tensor)
+        parts = self._kept.get(tensor) or (_stored(plan, tensor, readers) if tensor.kind == "parameter" else None)
+        found = list(_exchanges(plan, topology, tensor, makers, readers, parts))
+        for exchange in found if tensor in self._active else ():
+            _add_gradients(exchange, plan, self._active, topology)
+        views = Views.of(found, parts, topology) if self._looks else None
+        return Pattern.of(found, parts, makers, readers), views
 
 
 class _Uses:
@@ -176,6 +234,11 @@ class _Uses:
             tuple(map(units.index, units)),
         )
         return likeness, first
+
+    @property
+    def cuts(self) -> Mapping[Operator, Hashable]:
+        """Equal for operators that are cut, placed and shared out among microbatches in the same way."""
+        return {operator: self._cut(operator) for operator in self._tasks}
 
     def _cut(self, operator: Operator) -> tuple[int, int]:
         """A number for how an operator is cut, placed and shared out among microbatches, and where its ranks start."""

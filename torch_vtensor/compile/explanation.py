@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from torch_vtensor.compile.backend import Compilation, compile_plan, fit, no_gar
 from torch_vtensor.compile.budget import Choice
 from torch_vtensor.compile.capture import Captured, capture
 from torch_vtensor.compile.footprint import Tracer
-from torch_vtensor.compile.mesh import name_ranks
+from torch_vtensor.compile.mesh import Mesh, name_ranks
 from torch_vtensor.compile.names import name_inputs
 from torch_vtensor.compile.options import read_memory_budget
 from torch_vtensor.compile.plans import cuts_classes
@@ -36,29 +37,45 @@ class Explanation:
     Times and memory are estimated from shapes, for an H200; use them to compare plans.
     """
 
-    compilation: Compilation
+    planned: Compilation
+    plan_all: Callable[[], Compilation] | None = None
+
+    @cached_property
+    def compilation(self) -> Compilation:
+        """Every phase's value, for all ranks; ``planned`` may be for one of those that do the same."""
+        return self.planned if self.plan_all is None else self.plan_all()
 
     @cached_property
     def timelines(self) -> tuple[Timeline, ...]:
-        """The simulated step, or the forward and the backward pass."""
-        passes = self.compilation.passes
-        return tuple(simulate(schedule) for schedule in (passes.forward, passes.backward) if schedule is not None)
+        """The simulated step, or the forward and the backward pass, of all ranks."""
+        if self.planned is self.compilation:
+            return self._timelines
+        return tuple(simulate(schedule) for schedule in self.compilation.passes.schedules)
+
+    @cached_property
+    def _timelines(self) -> tuple[Timeline, ...]:
+        return tuple(simulate(schedule) for schedule in self.planned.passes.schedules)
+
+    @property
+    def _like(self) -> Mapping[int, int]:
+        """The rank that is planned in the place of each."""
+        return self.planned.program.flow.like
 
     @property
     def seconds(self) -> float:
         """Predicted time of a step."""
-        return sum(timeline.makespan for timeline in self.timelines)
+        return sum(timeline.makespan for timeline in self._timelines)
 
     @property
     def peak_bytes(self) -> dict[int, int]:
         """Predicted most bytes of each rank."""
-        reports = self.compilation.passes.reports
-        return {rank: max(report.peak_bytes[rank] for report in reports) for rank in reports[0].peak_bytes}
+        reports = self.planned.passes.reports
+        return {rank: max(report.peak_bytes[like] for report in reports) for rank, like in self._like.items()}
 
     @property
     def sent_bytes(self) -> Mapping[str, Counter[int]]:
         """Bytes that each rank sends in a step, by the kind of communication."""
-        return self.compilation.program.sent_bytes
+        return self.planned.program.sent_bytes
 
     def draw(self, path: str | Path, title: str = "") -> None:
         """Draw the timeline of a step, as a picture (needs matplotlib)."""
@@ -73,32 +90,51 @@ class Explanation:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        if self.compilation.choice is not None:
-            yield f"{self.compilation.choice}\n"
-        yield str(self.compilation.plan)
-        names = ("step",) if len(self.timelines) == 1 else ("forward", "backward")
-        for name, timeline in zip(names, self.timelines, strict=True):
+        if self.planned.choice is not None:
+            yield f"{self.planned.choice}\n"
+        yield str(self.planned.plan)
+        names = ("step",) if len(self._timelines) == 1 else ("forward", "backward")
+        for name, timeline in zip(names, self._timelines, strict=True):
             yield f"\n{name}, forward and backward passes of stages and microbatches by time:"
-            yield grid(timeline.schedule, timeline.spans)
+            yield grid(timeline.schedule, timeline.spans, self._like)
         yield "\nbytes sent in a step, by the rank that sends most:"
         for kind, by_rank in self.sent_bytes.items():
-            rank, most = by_rank.most_common(1)[0]
-            yield f"  {kind:14} {readable_bytes(most):>12} by rank {rank}, {readable_bytes(by_rank.total())} by all"
+            rank = max(by_rank, key=by_rank.__getitem__)
+            most, all_ = readable_bytes(by_rank[rank]), readable_bytes(by_rank.total())
+            yield f"  {kind:14} {most:>12} by rank {rank}, {all_} by all"
         if not self.sent_bytes:
             yield "  none"
-        if buckets := self.compilation.program.buckets:
-            count = sum(len(bucket.moves) for bucket in buckets)
-            yield f"  {count} collectives of parameters and gradients, with all ranks, move in {len(buckets)} buckets"
+        if self.planned.program.buckets:
+            count, num_buckets = self._count_buckets()
+            yield f"  {count} collectives of parameters and gradients, with all ranks, move in {num_buckets} buckets"
         yield "\nmemory at its peak, predicted:"
         yield from self._memory_lines()
-        bubble = self.timelines[0].bubble_fraction
-        yield f"\ntime of a step, predicted: {self.seconds * 1e3:.3g} ms; {bubble:.0%} of the ranks' time is idle"
+        yield f"\ntime of a step, predicted: {self.seconds * 1e3:.3g} ms; {self._bubble:.0%} of the ranks' time is idle"
+
+    @property
+    def _bubble(self) -> float:
+        """The part of all ranks' time in the first pass in which they do not compute."""
+        timeline, like = self._timelines[0], self._like
+        available = timeline.makespan * len(like)
+        return 1 - sum([timeline.busy_seconds[one] for one in like.values()]) / available if available else 0.0
+
+    def _count_buckets(self) -> tuple[int, int]:
+        """How many collectives move in how many buckets, on all ranks."""
+        num_like, num_moves, num_buckets = Counter(self._like.values()), Fraction(0), Fraction(0)
+        for bucket in self.planned.program.buckets:
+            # Each rank that is like a member has such a bucket, those that are members of one have one.
+            members = Counter(self._like[rank] for rank in bucket.steps[0].ranks)
+            one = next(iter(members))
+            num_alike = Fraction(num_like[one], members[one])
+            num_moves += num_alike * len(bucket.moves)
+            num_buckets += num_alike
+        return int(num_moves), int(num_buckets)
 
     def _memory_lines(self) -> Iterator[str]:
         peaks = self.peak_bytes
         groups: defaultdict[str, list[int]] = defaultdict(list)
-        for rank in peaks:
-            at_peak = max((r.memory[rank] for r in self.compilation.passes.reports), key=lambda m: m.peak_bytes)
+        for rank, like in self._like.items():
+            at_peak = max((r.memory[like] for r in self.planned.passes.reports), key=lambda m: m.peak_bytes)
             parts = ", ".join(f"{kind} {readable_bytes(size)}" for kind, size in at_peak.bytes_by_kind().items())
             groups[f"{readable_bytes(peaks[rank])}: {parts}"].append(rank)
         yield from (f"  {name_ranks(ranks)}: {text}" for text, ranks in groups.items())
@@ -130,13 +166,26 @@ def explain(
     call = capture_call(function, arguments, keywords, cuts_classes=cuts_classes(function_of_plan))
     captured = call.captured
     if budget is None:
-        return Explanation(compile_plan(captured, function_of_plan, on, trains=True))
+        return _look_at(captured, function_of_plan, on)
     tracer = Tracer(_torch_compat.device_of(_torch_compat.leaves([*arguments, keywords])), {})
     fitted = fit(captured, None if plan is None else function_of_plan, on, budget, tracer, trains=True)
     if isinstance(fitted, Choice):
         whole = compile_plan(captured, by_layers(function_of_plan), on, trains=True, measure=tracer)
         fitted = replace(whole, choice=fitted)
     return Explanation(fitted)
+
+
+def _look_at(captured: Captured, function: PlanFunction, mesh: Mesh) -> Explanation:
+    """Plan one rank of those that do the same, or all if one cannot be planned: the error is about all of them."""
+
+    def plan_all() -> Compilation:
+        return compile_plan(captured, function, mesh, trains=True)
+
+    try:
+        planned = compile_plan(captured, function, mesh, trains=True, one_of_each=True)
+    except ValueError:
+        return Explanation(plan_all())
+    return Explanation(planned, None if planned.program.flow.is_of_all else plan_all)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +219,7 @@ def capture_call(
     torch.compiler.reset()
     try:
         with no_garbage():
-            torch.compile(function, backend=backend, dynamic=False)(*arguments, **keywords)
+            _torch_compat.capture_for_once(function, backend)(*arguments, **keywords)
     finally:
         torch.compiler.reset()
     if len(found) != 1:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch_vtensor.compile.mesh import Mesh, name_ranks
 from torch_vtensor.compile.primitives import Graph, Pipeline, PlanFunction, Storage, op_assign
 from torch_vtensor.compile.rules import find_rule
 from torch_vtensor.compile.task_graph import Operator, OperatorGraph, Task
-from torch_vtensor.compile.tensor_view import LogicalTensor
+from torch_vtensor.compile.tensor_view import LogicalTensor, Mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,15 @@ class Plan:
     unit: Mapping[Operator, int]
     pipeline: Pipeline | None
     num_microbatches: int
+
+    def on(self, ranks: frozenset[int]) -> Plan:
+        """What it decides for these ranks of its mesh alone."""
+        mesh = Mesh(tuple([rank for rank in self.mesh.ranks if rank in ranks]))
+        of_task = {}
+        for task, everywhere in self.ranks.items():
+            if here := tuple([rank for rank in everywhere if rank in ranks]):
+                of_task[task] = here
+        return replace(self, mesh=mesh, tasks=tuple(of_task), ranks=of_task)
 
     def __str__(self) -> str:
         """Count the tasks of each rank, and name what is decided for all."""
@@ -94,10 +104,10 @@ def record(plan: PlanFunction, graph: OperatorGraph, mesh: Mesh) -> Plan:
 
 
 def _place_the_rest(view: Graph, tasks: Sequence[Task]) -> None:
-    """Give tasks that no op_assign named the ranks of those that they are connected to.
+    """Give tasks that no op_assign named the ranks of those that they are connected to, piece by piece.
 
-    What gradients flow through runs where its latest input is made, or else where it is first read; what none flow
-    through, positions and masks, wherever it is read.
+    What gradients flow through, and what is computed of that, runs where its latest input is made, or else where it is
+    first read; what has nothing to do with gradients, positions and masks, wherever it is read.
     """
     left = [task for task in tasks if task not in view.ranks]
     if not left:
@@ -108,49 +118,93 @@ def _place_the_rest(view: Graph, tasks: Sequence[Task]) -> None:
     position = {operator: number for number, operator in enumerate(pieces)}
     maker: dict[LogicalTensor, Operator] = {}
     readers: defaultdict[LogicalTensor, list[Operator]] = defaultdict(list)
+    follows: set[Operator] = set()
     for operator in pieces:
+        if flows(operator) or any(maker.get(read) in follows for read in operator.inputs):
+            follows.add(operator)
         maker.update((made, operator) for made in operator.outputs if made is not None)
         for read in dict.fromkeys(operator.inputs):
             readers[read].append(operator)
 
-    def related(candidates: Iterable[Operator], own: int | None) -> Iterator[Task]:
-        """Their tasks that are placed, of a microbatch those of the same or of none."""
-        for task in itertools.chain.from_iterable(pieces[candidate] for candidate in candidates):
-            if task in view.ranks and (own is None or view.microbatch_of.get(task, own) == own):
-                yield task
-
-    def place(task: Task, ranks: Iterable[int]) -> None:
+    def place(task: Task, ranks: Iterable[int]) -> bool:
         if found := tuple(sorted(set(ranks))):
             view.ranks[task] = found
+        return bool(found)
 
-    def ranks_of(neighbours: Iterable[Task]) -> Iterator[int]:
-        return (rank for other in neighbours for rank in view.ranks[other])
-
+    placed = _Placed(view, pieces)
     for task in left:  # after what makes its latest input
-        if flows(task.operator):
-            own = view.microbatch_of.get(task)
-            makers = {maker[read] for read in task.operator.inputs if read in maker}
-            for candidate in sorted(makers, key=position.__getitem__, reverse=True):
-                place(task, ranks_of(related([candidate], own)))
-                if task in view.ranks:
+        if task.operator in follows:
+            made = [tensor for tensor in dict.fromkeys(task.operator.inputs) if tensor in maker]
+            for tensor in sorted(made, key=lambda tensor: position[maker[tensor]], reverse=True):
+                if place(task, placed.makers(maker[tensor], tensor, task)):
                     break
-    # What later operators run on is settled when an earlier one asks.
-    settled: dict[tuple[Operator, int | None], set[int]] = {}
+    placed = _Placed(view, pieces)
     for task in reversed(left):  # where it is read
         if task not in view.ranks:
-            own = view.microbatch_of.get(task)
-            wanting = [reader for made in task.operator.outputs if made is not None for reader in readers[made]]
-            for reader in wanting:
-                if (reader, own) not in settled:
-                    settled[reader, own] = set(ranks_of(related([reader], own)))
-            if flows(task.operator):
-                wanting = [reader for reader in wanting if settled[reader, own]][:1]
-            place(task, itertools.chain.from_iterable(settled[reader, own] for reader in wanting))
+            written = [tensor for tensor in task.operator.outputs if tensor is not None]
+            wanting = [(reader, tensor) for tensor in written for reader in readers[tensor]]
+            found = [ranks for reader, tensor in wanting if (ranks := placed.readers(reader, tensor, task))]
+            place(task, itertools.chain.from_iterable(found[:1] if task.operator in follows else found))
+    placed = _Placed(view, pieces)
     for task in left:  # what nobody reads but the caller
         if task not in view.ranks:
-            makers_of = [maker[read] for read in task.operator.inputs if read in maker]
-            *_, last = [None, *related(makers_of, view.microbatch_of.get(task))]
-            view.ranks[task] = view.mesh.ranks[:1] if last is None else tuple(sorted(view.ranks[last]))
+            of_makers = [placed.makers(maker[read], read, task) for read in task.operator.inputs if read in maker]
+            *_, last = [view.mesh.ranks[:1], *filter(None, of_makers)]
+            place(task, last)
+
+
+class _Placed:
+    """Where the pieces of operators run that are placed, as long as no more of these operators are.
+
+    Of a microbatch, a task has to do with pieces of the same or of none.
+    """
+
+    def __init__(self, view: Graph, pieces: Mapping[Operator, Sequence[Task]]) -> None:
+        self._view = view
+        self._pieces = pieces
+        self._known: dict[Hashable, dict[Mask, dict[int, None]]] = {}
+
+    def makers(self, operator: Operator, tensor: LogicalTensor, task: Task) -> tuple[int, ...]:
+        """The ranks that make what a task reads of a tensor that the operator makes."""
+        return self._ranks(operator, _written, tensor, _read(task, tensor), self._view.microbatch_of.get(task))
+
+    def readers(self, operator: Operator, tensor: LogicalTensor, task: Task) -> tuple[int, ...]:
+        """The ranks on which the operator reads what a task makes of a tensor."""
+        return self._ranks(operator, _read, tensor, _written(task, tensor), self._view.microbatch_of.get(task))
+
+    def _ranks(
+        self,
+        operator: Operator,
+        masks_of: Callable[[Task, LogicalTensor], list[Mask]],
+        tensor: LogicalTensor,
+        masks: Sequence[Mask],
+        microbatch: int | None,
+    ) -> tuple[int, ...]:
+        asked = operator, masks_of, tensor, microbatch
+        there = self._known.get(asked)
+        if there is None:
+            there = self._known[asked] = {}
+            ranks, microbatch_of = self._view.ranks, self._view.microbatch_of
+            for task in self._pieces[operator]:
+                if task in ranks and (microbatch is None or microbatch_of.get(task, microbatch) == microbatch):
+                    for mask in masks_of(task, tensor):
+                        there.setdefault(mask, {}).update(dict.fromkeys(ranks[task]))
+        touched = [ranks for mask, ranks in there.items() if any(_overlap(mask, one) for one in masks)]
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(touched or there.values())))
+
+
+def _read(task: Task, tensor: LogicalTensor) -> list[Mask]:
+    return [mask for mask, one in zip(task.piece.inputs, task.operator.inputs, strict=True) if one is tensor]
+
+
+def _written(task: Task, tensor: LogicalTensor) -> list[Mask]:
+    pairs = zip(task.piece.outputs, task.operator.outputs, strict=True)
+    return [mask for mask, one in pairs if one is tensor and mask is not None]
+
+
+@functools.lru_cache(1 << 16)
+def _overlap(mask: Mask, other: Mask) -> bool:
+    return mask.overlap(other) is not None
 
 
 def flows(operator: Operator) -> bool:
@@ -159,23 +213,36 @@ def flows(operator: Operator) -> bool:
 
 
 def _merge_replicas(view: Graph, tasks: Sequence[Task]) -> dict[Task, tuple[int, ...]]:
-    """The tasks with their ranks; of replicas, only the first on each rank."""
-    taken: defaultdict[tuple[object, ...], set[int]] = defaultdict(set)
-    merged: dict[Task, tuple[int, ...]] = {}
-    pieces: defaultdict[Operator, dict[tuple[object, ...], Task]] = defaultdict(dict)
+    """The tasks with their ranks; of replicas, only the first on each rank.
+
+    Operators of one rule whose pieces are the same, and on the same ranks, are looked at once.
+    """
+    pieces: defaultdict[Operator, list[Task]] = defaultdict(list)
     for task in tasks:
-        same = task.operator, _computes(task)
-        pieces[task.operator].setdefault(same, task)
-        on = taken[same]
-        ranks = view.ranks[task]
-        if on:
-            ranks = tuple([rank for rank in ranks if rank not in on])
-        on.update(ranks)
-        if ranks:
-            merged[task] = ranks
-    for operator, of_operator in pieces.items():
-        _check_replicas(operator, tuple(of_operator.values()))
+        pieces[task.operator].append(task)
+    known: dict[Hashable, list[tuple[int, ...]]] = {}
+    merged: dict[Task, tuple[int, ...]] = {}
+    for operator, some in pieces.items():
+        asked = find_rule(operator), tuple([(task.piece, view.ranks[task]) for task in some])
+        left = known.get(asked)
+        if left is None:
+            left = known[asked] = _ranks_left(view, operator, some)
+        merged.update([(task, ranks) for task, ranks in zip(some, left, strict=True) if ranks])
     return merged
+
+
+def _ranks_left(view: Graph, operator: Operator, pieces: Sequence[Task]) -> list[tuple[int, ...]]:
+    """The ranks of each piece of an operator on which no replica of it comes before."""
+    taken: defaultdict[Hashable, set[int]] = defaultdict(set)
+    different: dict[Hashable, Task] = {}
+    left: list[tuple[int, ...]] = []
+    for task in pieces:
+        same = _computes(task)
+        different.setdefault(same, task)
+        left.append(tuple([rank for rank in view.ranks[task] if rank not in taken[same]]))
+        taken[same].update(left[-1])
+    _check_replicas(operator, tuple(different.values()))
+    return left
 
 
 def _computes(task: Task) -> tuple[object, ...]:

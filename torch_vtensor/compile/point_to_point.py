@@ -2,7 +2,7 @@
 
 What a rank has it never receives. What it lacks comes from the nearest rank that has it: the same node first, then the
 one that sends least. Addends that one rank has are added up before they are sent, and where several ranks need a sum,
-each adds up one piece of it for all.
+each adds up one piece of it for all; what is too small for pieces is reduced where its addends are and sent from there.
 """
 
 from __future__ import annotations
@@ -190,6 +190,15 @@ class _Planner:
             any(buffer.rank == rank for buffer in holders) for rank in ranks for holders in sum_.holders.values()
         ):
             parts_on = {rank: self._gather(sum_.box, sum_.holders, rank) for rank in ranks}
+        elif (total_on := self._all_reduce(sum_, ranks)) is not None:
+            parts_on = {rank: [Part(total, sum_.box)] for rank, total in total_on.items()}
+            for rank in ranks:
+                if rank not in parts_on:
+                    source = self._nearest(total_on.values(), rank)
+                    self.num_sent[source.rank] += sum_.box.num_elements
+                    copy = Buffer(rank, sum_.box, next(self.tags))
+                    self.spreads.append(Transfer(source, copy))
+                    parts_on[rank] = [Part(copy, sum_.box)]
         else:
             parts_on = {rank: [] for rank in ranks}
             for rank, box in zip(ranks, self._cut(sum_.box, len(ranks)), strict=False):
@@ -203,6 +212,43 @@ class _Planner:
                         parts_on[other].append(Part(copy, box))
         for placed in wanted:
             yield placed, parts_on[placed.rank]
+
+    def _all_reduce(self, sum_: _Sum, ranks: Sequence[int]) -> dict[int, Buffer] | None:
+        """The sum on every rank that has addends of it, by collectives of replicas, each with all addends once.
+
+        None where ranks cannot be grouped like that, where some of these do not need the sum, or if it is large, so
+        that each rank had better add up a piece of it.
+        """
+        if len(self._cut(sum_.box, 2)) > 1:
+            return None
+        addends_of: defaultdict[int, list[Buffer]] = defaultdict(list)
+        for buffers in sum_.holders.values():
+            for buffer in buffers:
+                addends_of[buffer.rank].append(buffer)
+        ranks_with: defaultdict[tuple[ValueChunk, ...], list[int]] = defaultdict(list)
+        for rank, addends in sorted(addends_of.items()):
+            ranks_with[tuple(buffer.mask.chunk for buffer in addends)].append(rank)
+        if not set(addends_of) <= set(ranks) or sum(map(len, ranks_with)) != len(sum_.holders):
+            return None
+        replicas = list(ranks_with.values())
+        if len({len(some) for some in replicas}) > 1:
+            return None
+        totals: dict[int, Buffer] = {}
+        for group in zip(*replicas, strict=True):
+            inputs: list[Buffer] = []
+            for number, rank in enumerate(group):
+                addends = addends_of[rank]
+                total = addends[0]
+                if len(addends) > 1 or total.mask.intervals != sum_.box.intervals:
+                    chunk = ValueChunk(number, len(group))
+                    total = Buffer(rank, sum_.box.with_chunk(chunk), next(self.tags))
+                    self.local_sums.append(Assemble(tuple(Part(addend, sum_.box) for addend in addends), total))
+                inputs.append(total)
+            outputs = [Buffer(rank, sum_.box, next(self.tags)) for rank in group] if len(group) > 1 else inputs
+            if len(group) > 1:
+                self.sums.append(Collective("all_reduce", tuple(inputs), tuple(outputs)))
+            totals.update(zip(group, outputs, strict=True))
+        return dict(sorted(totals.items()))
 
     def _cut(self, box: Mask, num_parts: int) -> list[Mask]:
         """A box in as many parts, if what sending less at a time saves is more than what starting to send costs."""
@@ -250,7 +296,7 @@ class _Planner:
 
     def _bring(self, holders: Sequence[Buffer], box: Mask, rank: int) -> Part:
         """A box from the nearest of those that have it."""
-        source = min(holders, key=lambda buffer: (self._distance(buffer, rank), self.num_sent[buffer.rank]))
+        source = self._nearest(holders, rank)
         if source.rank == rank:
             return Part(source, box)
         mask = box.with_chunk(source.mask.chunk)
@@ -263,6 +309,10 @@ class _Planner:
         self.num_sent[source.rank] += mask.num_elements
         part = self.sent[source, mask, rank] = Part(destination, mask.region)
         return part
+
+    def _nearest(self, holders: Iterable[Buffer], rank: int) -> Buffer:
+        """The buffer on the nearest rank, of several that which has sent least."""
+        return min(holders, key=lambda buffer: (self._distance(buffer, rank), self.num_sent[buffer.rank]))
 
     def _distance(self, buffer: Buffer, rank: int) -> int:
         return 0 if buffer.rank == rank else 1 if self.topology.node(buffer.rank) == self.topology.node(rank) else 2

@@ -124,11 +124,13 @@ class Program:
     def sent_bytes(self) -> Mapping[str, Counter[int]]:
         """Bytes that each rank sends in a step, by the kind of communication."""
         sent: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        planned = frozenset(self.flow.plan.mesh.ranks)
         for move in self.moves:
             if not isinstance(move.step, Assemble):
-                for rank in move.step.ranks:
+                for rank in planned.intersection(move.step.ranks):
                     sent[_kind_of(move.step)][rank] += move.step.bytes_sent(rank, move.tensor.dtype.itemsize)
-        return dict(sent)
+        like = self.flow.like.items()
+        return {kind: Counter({rank: of[one] for rank, one in like if one in of}) for kind, of in sent.items()}
 
     def __str__(self) -> str:
         """Count the jobs by kind, and list the communication by what it moves."""
@@ -268,7 +270,7 @@ class _Builder:
         kind: ValueKind,
     ) -> None:
         itemsize, stage = tensor.dtype.itemsize, self._label[tensor]
-        for step, read, written, seconds, wire_bytes in steps:
+        for step, ranks, read, written, seconds, wire_bytes, workspace_bytes in steps:
             reads = {rank: tuple(dict.fromkeys([keys[b] for b in buffers])) for rank, buffers in read.items()}
             writes = {rank: tuple([keys[buffer] for buffer in buffers]) for rank, buffers in written.items()}
             for rank, buffers in written.items():
@@ -284,13 +286,14 @@ class _Builder:
                 Job(
                     name,
                     job_kind,
-                    step.ranks,
+                    ranks,
                     reads=reads,
                     writes=writes,
                     stage=stage,
                     microbatch=microbatch,
                     seconds=seconds,
                     wire_bytes=wire_bytes,
+                    workspace_bytes=workspace_bytes,
                 )
             )
 
@@ -465,12 +468,13 @@ class _Builder:
         """Parts that steps read and no segment gives a gradient of are zeros."""
         if communication.sent <= keys.keys():
             return
-        for step in communication.steps:
-            for rank in step.ranks:
-                for buffer in step.reads(rank):
+        itemsize = tensor.dtype.itemsize
+        for facts in communication.facts(itemsize, self._topology):
+            for rank, buffers in facts.reads.items():
+                for buffer in buffers:
                     if buffer not in keys:
                         keys[buffer] = f"zeros {self._label[tensor]}{buffer.mask}"
-                        zeros = StepFacts.of(Assemble((), buffer), tensor.dtype.itemsize, self._topology)
+                        zeros = StepFacts.of(Assemble((), buffer), itemsize, self._topology)
                         if (rank, keys[buffer]) not in self._values:
                             self._add_steps(tensor, (zeros,), keys, None, kind)
 

@@ -199,7 +199,8 @@ class Search:
             link = self._topology.inside if near else self._topology.between
             seconds = elements * self._itemsize / link.bytes_per_second
             slowest = max(slowest, seconds)
-            latency = max(latency, num_messages * link.latency_seconds)
+            # A rank that gives and gets sends as many messages as it receives.
+            latency = max(latency, (1 + (rank in position_of)) * num_messages * link.latency_seconds)
             total += seconds
         if not total:
             return 0.0

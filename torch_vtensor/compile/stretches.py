@@ -55,19 +55,21 @@ def find_stretches(gm: GraphModule) -> tuple[Stretch, ...] | None:
     values = [_value(node) for node in gm.graph.find_nodes(op="placeholder")]
     if any(not isinstance(value, torch.Tensor) or _is_symbolic(value) for value in values):
         return None
-    runs = _runs(nodes)
-    counts = Counter(stretch.likeness for run in runs if (stretch := _stretch(run)) is not None)
-    merged: list[list[Node]] = []
+    runs = [(run, _stretch(run)) for run in _runs(nodes)]
+    counts = Counter(stretch.likeness for _, stretch in runs if stretch is not None)
+    groups: list[list[int]] = []
     last_alone = False
-    for run in runs:
-        stretch = _stretch(run)
+    for number, (_, stretch) in enumerate(runs):
         alone = stretch is None or counts[stretch.likeness] == 1
         if alone and last_alone:
-            merged[-1].extend(run)
+            groups[-1].append(number)
         else:
-            merged.append(run)
+            groups.append([number])
         last_alone = alone
-    stretches = [_stretch(run) for run in merged]
+    stretches = [
+        runs[group[0]][1] if len(group) == 1 else _stretch([node for number in group for node in runs[number][0]])
+        for group in groups
+    ]
     if len(stretches) == len(counts) or None in stretches:
         return None
     return tuple(stretch for stretch in stretches if stretch is not None)

@@ -32,9 +32,12 @@ class ProcessGroups(Transport):
         steps = [move.step for move in program.moves]
         sets = sorted({tuple(sorted(step.ranks)) for step in steps if isinstance(step, Collective)})
         self._groups = {ranks: group_of(ranks) for ranks in sets}
-        transfers = sorted(name for name, work in program.work.items() if isinstance(work, Move))
+        transfers = sorted(
+            name for name, work in program.work.items() if isinstance(work, Move) and isinstance(work.step, Transfer)
+        )
         # Messages between two ranks are told apart by their job, whatever order they arrive in.
         self._tags = {name: tag for tag, name in enumerate(transfers)}
+        self._everyone = group_of(range(dist.get_world_size())) if transfers else None
 
     def collective(
         self,
@@ -64,13 +67,15 @@ class ProcessGroups(Transport):
         """Begin to send."""
         data = tensor.contiguous()
         what = f"{name!r} to rank {step.destination.rank}"
-        return _Work(what, [dist.isend(data, step.destination.rank, tag=self._tags[name])], list, keeps=[data])
+        begun = dist.isend(data, step.destination.rank, self._everyone, self._tags[name])
+        return _Work(what, [begun], list, keeps=[data])
 
     def receive(self, name: str, step: Transfer, dtype: torch.dtype, device: torch.device) -> _Work:
         """Begin to receive."""
         data = torch.empty(step.destination.mask.shape, dtype=dtype, device=device)
         what = f"{name!r} from rank {step.source.rank}"
-        return _Work(what, [dist.irecv(data, step.source.rank, tag=self._tags[name])], lambda: [data])
+        begun = dist.irecv(data, step.source.rank, self._everyone, self._tags[name])
+        return _Work(what, [begun], lambda: [data])
 
 
 class _Call(NamedTuple):
@@ -100,33 +105,29 @@ def _call(
             [data],
         )
     (given,) = inputs
-    # Shards are in the order of the step's ranks, torch's in the order of the group's.
-    place = [ranks.index(one) for one in step.ranks]
     if step.kind == "all_reduce":
         total = given.clone(memory_format=torch.contiguous_format)
         return _Call(partial(dist.all_reduce, total, group=group, async_op=True), lambda: [total])
     if step.kind == "all_gather":
-        assert step.gather_dim is not None
-        mine, dim = given.contiguous(), step.gather_dim
-        parts = mine.new_empty(len(place), *mine.shape)
+        mine = given.contiguous()
+        parts = mine.new_empty(len(ranks), *mine.shape)
         return _Call(
             partial(_ALL_GATHER, parts.flatten(0, 1), mine, group=group, async_op=True),
-            lambda: [_joined(parts, place, dim)],
+            lambda: [_joined(step, parts)],
             [mine],
         )
     assert step.scatter_dim is not None
-    if step.scatter_dim == 0 and place == list(range(len(ranks))):
-        stacked = given.contiguous().unflatten(0, (len(ranks), -1))  # as it lies
+    if step.copies_what_it_takes:
+        shards = dict(zip(step.ranks, given.chunk(len(ranks), step.scatter_dim), strict=True))
+        stacked = torch.stack([shards[one] for one in ranks])
     else:
-        shards = given.chunk(len(ranks), step.scatter_dim)
-        stacked = torch.stack([shards[step.ranks.index(one)] for one in ranks])
+        stacked = given.contiguous().unflatten(0, (len(ranks), -1))
     if step.kind == "reduce_scatter":
         return _reduce_scatter(stacked, ranks.index(rank), group)
-    assert step.gather_dim is not None
-    got, gather_dim = torch.empty_like(stacked), step.gather_dim
+    got = torch.empty_like(stacked)
     return _Call(
         partial(dist.all_to_all_single, got, stacked, group=group, async_op=True),
-        lambda: [_joined(got, place, gather_dim)],
+        lambda: [_joined(step, got)],
         [stacked],
     )
 
@@ -134,16 +135,18 @@ def _call(
 def _reduce_scatter(shards: Tensor, index: int, group: dist.ProcessGroup) -> _Call:
     if shards.device.type == "cpu":  # gloo, under whatever name the group has; not every release scatters
         total = shards.clone(memory_format=torch.contiguous_format)
-        return _Call(partial(dist.all_reduce, total, group=group, async_op=True), lambda: [total[index]])
+        return _Call(partial(dist.all_reduce, total, group=group, async_op=True), lambda: [total[index].clone()])
     mine = torch.empty_like(shards[0])
     return _Call(partial(_REDUCE_SCATTER, mine, shards, group=group, async_op=True), lambda: [mine], [shards])
 
 
-def _joined(parts: Tensor, place: Sequence[int], dim: int) -> Tensor:
-    """The shards ``parts`` [n, …], in the order ``place``, as one tensor: without a copy where they lie as they do."""
-    if dim == 0 and list(place) == list(range(len(parts))):
+def _joined(step: Collective, parts: Tensor) -> Tensor:
+    """The shards ``parts`` [n, …] that a collective brought, by ascending ranks, as one tensor."""
+    if not step.copies_what_it_brings:
         return parts.flatten(0, 1)
-    return torch.cat([parts[index] for index in place], dim)
+    assert step.gather_dim is not None
+    of_rank = dict(zip(sorted(step.ranks), parts, strict=True))
+    return torch.cat([of_rank[rank] for rank in step.ranks], step.gather_dim)
 
 
 class _Work:

@@ -18,14 +18,15 @@ _groups: weakref.WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], str | None],
 
 
 def group_of(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup:
-    """The process group of these ranks, in ascending order: one for all programs of a world.
+    """The process group of these ranks, in ascending order: one for all programs of a world, and for nothing else.
+
+    That of all ranks is not the world's own: what other threads begin in that while collectives of a program begin
+    together would be taken for one of these.
 
     Effects: the first time, makes it, on every rank of the world in the same order, which waits for all of them.
     """
     world = dist.group.WORLD
     assert world is not None
-    if backend is None and len(ranks) == dist.get_world_size():
-        return world
     made = _groups.setdefault(world, {})
     asked = tuple(ranks), backend
     if asked not in made:
@@ -73,13 +74,11 @@ def find_seeds(program: Program, device: torch.device) -> Callable[[], int] | No
     """
     if not program.streams:
         return None
-    group, where = None, torch.device("cpu")
-    if dist.get_backend() == "nccl":
-        # A seed that came by NCCL would have to be waited for on the device.
-        if dist.is_gloo_available():
-            group = group_of(range(dist.get_world_size()), "gloo")
-        else:
-            where = device
+    by_nccl = dist.get_backend() == "nccl"
+    # A seed that came by NCCL would have to be waited for on the device.
+    backend = "gloo" if by_nccl and dist.is_gloo_available() else None
+    group = group_of(range(dist.get_world_size()), backend)
+    where = device if by_nccl and backend is None else torch.device("cpu")
 
     def draw() -> int:
         seed = torch.tensor(draw_seed(), device=where)

@@ -1,13 +1,15 @@
 """What well-known plans communicate: found, not written down anywhere."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
 from checks import check
 from layouts import grid
 
-from torch_vtensor.compile.communication import Assemble, Collective, Communication, Transfer
+from torch_vtensor.compile.communication import Assemble, Collective, Communication, Placed, Transfer
 from torch_vtensor.compile.moves import find_communication
+from torch_vtensor.compile.tensor_view import Mask, ValueChunk
 from torch_vtensor.compile.topology import Link, Topology
 
 SHAPE = (16, 24)
@@ -178,3 +180,29 @@ def test_uneven_shards_are_sent_exactly() -> None:
     check(shape, have, need, found)
     received = sum(found.bytes_sent(4).values())
     assert received == 3 * 10 * 3 * 4
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_small_shards_are_gathered_by_one_collective(num_ranks: int) -> None:
+    """Messages would take as long on paper, and each rank would have to begin many."""
+    found = find([(num_ranks, 0)], [(num_ranks, "R")], itemsize=4)
+    assert summary(found) == [("all_gather", tuple(range(num_ranks)), 0)]
+
+
+def test_a_small_sum_is_reduced_where_its_addends_are_and_sent_on_by_all_who_have_it() -> None:
+    """The loss of the last stage: of two microbatches, over data ×2 and tensor ×2, for four stages."""
+    last, whole = (12, 13, 14, 15), Mask.of(())
+    have = [
+        Placed(rank, whole.with_chunk(ValueChunk(2 * microbatch + (rank - 12) // 2, 4)))
+        for microbatch in range(2)
+        for rank in last
+    ]
+    need = [Placed(rank, whole) for rank in range(16)]
+    found = find_communication((), 4, have, need, ONE_NODE)
+    check((), have, need, found)
+    assert [step for step in summary(found) if step[0] == "all_reduce"] == [
+        ("all_reduce", (12, 14)),
+        ("all_reduce", (13, 15)),
+    ]
+    sent = Counter(step.ranks[0] for step in found.steps if isinstance(step, Transfer))
+    assert sent == dict.fromkeys(last, 3)

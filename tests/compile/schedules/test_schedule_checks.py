@@ -204,6 +204,33 @@ def test_the_peak_tells_its_bytes_and_what_they_are() -> None:
     assert str(report) == "rank 0: peak 104 bytes, parameter 32 bytes, gradient 64 bytes, workspace 8 bytes"
 
 
+@pytest.mark.parametrize(
+    ("order", "peak_bytes"),
+    [
+        (["reduce", "pass", "read", "free"], 4 + 64 + 32 + 16 + 8),
+        (["pass", "reduce", "read", "free"], 4 + 64 + 32 + 16 + 8),
+        (["reduce", "read", "pass", "free"], 4 + 64 + 32 + 16),
+        (["reduce", "free", "pass", "read"], 4 + 64 + 32 + 16),
+    ],
+)
+def test_what_a_collective_needs_besides_is_there_until_it_is_waited_for(order: list[str], peak_bytes: int) -> None:
+    """A gradient of 64 bytes is reduced to 32, with a workspace of 16, and a pass makes 8 bytes of 4."""
+    program = Program()
+    program.value(0, "x", 4, "input", pinned=True)
+    program.value(0, "gradient", 64, "input")
+    for key, num_bytes in (("shard", 32), ("y", 8), ("norm", 1)):
+        program.value(0, key, num_bytes, pinned=True)
+    program.jobs = [
+        Job("reduce", "collective", (0,), {0: ("gradient",)}, {0: ("shard",)}, workspace_bytes=16),
+        Job("pass", "B", (0,), {0: ("x",)}, {0: ("y",)}),
+        Job("read", "F", (0,), {0: ("shard",)}, {0: ("norm",)}),
+    ]
+    actions = {job.name: Action.of(job, 0) for job in program.jobs} | {"free": Action("FREE", 0, "gradient")}
+    memory = check(program.ordered().with_actions({0: [actions[name] for name in order]})).memory[0]
+    assert (memory.peak_bytes, memory.workspace_bytes) == (peak_bytes, 16)
+    assert sum(memory.bytes_by_kind().values()) == peak_bytes
+
+
 @pytest.mark.parametrize("limit", [103, {0: 103}])
 def test_a_schedule_that_does_not_fit_is_refused_with_what_is_largest(limit: int | dict[int, int]) -> None:
     with pytest.raises(PlanError, match=r"rank 0 needs 104 bytes at action 0, B 'step'; its limit is 103.*'y'"):

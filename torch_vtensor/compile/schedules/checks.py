@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch_vtensor.compile.schedules.action import ACTION_KINDS, Action, Schedule
-from torch_vtensor.compile.schedules.job import Dataflow, Place, PlanError, Result, Value, readable_bytes
+from torch_vtensor.compile.schedules.job import Dataflow, Job, Place, PlanError, Result, Value, readable_bytes
 from torch_vtensor.compile.schedules.rendezvous import check_meeting_order, run_blocking
 
 
@@ -155,8 +155,15 @@ class _Replay:
         made = [(-1, value) for value in live.values()]
         held = sum([value.num_bytes for value in live.values()])
         most, at, workspace = held, -1, 0
+        running: dict[str, Job] = {}  # the collective with a workspace that reads or brings a value
+        beside = 0  # the workspaces of all of these
         for number, action in enumerate(self._schedule.actions[rank]):
             name = action.name
+            if running:
+                read = (name,) if action.kind == "FREE" else jobs[name].reads.get(rank, ())
+                for done in {one.name: one for key in read if (one := running.get(key)) is not None}.values():
+                    beside -= done.workspace_bytes
+                    running = {key: one for key, one in running.items() if one is not done}
             if action.kind == "FREE":
                 if name not in live:
                     raise self._absent(number, action, name, "frees")
@@ -174,8 +181,14 @@ class _Replay:
                 value = live[key] = values[rank, key]  # type: ignore[index]  # as good as the Place, quicker made
                 made.append((number, value))
                 held += value.num_bytes
-            if held + job.workspace_bytes > most:
-                most, at, workspace = held + job.workspace_bytes, number, job.workspace_bytes
+            if job.workspace_bytes and job.kind == "collective":
+                beside += job.workspace_bytes
+                running.update(dict.fromkeys((*job.reads.get(rank, ()), *job.writes.get(rank, ())), job))
+                needed = held + beside
+            else:
+                needed = held + beside + job.workspace_bytes
+            if needed > most:
+                most, at, workspace = needed, number, needed - held
         never = len(self._schedule.actions[rank])
         there = tuple([value for number, value in made if number <= at < freed.get(value.key, never)])
         return RankMemory(most, at, workspace, there)

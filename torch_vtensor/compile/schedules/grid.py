@@ -23,21 +23,22 @@ class _Cell(NamedTuple):
 _Row = tuple[tuple[int, str], ...]  # which cell is in which column
 
 
-def grid(schedule: Schedule, spans: Mapping[str, Span] | None = None) -> str:
+def grid(schedule: Schedule, spans: Mapping[str, Span] | None = None, like: Mapping[int, int] | None = None) -> str:
     """A row for each rank: its computations, those that start together on paper below each other.
 
     ``F0.3`` is forward of stage 0 on microbatch 3, ``F0..7.3`` of stages 0 to 7 one after the other. Ranks that do the
     same at the same time share a row. Of a long schedule the middle is left out. `spans` are those of a simulation, if
-    there has been one.
+    there has been one; `like` has, for each rank to show, the one of the schedule that does the same.
 
     Raises:  PlanError for a schedule that gets stuck on paper.
     """
     spans = simulate(schedule).spans if spans is None else spans
     cells = {rank: _cells(schedule, rank, spans) for rank in schedule.actions}
     unit = _unit([row for row in cells.values() if row])
+    rows = {rank: tuple(_columns(row, unit)) for rank, row in cells.items()}
     ranks_of: dict[_Row, list[int]] = {}
-    for rank, row in cells.items():
-        ranks_of.setdefault(tuple(_columns(row, unit)), []).append(rank)
+    for rank, one in (like or {rank: rank for rank in rows}).items():
+        ranks_of.setdefault(rows[one], []).append(rank)
     labels = [f"rank {_ranges(ranks)}" for ranks in ranks_of.values()]
     width = max(map(len, labels), default=0)
     return "\n".join(

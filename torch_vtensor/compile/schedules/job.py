@@ -108,7 +108,8 @@ class Job:
     ``addends`` names it, or several, by result.
     Units: ``seconds`` on its ranks, estimated; ``wire_bytes`` sent by all ranks together; ``workspace_bytes`` that each
     of its ranks needs while it runs, besides what it reads and writes; negative where it frees some of what it reads
-    before it makes some of what it writes. With ``one_by_one``, the values that it writes depend each on those alone
+    before it makes some of what it writes. A collective runs, beside other work of a rank, until that reads what it
+    brings or gives up what it reads. With ``one_by_one``, the values that it writes depend each on those alone
     that stand in the same place among what it reads, on any rank.
     """
 
