@@ -35,12 +35,12 @@ class Meeting(NamedTuple):
 
 
 class Views(NamedTuple):
-    """What each rank sees of the exchanges of a tensor, equal where that differs in nothing but names and numbers.
+    """What each rank sees of the exchanges of a tensor: a number, equal where names and numbers are all that differs.
 
     Parts that a rank makes and reads in the same way are not told apart, whatever their order.
     """
 
-    of_rank: Mapping[int, Hashable]
+    of_rank: Mapping[int, int]
     meetings: tuple[Meeting, ...]
 
     @classmethod
@@ -50,8 +50,9 @@ class Views(NamedTuple):
         look = _Look(topology, {place: frozenset(counted.items()) for place, counted in uses.items()})
         for index, exchange in enumerate(exchanges):
             look.look_at(index, exchange)
-        ranks = dict.fromkeys(part.rank for part in uses)
-        return cls({rank: (look.parts_of(rank), tuple(look.steps[rank])) for rank in ranks}, tuple(look.meetings))
+        ranks = dict.fromkeys((*(part.rank for part in uses), *look.steps))
+        seen = {rank: (look.parts_of(rank), tuple(look.steps[rank])) for rank in ranks}
+        return cls(_numbered(seen), tuple(look.meetings))
 
     def shifted(self, by: int) -> Views:
         """The same on ranks of other numbers."""
@@ -209,7 +210,7 @@ def _met_by(met: Iterable[tuple[int, Meeting]], kinds: Mapping[int, int]) -> Ite
         yield number, meeting.numbers, tuple([kinds[rank] for rank in meeting.ranks])
 
 
-def _views_of_tasks(plan: Plan, cuts: Mapping[Operator, Hashable]) -> Iterator[Mapping[int, Hashable]]:
+def _views_of_tasks(plan: Plan, cuts: Mapping[Operator, Hashable]) -> Iterator[Mapping[int, int]]:
     """What the tasks of each operator are to each rank; of operators cut and placed in the same way, those of one."""
     tasks: defaultdict[Operator, list[Task]] = defaultdict(list)
     for task in plan.tasks:
@@ -229,7 +230,7 @@ def _views_of_tasks(plan: Plan, cuts: Mapping[Operator, Hashable]) -> Iterator[M
             own = sizes[task.piece], plan.microbatch.get(task), decisions[number] if decided else None
             for rank in plan.ranks[task]:
                 of_rank[rank].append(own)
-        yield {rank: tuple(seen) for rank, seen in of_rank.items()}
+        yield _numbered({rank: tuple(seen) for rank, seen in of_rank.items()})
 
 
 def _sizes(piece: Piece) -> Hashable:
