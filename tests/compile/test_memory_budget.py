@@ -105,7 +105,7 @@ def test_a_plan_has_to_fit(choose: Callable[..., Any]) -> None:
         choose(model, (tokens,), 0.5, plan="single")
 
 
-@pytest.mark.parametrize("budget", [0, -1, 1.5, True, "1GiB"])
+@pytest.mark.parametrize("budget", [0, -1, 1.5, True, "a lot"])
 def test_meaningless_budgets_are_refused(budget: Any, compiled: Callable[..., Any]) -> None:
     with pytest.raises((ValueError, BackendCompilerFailed), match="memory_budget"):
         compiled(lambda x: x + 1, memory_budget=budget)(torch.ones(2))
