@@ -16,6 +16,7 @@ DEVICE = torch.device("cuda", 1)
     [
         OutOfPagesError(DEVICE, 3 << 20, 5 << 20, 6 << 20),
         OutOfPagesError(DEVICE, 3 << 20, 5 << 20, None, is_device_full=True),
+        OutOfPagesError(DEVICE, 3 << 20, 5 << 20, None),  # over a budget that was taken back meanwhile
         CapacityError(5, 4),
         ClosedError("closed"),
         DriverError("cuMemCreate", "CUDA_ERROR_OUT_OF_MEMORY", DEVICE, 64, "a hint"),

@@ -37,7 +37,7 @@ class OutOfPagesError(VTensorError, torch.OutOfMemoryError):
     The message names what was the limit, the budget or the device itself, and what helps against that one.
 
     Args:
-        budget_bytes: the budget that was set, whether or not it was the limit; None: there is none.
+        budget_bytes: the budget that is set, whether or not it was the limit; None: there is none, or none any more.
         is_device_full: the device had no more, within the budget or without one.
 
     Units: bytes in every field.
@@ -63,8 +63,8 @@ class OutOfPagesError(VTensorError, torch.OutOfMemoryError):
             limit = f"{_mib(committed_bytes)} committed{within}, and the device has no more"
             last = "have torch let go of what it caches (torch.cuda.empty_cache())" if device.type == "cuda" else ""
         else:
-            assert budget_bytes is not None
-            limit = f"{_mib(committed_bytes)} committed, and the budget is {_mib(budget_bytes)}"
+            budget = "was exceeded, and is another now" if budget_bytes is None else f"is {_mib(budget_bytes)}"
+            limit = f"{_mib(committed_bytes)} committed, and the budget {budget}"
             last = "raise the budget (budget_bytes= of enable(), or TORCH_VTENSOR_BUDGET_BYTES)"
         kept = " While a graph is being captured, nothing is taken back: commit before." if is_capturing else ""
         super().__init__(

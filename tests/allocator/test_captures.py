@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -219,6 +220,38 @@ def test_no_capture_begins_while_something_moves(make_scheduler: MakeScheduler) 
     vtensor.offload()
     assert seen[0], "it waits"
     vtensor.prefetch()
+
+
+def test_who_bars_captures_bars_nobody_else() -> None:
+    """Moving memory on one device takes seconds, in which another one goes on; a capture begins after both."""
+    driver = ManualDriver()
+    driver.fences_break_captures = True
+    barred, end, begun = threading.Event(), threading.Event(), threading.Event()
+
+    def bar() -> None:
+        with ExitStack() as held:
+            assert captures.bar_captures(driver, held)
+            barred.set()
+            end.wait(10)
+
+    def capture() -> None:
+        with capturing():
+            begun.set()
+
+    with ExitStack() as held:
+        assert captures.bar_captures(driver, held)
+        with capturing(), capturing():
+            assert not another_captures(), "who bars others may capture itself"
+        threads = [threading.Thread(target=target, daemon=True) for target in (bar, capture)]
+        threads[0].start()
+        assert barred.wait(10)
+        threads[1].start()
+        assert not begun.wait(0.05)
+    assert not begun.wait(0.05), "the other one bars still"
+    end.set()
+    assert begun.wait(10)
+    for thread in threads:
+        thread.join(10)
 
 
 def test_a_capture_that_does_not_end_is_named(make_scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:

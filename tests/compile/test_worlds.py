@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +30,7 @@ def world() -> Iterator[None]:
 
 
 def begin() -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77))
 
 
 @pytest.mark.parametrize("backend", [None, "gloo"])
@@ -37,6 +38,7 @@ def test_a_world_has_one_group_for_a_set_of_ranks(backend: str | None, world: No
     made = group_of((0,), backend)
     assert made is not dist.group.WORLD
     assert group_of(range(1), backend) is made
+    assert _torch_compat.timeout_of(made) == timedelta(seconds=77), "as the world's"
     dist.destroy_process_group()
     begin()
     assert group_of((0,), backend) is not made, "the group ended with its world"

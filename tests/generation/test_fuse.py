@@ -231,6 +231,10 @@ def broadcast_residual(x: torch.Tensor) -> Any:
     return functional.linear(x, GATE) + OTHER[0, 0]
 
 
+def weight_by_its_name(x: torch.Tensor) -> Any:
+    return functional.linear(x, weight=GATE), functional.linear(x, UP, bias=(GATE[:, 0] * x.sum()).sin())
+
+
 def weight_made_on_the_way(x: torch.Tensor) -> Any:
     return functional.linear(x, GATE), functional.linear(x, UP * x.sum())
 
@@ -269,6 +273,7 @@ def narrow_norm(x: torch.Tensor) -> Any:
         result_that_is_used_twice,
         gate_that_is_used_twice,
         broadcast_residual,
+        weight_by_its_name,
         weight_made_on_the_way,
         input_changed_in_place,
         doubled,

@@ -14,7 +14,7 @@ from torch import nn
 
 from torch_vtensor.generation.decode import graphs
 from torch_vtensor.generation.decode.fuse import fuse
-from torch_vtensor.generation.decode.pieces import compile_in_pieces
+from torch_vtensor.generation.decode.pieces import _kind, compile_in_pieces
 from torch_vtensor.generation.decode.step import GroupRows, step_forward, twin_of
 from torch_vtensor.generation.shared_reads import SharedTables
 
@@ -184,6 +184,17 @@ def test_changes_in_place_are_seen_by_later_pieces() -> None:
     assert torch.equal(pieces.run(step_forward(twin_of(model)), *inputs), expected)
     assert torch.equal(rows, expected_rows)
     assert len(pieces.compiled) == 3
+
+
+def test_overlaps_that_differ_are_compiled_apart() -> None:
+    """What is changed in place and what is read may lie in one storage: code is for how they overlap there."""
+    whole = torch.arange(32.0)
+    kinds = [
+        [_kind(view, storages) for view in (base[0:16], base[start : start + 16])]
+        for base, start, storages in ((whole.clone(), 4, {}), (whole.clone(), 8, {}), (whole.clone(), 4, {}))
+    ]
+    assert kinds[0] != kinds[1]
+    assert kinds[0] == kinds[2]
 
 
 def test_one_that_fails_to_compile_leaves_the_graph_as_it_was() -> None:

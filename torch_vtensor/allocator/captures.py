@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
@@ -29,9 +30,43 @@ _PAUSE_SECONDS = 0.001
 
 
 class _Captures:
+    """One thread's capture, or any number of threads that bar the others from beginning one."""
+
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.changed = threading.Condition()
         self.thread: int | None = None  # whose capture it is
+        self.bars: Counter[int] = Counter()  # how often each thread bars
+
+    def begin(self) -> int | None:
+        """Have this thread capture once no other does or bars it; who captured before: nobody, or itself."""
+        mine = threading.get_ident()
+        with self.changed:
+            self.changed.wait_for(lambda: self.thread in (None, mine) and self.bars.keys() <= {mine})
+            before, self.thread = self.thread, mine
+        return before
+
+    def end(self, before: int | None) -> None:
+        """End the capture that began when ``before`` had one."""
+        with self.changed:
+            self.thread = before
+            self.changed.notify_all()
+
+    def bar(self, seconds: float = 0.0) -> bool:
+        """Bar other threads from beginning a capture; False if one captures, and does for so long."""
+        mine = threading.get_ident()
+        with self.changed:
+            is_free = self.changed.wait_for(lambda: self.thread in (None, mine), seconds)
+            if is_free:
+                self.bars[mine] += 1
+            return is_free
+
+    def unbar(self) -> None:
+        """Undo `bar`, on the same thread."""
+        mine = threading.get_ident()
+        with self.changed:
+            self.bars[mine] -= 1
+            self.bars += Counter()  # without those that bar no more
+            self.changed.notify_all()
 
 
 _captures = _Captures()
@@ -39,14 +74,13 @@ _captures = _Captures()
 
 @contextmanager
 def capturing() -> Iterator[None]:
-    """A block in which this thread captures a graph; waits for those of other threads."""
+    """A block in which this thread captures a graph; waits for those of other threads, and for who bars them."""
     captures = _captures
-    with captures.lock:
-        before, captures.thread = captures.thread, threading.get_ident()
-        try:
-            yield
-        finally:
-            captures.thread = before
+    before = captures.begin()
+    try:
+        yield
+    finally:
+        captures.end(before)
 
 
 def another_captures() -> bool:
@@ -75,12 +109,16 @@ def outlast_captures(driver: Driver) -> bool:
 
 
 def bar_captures(driver: Driver, held: ExitStack) -> bool:
-    """Whether no other thread captures now; then none begins to until ``held`` ends. Waits for nothing."""
-    lock = _captures.lock
-    is_free = lock.acquire(blocking=False)
-    if is_free:
-        held.callback(lock.release)
-    return (is_free or not driver.fences_break_captures) and not _captured_elsewhere(driver)
+    """Whether no other thread captures now; then none begins to until ``held`` ends. Waits for nothing.
+
+    Several threads may bar captures at once, and who has a driver whose fences break none bars none.
+    """
+    if driver.fences_break_captures:
+        captures = _captures
+        if not captures.bar():
+            return False
+        held.callback(captures.unbar)
+    return not _captured_elsewhere(driver)
 
 
 @contextmanager
@@ -89,14 +127,15 @@ def outside_captures(driver: Driver, lock: AbstractContextManager[object]) -> It
 
     Waits for those that do without the lock, which they may need; after ten seconds the block begins all the same.
     """
-    may_wait = True
+    deadline = time.monotonic() + _MOST_SECONDS
     while True:
         with ExitStack() as held:
             held.enter_context(lock)
-            if bar_captures(driver, held) or not may_wait:
+            if bar_captures(driver, held) or time.monotonic() >= deadline:
                 yield
                 return
-        may_wait = outlast_captures(driver) or not _captured_elsewhere(driver)
+        if not outlast_captures(driver):
+            time.sleep(_PAUSE_SECONDS)
 
 
 def _captured_elsewhere(driver: Driver) -> bool:
@@ -105,14 +144,14 @@ def _captured_elsewhere(driver: Driver) -> bool:
 
 @contextmanager
 def between_captures() -> Iterator[None]:
-    """A block, a short one, in which no other thread begins a capture."""
-    lock = _captures.lock
-    is_held = lock.acquire(timeout=_MOST_SECONDS)
+    """A block, a short one, in which no other thread begins a capture; waits, ten seconds at most, for one to end."""
+    captures = _captures
+    is_barred = captures.bar(_MOST_SECONDS)
     try:
         yield
     finally:
-        if is_held:
-            lock.release()
+        if is_barred:
+            captures.unbar()
 
 
 def _start_afresh_in_child() -> None:

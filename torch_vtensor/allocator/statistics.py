@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 
+from torch_vtensor.allocator.captures import outside_captures
 from torch_vtensor.allocator.page_pool import PoolStats
 from torch_vtensor.allocator.pools import DEVICE_TYPES, all_schedulers
 from torch_vtensor.allocator.torch_pool import release_idle
@@ -83,7 +85,8 @@ def trim(device: torch.device | str | None = None) -> int:
     for known, scheduler in all_schedulers().items():
         if wanted is None or (known.type == wanted.type and wanted.index in (None, known.index or 0)):
             if known.type == "cuda":
-                release_idle(known)
+                with outside_captures(scheduler.pool.driver, nullcontext()):
+                    release_idle(known)
             freed_bytes += scheduler.trim()
     return freed_bytes
 

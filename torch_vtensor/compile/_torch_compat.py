@@ -34,6 +34,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, Protocol, Self, cast
 
@@ -568,12 +569,9 @@ def capture_for_once(
 ) -> Callable[..., Any]:
     """A function whose graphs, when it is called, a backend gets to see, as torch.compile captures them.
 
-    To be called once: nothing is found out that tells whether the graphs are good for other calls, nor is what
-    capturing them leaves behind collected.
+    To be called once: what capturing leaves behind is not collected.
     """
-    compiled = torch.compile(
-        function, backend=backend, dynamic=False, options={"guard_filter_fn": lambda guards: [False] * len(guards)}
-    )
+    compiled = torch.compile(function, backend=backend, dynamic=False)
 
     def call(*arguments: Any, **keywords: Any) -> Any:
         config = torch._dynamo.config
@@ -602,3 +600,13 @@ def begin_together(begin: Sequence[Callable[[], Any]], group: Any, device: torch
         _world.pg_coalesce_state.pop(group, None)  # or the group's next collective would wait for this block's end
         raise
     return list(together.works)
+
+
+def timeout_of(group: Any) -> timedelta | None:
+    """How long the collectives of a process group may take; None if its backend does not tell."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        timeout: timedelta | None = getattr(options, "_timeout", None)
+        if timeout is not None:
+            return timeout
+    return None

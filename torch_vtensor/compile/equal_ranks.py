@@ -118,10 +118,7 @@ class _Look:
 
     def parts_of(self, rank: int) -> Hashable:
         """How many parts a rank uses in which way."""
-        seen = Counter(
-            (part.mask.shape, part.mask.chunk.of, uses) for part, uses in self._uses.items() if part.rank == rank
-        )
-        return frozenset(seen.items())
+        return frozenset(self._parts[rank].items())
 
     def look_at(self, index: int, exchange: Exchange) -> None:
         """Take down the steps of an exchange, forward and backward."""

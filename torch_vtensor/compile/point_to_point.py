@@ -216,6 +216,8 @@ class _Planner:
     def _all_reduce(self, sum_: _Sum, ranks: Sequence[int]) -> dict[int, Buffer] | None:
         """The sum on every rank that has addends of it, by collectives of replicas, each with all addends once.
 
+        Two of these may round it differently, in the last bit.
+
         None where ranks cannot be grouped like that, where some of these do not need the sum, or if it is large, so
         that each rank had better add up a piece of it.
         """

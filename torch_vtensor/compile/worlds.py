@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from torch_vtensor.compile import _torch_compat
 from torch_vtensor.compile.executor import Transport
 from torch_vtensor.compile.program import Program
 from torch_vtensor.compile.random_numbers import draw_seed
@@ -20,8 +21,8 @@ _groups: weakref.WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], str | None],
 def group_of(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup:
     """The process group of these ranks, in ascending order: one for all programs of a world, and for nothing else.
 
-    That of all ranks is not the world's own: what other threads begin in that while collectives of a program begin
-    together would be taken for one of these.
+    It waits for as long as the world does. That of all ranks is not the world's own: what other threads begin in that
+    while collectives of a program begin together would be taken for one of these.
 
     Effects: the first time, makes it, on every rank of the world in the same order, which waits for all of them.
     """
@@ -30,7 +31,7 @@ def group_of(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGr
     made = _groups.setdefault(world, {})
     asked = tuple(ranks), backend
     if asked not in made:
-        made[asked] = dist.new_group(list(ranks), backend=backend)
+        made[asked] = dist.new_group(list(ranks), timeout=_torch_compat.timeout_of(world), backend=backend)
     group: dist.ProcessGroup = made[asked]
     return group
 

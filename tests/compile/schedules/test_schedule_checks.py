@@ -231,6 +231,23 @@ def test_what_a_collective_needs_besides_is_there_until_it_is_waited_for(order: 
     assert sum(memory.bytes_by_kind().values()) == peak_bytes
 
 
+def test_what_reads_what_a_collective_sends_waits_for_nothing() -> None:
+    """Two collectives read a gradient of 64 bytes, with workspaces of 16 and 4, and a pass that reads it makes 8."""
+    program = Program()
+    program.value(0, "gradient", 64, "input")
+    for key, num_bytes in (("shard", 32), ("total", 2), ("y", 8), ("norm", 1)):
+        program.value(0, key, num_bytes, pinned=True)
+    program.jobs = [
+        Job("reduce", "collective", (0,), {0: ("gradient",)}, {0: ("shard",)}, workspace_bytes=16),
+        Job("sum", "collective", (0,), {0: ("gradient",)}, {0: ("total",)}, workspace_bytes=4),
+        Job("pass", "B", (0,), {0: ("gradient",)}, {0: ("y",)}),
+        Job("read", "F", (0,), {0: ("shard", "total")}, {0: ("norm",)}),
+    ]
+    actions = {0: [Action.of(job, 0) for job in program.jobs] + [Action("FREE", 0, "gradient")]}
+    memory = check(program.ordered().with_actions(actions)).memory[0]
+    assert (memory.peak_bytes, memory.workspace_bytes) == (64 + 32 + 2 + 8 + 16 + 4, 16 + 4)
+
+
 @pytest.mark.parametrize("limit", [103, {0: 103}])
 def test_a_schedule_that_does_not_fit_is_refused_with_what_is_largest(limit: int | dict[int, int]) -> None:
     with pytest.raises(PlanError, match=r"rank 0 needs 104 bytes at action 0, B 'step'; its limit is 103.*'y'"):

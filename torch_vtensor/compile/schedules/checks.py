@@ -155,15 +155,19 @@ class _Replay:
         made = [(-1, value) for value in live.values()]
         held = sum([value.num_bytes for value in live.values()])
         most, at, workspace = held, -1, 0
-        running: dict[str, Job] = {}  # the collective with a workspace that reads or brings a value
+        running: dict[str, list[Job]] = {}  # the collectives with a workspace that read or bring a value
         beside = 0  # the workspaces of all of these
         for number, action in enumerate(self._schedule.actions[rank]):
             name = action.name
             if running:
-                read = (name,) if action.kind == "FREE" else jobs[name].reads.get(rank, ())
-                for done in {one.name: one for key in read if (one := running.get(key)) is not None}.values():
-                    beside -= done.workspace_bytes
-                    running = {key: one for key, one in running.items() if one is not done}
+                # What reads a value waits for what brings it; what frees it, for what reads it as well.
+                frees = action.kind == "FREE"
+                touched = (name,) if frees else jobs[name].reads.get(rank, ())
+                several = [(key, one) for key in touched for one in running.get(key, ())]
+                done = {one.name: one for key, one in several if frees or key in one.writes.get(rank, ())}
+                beside -= sum([one.workspace_bytes for one in done.values()])
+                if done:
+                    running = {key: [one for one in ones if one.name not in done] for key, ones in running.items()}
             if action.kind == "FREE":
                 if name not in live:
                     raise self._absent(number, action, name, "frees")
@@ -183,7 +187,8 @@ class _Replay:
                 held += value.num_bytes
             if job.workspace_bytes and job.kind == "collective":
                 beside += job.workspace_bytes
-                running.update(dict.fromkeys((*job.reads.get(rank, ()), *job.writes.get(rank, ())), job))
+                for key in (*job.reads.get(rank, ()), *job.writes.get(rank, ())):
+                    running.setdefault(key, []).append(job)
                 needed = held + beside
             else:
                 needed = held + beside + job.workspace_bytes

@@ -212,7 +212,7 @@ def _norm(node: Any) -> _Norm | None:
     if not _calls_method(power, "pow") or power.args != (wide, 2):
         return None
     x = _converted(wide)
-    is_plain = x is not None and _value(weight).dim() == 1 and _value(x).dtype is _value(node).dtype
+    is_plain = x is not None and _value(weight).shape == _value(x).shape[-1:] and _value(x).dtype is _value(node).dtype
     is_plain = is_plain and _value(wide).dtype is torch.float32
     return _Norm(x, weight, float(eps)) if is_plain and isinstance(eps, float) else None
 
@@ -233,7 +233,8 @@ def _is_linear(node: Any) -> bool:
     """Whether the node is a linear layer that `skinny_linear` takes."""
     if not _calls(node, torch._C._nn.linear):
         return False
-    if any(isinstance(of, Node) and not _is_given(of) for of in node.args[1:]):
+    others = *node.args[1:], *node.kwargs.values()
+    if len(node.args) < 2 or any(isinstance(of, Node) and not _is_given(of) for of in others):
         return False
     return takes(_value(node.args[0]), _value(node.args[1]))
 

@@ -111,7 +111,7 @@ def _call(name: str, piece: _Piece) -> None:
 def _key_of(piece: _Piece) -> Any:
     """What is equal for pieces that are alike: what they compute of which kinds of values."""
     numbers = {node: number for number, node in enumerate(piece.graph.nodes)}
-    storages: dict[Any, int] = {}
+    storages: dict[Any, tuple[int, Any]] = {}
     return (
         tuple(_kind(_value(node), storages) for node in piece.takes),
         tuple(
@@ -120,11 +120,12 @@ def _key_of(piece: _Piece) -> Any:
     )
 
 
-def _kind(value: Any, storages: dict[Any, int]) -> Any:
+def _kind(value: Any, storages: dict[Any, tuple[int, Any]]) -> Any:
     if not isinstance(value, torch.Tensor):
         return str(value)
     storage = value.untyped_storage()._cdata
     offset_bytes = value.storage_offset() * value.dtype.itemsize
+    number, first_bytes = storages.setdefault(storage, (len(storages), offset_bytes))
     return (
         type(value),
         value.dtype,
@@ -134,7 +135,8 @@ def _kind(value: Any, storages: dict[Any, int]) -> Any:
         str(tuple(value.shape)),
         str(value.stride()),
         str(offset_bytes % _ALIGNMENT_BYTES),
-        storages.setdefault(storage, len(storages)),
+        number,
+        str(offset_bytes - first_bytes),  # what overlaps is in the code
     )
 
 

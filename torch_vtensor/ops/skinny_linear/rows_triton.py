@@ -182,8 +182,6 @@ def _sum(
     n = tl.arange(0, BLOCK_N)
     ok = n < width
     place = row * width + n
-    if HAS_NORM:
-        scale = tl.load(norm + n, mask=ok, other=0.0)
     if EARLY:
         gdc_wait()
     if PARTS > 0:
@@ -198,6 +196,7 @@ def _sum(
     else:
         result = tl.load(residual + place, mask=ok, other=0.0)
     if HAS_NORM:
+        scale = tl.load(norm + n, mask=ok, other=0.0)
         wide = result.to(tl.float32)
         factor = tl.rsqrt(tl.sum(wide * wide, 0) / width + norm_eps)
         tl.store(normed + place, (wide * factor).to(normed.dtype.element_ty) * scale, mask=ok)
@@ -351,7 +350,11 @@ def _summed(
     if not _has_kernel(x):
         return _sum_rows(functional.linear(x, weight)[None], bias, residual, norm, early)
     config = config or _config(weight.shape[0], x.shape[1], may_split=True)
-    parts = _products(x, [weight], [None], early, config)[0]
+    if config.parts == 1:  # which is rounded: the bias belongs inside
+        bias, inside = None, bias
+    else:
+        inside = None
+    parts = _products(x, [weight], [inside], early, config)[0]
     return _sum_rows(parts.view(-1, *residual.shape), bias, residual, norm, early)
 
 
