@@ -248,7 +248,7 @@ def skinny_linear() -> None:
     a = flat(case.arguments())
     weight = torch.linspace(0.5, 2, len(a.weights[0])).half()
     normed = triton.Norm(weight, 0.0, a.eps)
-    outs = rows_triton.launch_normed(a.x, a.weights[0], a.biases[0], a.residual, normed, early=False)
+    outs = rows_triton.launch_summed(a.x, a.weights[0], a.biases[0], a.residual, normed, early=False)
     case.check_normed(*(out.unflatten(0, (-1, 1)) for out in outs), weight)
 
 

@@ -98,7 +98,7 @@ def outlast_captures(driver: Driver) -> bool:
 
     The caller holds no lock that who captures may need, a pool's for one.
     """
-    if not driver.is_capturing() or driver.is_capturing_here():
+    if not _captured_elsewhere(driver):
         return False
     deadline = time.monotonic() + _MOST_SECONDS
     while driver.is_capturing():

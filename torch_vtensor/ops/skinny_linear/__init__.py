@@ -134,7 +134,7 @@ def _normed_cuda(
     from torch_vtensor.ops.skinny_linear import rows_triton
     from torch_vtensor.ops.skinny_linear.triton import Norm
 
-    total, normed = rows_triton.launch_normed(_rows(x), weight, bias, _rows(residual), Norm(norm, 0.0, eps))
+    total, normed = rows_triton.launch_summed(_rows(x), weight, bias, _rows(residual), Norm(norm, 0.0, eps))
     return total.view(residual.shape), normed.view(residual.shape)
 
 

@@ -20,10 +20,10 @@ from torch.nn import functional
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from torch_vtensor.ops.attention_triton import can_begin_early
-from torch_vtensor.ops.skinny_linear import MAX_ROWS, MAX_WEIGHTS, has_kernel
-from torch_vtensor.ops.skinny_linear.triton import Norm, check_weights
+from torch_vtensor.ops.skinny_linear import MAX_ROWS, has_kernel
+from torch_vtensor.ops.skinny_linear.triton import Norm, check_weights, choose, of_weights
 
-__all__ = ["Config", "launch", "launch_gated", "launch_normed"]
+__all__ = ["Config", "launch", "launch_gated", "launch_summed"]
 
 
 @triton.jit
@@ -68,6 +68,7 @@ def _product(
 @triton.jit
 def _linear(
     x,
+    num_rows,
     weight_0,
     weight_1,
     weight_2,
@@ -77,7 +78,6 @@ def _linear(
     out_0,
     out_1,
     out_2,
-    num_rows,
     width_0,
     width_1,
     width_2,
@@ -93,32 +93,11 @@ def _linear(
     STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    block = tl.program_id(0)
     part = tl.program_id(1)
-    blocks_0 = tl.cdiv(width_0, BLOCK_N)
-    weight = weight_0
-    bias = bias_0
-    out = out_0
-    width = width_0
-    has_bias = HAS_BIAS_0
-    if NUM_WEIGHTS > 1:
-        blocks_1 = tl.cdiv(width_1, BLOCK_N)
-        if block >= blocks_0:
-            weight = weight_1
-            bias = bias_1
-            out = out_1
-            width = width_1
-            has_bias = HAS_BIAS_1
-            if NUM_WEIGHTS > 2:
-                if block >= blocks_0 + blocks_1:
-                    weight = weight_2
-                    bias = bias_2
-                    out = out_2
-                    width = width_2
-                    has_bias = HAS_BIAS_2
-                    block -= blocks_1
-            block -= blocks_0
-        weight = tl.multiple_of(weight, 16)
+    block, weight, bias, out, width, has_bias = choose(
+        weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, out_0, out_1, out_2, width_0, width_1, width_2,
+        NUM_WEIGHTS, HAS_BIAS_0, HAS_BIAS_1, HAS_BIAS_2, BLOCK_N,
+    )  # fmt: skip
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tl.minimum(n, width - 1)
     PART: tl.constexpr = K // PARTS
@@ -261,24 +240,30 @@ def launch(
     check_weights(weights)
     x = _normed(x, norm, early)
     if residual is not None:
-        return [_summed(x, weights[0], biases[0], residual, None, early, config)[0]]
+        return [launch_summed(x, weights[0], biases[0], residual, None, early, config)[0]]
     if not _has_kernel(x):
         return [functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     width = sum(weight.shape[0] for weight in weights)
     return _products(x, weights, biases, early, config or _config(width, x.shape[1], may_split=False))
 
 
-def launch_normed(
+def launch_summed(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor,
-    norm: Norm,
+    norm: Norm | None = None,
     early: bool = True,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x @ weight.T + bias + residual`` [M, N], and the same normed."""
-    return _summed(x, weight, bias, residual, norm, early, config)
+    """``x @ weight.T + bias + residual`` [M, N], and the same normed if there is a norm."""
+    if not _has_kernel(x):
+        return _sum_rows(functional.linear(x, weight)[None], bias, residual, norm, early)
+    config = config or _config(weight.shape[0], x.shape[1], may_split=True)
+    # What is one part is rounded: the bias belongs inside.
+    inside, bias = (bias, None) if config.parts == 1 else (None, bias)
+    parts = _products(x, [weight], [inside], early, config)[0]
+    return _sum_rows(parts.view(-1, *residual.shape), bias, residual, norm, early)
 
 
 def launch_gated(
@@ -309,53 +294,13 @@ def _products(
     """Of every weight [M, N], or, of several parts, [parts, M, N] in fp32."""
     num_rows, k = x.shape
     config = _fitting(config, x, num_tiles=1)
-    padding = MAX_WEIGHTS - len(weights)
-    widths = [weight.shape[0] for weight in weights]
-    if config.parts > 1:
-        outs = [x.new_empty(config.parts, num_rows, width, dtype=torch.float32) for width in widths]
-    else:
-        outs = [x.new_empty(num_rows, width) for width in widths]
+    shape, dtype = ((config.parts, num_rows), torch.float32) if config.parts > 1 else ((num_rows,), x.dtype)
+    outs = [x.new_empty(*shape, weight.shape[0], dtype=dtype) for weight in weights]
+    widths, arguments, flags = of_weights(weights, biases, outs)
     _linear[(sum(triton.cdiv(width, config.block_n) for width in widths), config.parts)](
-        x,
-        *weights,
-        *[weights[0]] * padding,
-        *[weight if bias is None else bias for weight, bias in zip(weights, biases, strict=True)],
-        *[weights[0]] * padding,
-        *outs,
-        *[outs[0]] * padding,
-        num_rows,
-        *widths,
-        *[widths[0]] * padding,
-        K=k,
-        PARTS=config.parts,
-        NUM_WEIGHTS=len(weights),
-        HAS_BIAS_0=biases[0] is not None,
-        HAS_BIAS_1=len(biases) > 1 and biases[1] is not None,
-        HAS_BIAS_2=len(biases) > 2 and biases[2] is not None,
-        **_options(config, x, early),
+        x, num_rows, *arguments, K=k, PARTS=config.parts, **flags, **_options(config, x, early)
     )
     return outs
-
-
-def _summed(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    norm: Norm | None,
-    early: bool,
-    config: Config | None,
-) -> tuple[Tensor, Tensor]:
-    """``x @ weight.T + bias + residual``, and the same normed if there is a norm."""
-    if not _has_kernel(x):
-        return _sum_rows(functional.linear(x, weight)[None], bias, residual, norm, early)
-    config = config or _config(weight.shape[0], x.shape[1], may_split=True)
-    if config.parts == 1:  # which is rounded: the bias belongs inside
-        bias, inside = None, bias
-    else:
-        inside = None
-    parts = _products(x, [weight], [inside], early, config)[0]
-    return _sum_rows(parts.view(-1, *residual.shape), bias, residual, norm, early)
 
 
 def _has_kernel(x: Tensor) -> bool:

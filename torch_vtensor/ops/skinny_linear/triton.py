@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from torch_vtensor.ops.attention_triton import can_begin_early
 from torch_vtensor.ops.skinny_linear import MAX_WEIGHTS
 
-__all__ = ["Config", "Norm", "check_weights", "launch", "launch_gated"]
+__all__ = ["Config", "Norm", "check_weights", "choose", "launch", "launch_gated", "of_weights"]
 
 
 @triton.jit
@@ -77,6 +77,55 @@ def _product(
 
 
 @triton.jit
+def choose(
+    weight_0,
+    weight_1,
+    weight_2,
+    bias_0,
+    bias_1,
+    bias_2,
+    out_0,
+    out_1,
+    out_2,
+    num_rows_0,
+    num_rows_1,
+    num_rows_2,
+    NUM_WEIGHTS: tl.constexpr,
+    HAS_BIAS_0: tl.constexpr,
+    HAS_BIAS_1: tl.constexpr,
+    HAS_BIAS_2: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The program's block of one of the weights, which stand one behind the other, and what belongs to that."""
+    block = tl.program_id(0)
+    blocks_0 = tl.cdiv(num_rows_0, BLOCK_N)
+    weight = weight_0
+    bias = bias_0
+    out = out_0
+    num_rows = num_rows_0
+    has_bias = HAS_BIAS_0
+    if NUM_WEIGHTS > 1:
+        blocks_1 = tl.cdiv(num_rows_1, BLOCK_N)
+        if block >= blocks_0:
+            weight = weight_1
+            bias = bias_1
+            out = out_1
+            num_rows = num_rows_1
+            has_bias = HAS_BIAS_1
+            if NUM_WEIGHTS > 2:
+                if block >= blocks_0 + blocks_1:
+                    weight = weight_2
+                    bias = bias_2
+                    out = out_2
+                    num_rows = num_rows_2
+                    has_bias = HAS_BIAS_2
+                    block -= blocks_1
+            block -= blocks_0
+        weight = tl.multiple_of(weight, 16)
+    return block, weight, bias, out, num_rows, has_bias
+
+
+@triton.jit
 def _linear(
     x,
     norm,
@@ -108,31 +157,10 @@ def _linear(
 ):
     if EARLY:
         gdc_launch_dependents()
-    block = tl.program_id(0)
-    blocks_0 = tl.cdiv(num_rows_0, BLOCK_N)
-    weight = weight_0
-    bias = bias_0
-    out = out_0
-    num_rows = num_rows_0
-    has_bias = HAS_BIAS_0
-    if NUM_WEIGHTS > 1:
-        blocks_1 = tl.cdiv(num_rows_1, BLOCK_N)
-        if block >= blocks_0:
-            weight = weight_1
-            bias = bias_1
-            out = out_1
-            num_rows = num_rows_1
-            has_bias = HAS_BIAS_1
-            if NUM_WEIGHTS > 2:
-                if block >= blocks_0 + blocks_1:
-                    weight = weight_2
-                    bias = bias_2
-                    out = out_2
-                    num_rows = num_rows_2
-                    has_bias = HAS_BIAS_2
-                    block -= blocks_1
-            block -= blocks_0
-        weight = tl.multiple_of(weight, 16)
+    block, weight, bias, out, num_rows, has_bias = choose(
+        weight_0, weight_1, weight_2, bias_0, bias_1, bias_2, out_0, out_1, out_2, num_rows_0, num_rows_1, num_rows_2,
+        NUM_WEIGHTS, HAS_BIAS_0, HAS_BIAS_1, HAS_BIAS_2, BLOCK_N,
+    )  # fmt: skip
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = n < num_rows
     result, _ = _product(
@@ -225,27 +253,16 @@ def launch(
     k = _check(x, weights)
     config = config or _config(k, norm is not None)
     outs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    padding = MAX_WEIGHTS - len(weights)
-    num_rows = [weight.shape[0] for weight in weights]
+    num_rows, arguments, flags = of_weights(weights, biases, outs)
     _linear[(sum(triton.cdiv(n, config.block_n) for n in num_rows),)](
         x,
         *_norm_arguments(x, norm),
         x if residual is None else residual,
-        *weights,
-        *[weights[0]] * padding,
-        *[weight if bias is None else bias for weight, bias in zip(weights, biases, strict=True)],
-        *[weights[0]] * padding,
-        *outs,
-        *[outs[0]] * padding,
-        *num_rows,
-        *[num_rows[0]] * padding,
+        *arguments,
         K=k,
-        NUM_WEIGHTS=len(weights),
         HAS_NORM=norm is not None,
         HAS_RESIDUAL=residual is not None,
-        HAS_BIAS_0=biases[0] is not None,
-        HAS_BIAS_1=len(biases) > 1 and biases[1] is not None,
-        HAS_BIAS_2=len(biases) > 2 and biases[2] is not None,
+        **flags,
         **_options(config, early and can_begin_early(x.device.index or 0)),
     )
     return outs
@@ -284,6 +301,19 @@ def _check(x: Tensor, weights: list[Tensor]) -> int:
         raise ValueError(f"x is {tuple(x.shape)} with strides {x.stride()}; on CUDA it is one contiguous row")
     check_weights(weights)
     return k
+
+
+def of_weights(
+    weights: list[Tensor], biases: list[Tensor | None], outs: list[Tensor]
+) -> tuple[list[int], list[Any], dict[str, Any]]:
+    """How many rows each weight has, and what `choose` takes: its arguments, filled up, and what is told by name."""
+    num_rows = [weight.shape[0] for weight in weights]
+    given = [weight if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
+    padding = MAX_WEIGHTS - len(weights)
+    arguments = [it for several in (weights, given, outs, num_rows) for it in (*several, *[several[0]] * padding)]
+    has_bias = [bias is not None for bias in biases] + [False] * padding
+    flags = {f"HAS_BIAS_{index}": has for index, has in enumerate(has_bias)}
+    return num_rows, arguments, {"NUM_WEIGHTS": len(weights), **flags}
 
 
 def check_weights(weights: list[Tensor]) -> None:
