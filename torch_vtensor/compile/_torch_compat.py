@@ -22,7 +22,8 @@ graph at two places, the partitioner (training) and `inner_compile` (every graph
 | `_amp_foreach_non_finite_check_and_unscale_` | `torch.amp.GradScaler` on parts |
 | `_C._swap_tensor_impl`, `_is_param`, `_backward_hooks`, `_post_accumulate_grad_hooks` | parameters sharded in place |
 | `distributed.distributed_c10d._coalescing_manager` | collectives of several tensors in one call |
-| `_dynamo.config.run_gc_after_compile`; the option `guard_filter_fn` of torch.compile | graphs to look at |
+| `ProcessGroup._device_types`, `_get_backend`, its `options._timeout` | how long collectives of a group may take |
+| `_dynamo.config.run_gc_after_compile` | graphs to look at |
 | `_C._get_dispatch_mode`, `_schema`, `Tag.pointwise` | telling operators apart |
 
 Run on torch 2.13.0 and 2.15.0. tests/compile/test_torch_compat.py fails by name when one of these moves.
@@ -575,8 +576,7 @@ def capture_for_once(
 
     def call(*arguments: Any, **keywords: Any) -> Any:
         config = torch._dynamo.config
-        collects = {name: False for name in ("run_gc_after_compile",) if hasattr(config, name)}
-        with config.patch(collects):
+        with config.patch({"run_gc_after_compile": False} if hasattr(config, "run_gc_after_compile") else {}):
             return compiled(*arguments, **keywords)
 
     return call

@@ -159,8 +159,8 @@ def find_like(plan: Plan, cuts: Mapping[Operator, Hashable], views: Iterable[Vie
     """For each rank of a plan's mesh the one that stands for it, itself where no other can.
 
     ``cuts`` are equal for operators that are cut and placed in the same way, by microbatch; ``views`` are those of all
-    tensors, equal ones in any number. Those that stand for others meet those alone that
-    stand for the ranks that these meet.
+    tensors, equal ones in any number. Those that stand for others meet those alone that stand for the ranks that these
+    meet.
     """
     itself = {rank: rank for rank in plan.mesh.ranks}
     if len(itself) == 1 or find_random(plan):
