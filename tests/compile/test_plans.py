@@ -178,6 +178,9 @@ def test_a_cut_vocabulary_moves_no_logits() -> None:
             and 512 in work.tensor.shape
         ]
         assert rows == []
+        # Nor does one segment hand them to another, of which a compiler could fuse nothing with what makes them.
+        left = [view for segment in compilation.program.segments for view in segment.departures]
+        assert not [view for view in left if 512 in view.tensor.shape and view.tensor.kind != "parameter"]
 
 
 def test_sequence_parallel_scatters_what_tensor_parallel_adds_up() -> None:

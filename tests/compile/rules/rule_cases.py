@@ -242,6 +242,7 @@ def index() -> list[Case]:
         case(aten.embedding.default, x(7, 3), i(7, 8), -1, True),
         case(aten.index_select.default, x(3, 5, 2), 1, i(5, 4)),
         case(aten.gather.default, x(3, 5), 1, i(5, 3, 2)),
+        case(aten.gather.default, x(3, 5, 2), 1, i(5, 3, 1, 2)),
         case(aten.gather.default, x(3, 5, 2), -2, i(5, 2, 4, 2)),
         case(aten.index.Tensor, x(5, 3), [i(5, 4)]),
         case(aten.index.Tensor, x(5, 3), [i(5, 4) - 3]),

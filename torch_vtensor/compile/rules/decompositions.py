@@ -6,6 +6,7 @@ count it is: the count is one small sum of its own, and a division is linear in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch._ops import OpOverload
 
 aten = torch.ops.aten
 _MEAN, _SUM = 1, 2
+_PARTS, _LEAST_PARTS = 960, 64  # of classes: as many of the first as divide them, which 2, 3, 4, 5, 6 … ranks share out
 
 
 def cross_entropy_loss(
@@ -55,7 +57,13 @@ def cross_entropy_over_cut_classes(
 ) -> Tensor:
     """`aten.cross_entropy_loss` in operators that let classes be cut (a vocabulary over ranks) as well as rows.
 
-    Everything over classes is a sum. The usual stabilizer, the largest logit, is not; a smooth maximum takes its place,
+    The logarithm of a sum of exponentials is taken of parts of the classes, and once more of what these gave::
+
+        logits [rows, classes] → [rows, parts, classes / parts] → logsumexp [rows, parts] → logsumexp [rows]
+
+    Parts are cut over ranks, so what moves is a number for each, and all that a rank does with its logits is one
+    segment, of which half precision is what backward reads. Where classes have too few divisors for that, everything
+    over classes is a sum. The usual stabilizer, the largest logit, is not; a smooth maximum takes its place,
     ``4 log(sum(exp(y / 4)))`` of the logits less the target's, ``y``. It lies between ``max(y)`` and that plus
     ``4 log(classes)``, so the exponentials that follow neither overflow nor all vanish, as long as no logit exceeds the
     target's by 350 (float32), where the loss becomes infinite. Its gradient is zero: the loss does not depend on it.
@@ -66,17 +74,21 @@ def cross_entropy_over_cut_classes(
     if weight is not None or label_smoothing or target.is_floating_point() or self.dim() != 2:
         return cross_entropy_loss(self, target, weight, reduction, ignore_index, label_smoothing)
     logits = aten._to_copy.default(self, dtype=torch.float32) if self.dtype.itemsize < 4 else self
-    classes = aten.arange.default(self.shape[1], device=self.device)
     kept = aten.ne.Scalar(target, ignore_index)
     # Ignored rows compute the loss of class 0 before it is dropped: an infinite one would make their gradients NaN.
-    chosen = aten.eq.Tensor(aten.unsqueeze.default(aten.where.ScalarOther(kept, target, 0), 1), classes)
-    own = aten.sum.dim_IntList(aten.where.ScalarOther(chosen, logits, 0), [1], True)
-    y = aten.sub.Tensor(logits, own)
-    smooth_sum = aten.sum.dim_IntList(aten.exp.default(aten.div.Scalar(aten.detach.default(y), 4)), [1], True)
-    smooth_max = aten.mul.Scalar(aten.log.default(smooth_sum), 4)
-    exponentials = aten.sum.dim_IntList(aten.exp.default(aten.sub.Tensor(y, smooth_max)), [1], True)
-    rows = aten.squeeze.dim(aten.add.Tensor(aten.log.default(exponentials), smooth_max), 1)
-    rows = aten.where.ScalarOther(kept, rows, 0)
+    chosen = aten.unsqueeze.default(aten.where.ScalarOther(kept, target, 0), 1)
+    own = aten.gather.default(logits, 1, chosen)
+    parts = math.gcd(self.shape[1], _PARTS)
+    if parts >= _LEAST_PARTS:
+        sums = aten.logsumexp.default(aten.reshape.default(logits, [self.shape[0], parts, -1]), [2])
+        rows = aten.sub.Tensor(aten.logsumexp.default(sums, [1], True), own)
+    else:
+        y = aten.sub.Tensor(logits, own)
+        smooth_sum = aten.sum.dim_IntList(aten.exp.default(aten.div.Scalar(aten.detach.default(y), 4)), [1], True)
+        smooth_max = aten.mul.Scalar(aten.log.default(smooth_sum), 4)
+        exponentials = aten.sum.dim_IntList(aten.exp.default(aten.sub.Tensor(y, smooth_max)), [1], True)
+        rows = aten.add.Tensor(aten.log.default(exponentials), smooth_max)
+    rows = aten.where.ScalarOther(kept, aten.squeeze.dim(rows, 1), 0)
     if reduction == 0:
         return _in(rows, self.dtype)
     total = aten.sum.default(rows)

@@ -125,9 +125,35 @@ def gather(operator: Operator) -> Rule | None:
 
 
 def _gather_part(x: Tensor, index: Tensor, dim: int, first: int) -> Tensor:
+    if index.shape == (*x.shape[:dim], 1, *x.shape[dim + 1 :]):
+        return _OneOfEach.apply(x, index, dim, first)  # type: ignore[no-any-return, no-untyped-call]
     local, inside = _local_index(index, first, x.shape[dim])
     part: Tensor = aten.where.ScalarOther(inside, aten.gather.default(x, dim, local), 0)
     return part
+
+
+class _OneOfEach(torch.autograd.Function):
+    """A part's `gather` of one element along a dimension, with a gradient that compilers make with others in one loop.
+
+    PyTorch's own fills a tensor with zeros and scatters into it: as large as the logits of which a loss picks some.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, dim: int, first: int) -> Tensor:
+        """`x` where the index lies in this part, which begins at ``first``; 0 elsewhere."""
+        ctx.save_for_backward(index)
+        ctx.dim, ctx.first, ctx.size, ctx.num_dims = dim, first, x.shape[dim], x.dim()
+        local, inside = _local_index(index, first, x.shape[dim])
+        part: Tensor = aten.where.ScalarOther(inside, aten.gather.default(x, dim, local), 0)
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient where the index points to, 0 elsewhere."""
+        (index,) = ctx.saved_tensors
+        places = aten.arange.start(ctx.first, ctx.first + ctx.size, device=index.device)
+        places = aten.reshape.default(places, [-1, *(1 for _ in range(ctx.num_dims - ctx.dim - 1))])
+        return aten.where.ScalarOther(aten.eq.Tensor(index, places), gradient, 0), None, None, None
 
 
 @rule_for("index")
