@@ -257,6 +257,7 @@ def passes(compilation: Compilation, rank: int) -> str:
         ("gpipe/4", ["0123abcd", "0123abcd"]),
         ("1f1b/4", ["01a2b3cd", "0a1b2c3d"]),
         ("zb/4", ["01aA2bB3cCdD", "0a1bA2cB3dCD"]),
+        ("zbh2/4", ["012aA3bBcCdD", "0a1b2cA3dBCD"]),
         ("accumulate4", ["0a1b2c3d"]),
     ],
 )

@@ -32,6 +32,14 @@ def zero_bubble(microbatches: Microbatches) -> None:
     _choose(microbatches, "zb")
 
 
+def zero_bubble_h2(microbatches: Microbatches) -> None:
+    """`zero_bubble` with twice as many microbatches under way, so that no rank waits once it has begun.
+
+    Source:  Zero Bubble Pipeline Parallelism (arXiv 2401.10241), ZB-H2.
+    """
+    _choose(microbatches, "zbh2")
+
+
 def three_f_one_b(microbatches: Microbatches, stages: Sequence[Tasks]) -> None:
     """Recycling: each microbatch goes through the model several times, and backward through the last time only.
 

@@ -263,7 +263,7 @@ class Pipeline:
     @property
     def cuts_backward(self) -> bool:
         """Whether gradients of weights are passes of their own."""
-        return self.kind == "zb"
+        return self.kind in ("zb", "zbh2")
 
 
 def op_trans(

@@ -16,6 +16,7 @@ from torch_vtensor.compile.schedules.pipelines import (
     one_f_one_b,
     three_f_one_b,
     zero_bubble,
+    zero_bubble_h2,
 )
 from torch_vtensor.compile.task_graph import Operator, Task
 
@@ -151,7 +152,7 @@ def find_constraints(segments: Sequence[Segment], finishing: Container[int] = ()
 def _orders(kind: str, ranks: Sequence[frozenset[int]], num_microbatches: int) -> Orders:
     num_groups = len(dict.fromkeys(ranks))
     if num_groups == len(ranks):
-        simple = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb": zero_bubble}
+        simple = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb": zero_bubble, "zbh2": zero_bubble_h2}
         if kind in simple:
             return simple[kind](len(ranks), num_microbatches)
     elif kind in ("1f1b", "3f1b") and len(ranks) % num_groups == 0:

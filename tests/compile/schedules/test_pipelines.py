@@ -20,6 +20,7 @@ from torch_vtensor.compile.schedules.pipelines import (
     one_f_one_b,
     three_f_one_b,
     zero_bubble,
+    zero_bubble_h2,
 )
 
 SECONDS = {"F": 1.0, "B": 2.0, "dI": 1.0, "dW": 1.0}
@@ -56,6 +57,14 @@ def test_zero_bubble_idles_a_third_as_long_as_1f1b(p: int, m: int) -> None:
     assert ordinary.makespan == 3 * (m + p - 1)
 
 
+@pytest.mark.parametrize(("p", "m"), [(1, 2), (2, 3), (2, 8), (3, 8), (4, 7), (5, 10)])
+def test_with_more_under_way_no_rank_waits_once_it_has_begun(p: int, m: int) -> None:
+    orders = zero_bubble_h2(p, m)
+    timeline = simulated(orders)
+    spans = [[timeline.spans[str(compute)] for compute in order] for order in orders.values()]
+    assert [(rank[0][0], rank[-1][1]) for rank in spans] == [(s, s + 3 * m) for s in range(p)]
+
+
 @pytest.mark.parametrize(("p", "m"), SIZES)
 def test_activations_kept_are_what_the_pipelines_promise(p: int, m: int) -> None:
     def most_kept(orders: Orders, forward: str, backward: str) -> list[int]:
@@ -71,6 +80,7 @@ def test_activations_kept_are_what_the_pipelines_promise(p: int, m: int) -> None
     assert most_kept(gpipe(p, m), "F", "B") == [m] * p
     assert most_kept(one_f_one_b(p, m), "F", "B") == [min(p - s, m) for s in range(p)]
     assert max(most_kept(zero_bubble(p, m), "F", "dW")) == min(p, m)
+    assert max(most_kept(zero_bubble_h2(p, m), "F", "dW")) == min(2 * p - 1, m)
 
 
 @settings(max_examples=20)
@@ -113,6 +123,7 @@ def drawn(orders: Orders) -> str:
         (one_f_one_b, (4, 4)),
         (interleaved_one_f_one_b, (2, 2, 4)),
         (zero_bubble, (4, 6)),
+        (zero_bubble_h2, (3, 8)),
         (three_f_one_b, (2, 4)),
     ],
 )
@@ -178,13 +189,19 @@ def test_torchs_schedules_take_as_long(name: str, v: int, ours: Callable[[int, i
 
 
 def test_pipelines_run_with_blocking_sends() -> None:
-    for orders in (one_f_one_b(4, 8), interleaved_one_f_one_b(2, 3, 6), zero_bubble(4, 6), three_f_one_b(3, 5)):
+    for orders in (
+        one_f_one_b(4, 8),
+        interleaved_one_f_one_b(2, 3, 6),
+        zero_bubble(4, 6),
+        zero_bubble_h2(3, 4),
+        three_f_one_b(3, 5),
+    ):
         program = pipeline(orders, SECONDS, transfer_seconds=0.3)
         ran = Interpreter(program, program.ordered().actions).run()
         assert len(ran.done) == len(program.jobs)
 
 
-@pytest.mark.parametrize("pipeline_of", [gpipe, one_f_one_b, zero_bubble, three_f_one_b])
+@pytest.mark.parametrize("pipeline_of", [gpipe, one_f_one_b, zero_bubble, zero_bubble_h2, three_f_one_b])
 @pytest.mark.parametrize(("sizes", "message"), [((0, 1), "num_stages is 0"), ((2, -1), "num_microbatches is -1")])
 def test_sizes_below_one_are_refused(
     pipeline_of: Callable[[int, int], Orders], sizes: tuple[int, int], message: str

@@ -19,7 +19,7 @@ from torch_vtensor.compile.plans.sequence_parallel import sequence_parallel
 from torch_vtensor.compile.plans.single_device import single_device
 from torch_vtensor.compile.plans.tensor_parallel import tensor_parallel
 from torch_vtensor.compile.plans.zero import zero1, zero2, zero3
-from torch_vtensor.compile.plans.zero_bubble import zero_bubble
+from torch_vtensor.compile.plans.zero_bubble import zero_bubble, zero_bubble_h2
 
 __all__ = [
     "NamedPlan",
@@ -43,4 +43,5 @@ __all__ = [
     "zero2",
     "zero3",
     "zero_bubble",
+    "zero_bubble_h2",
 ]

@@ -10,7 +10,7 @@
     axis     = "dp" | "tp" | "sp" | "pp"          batch; heads, hidden, vocabulary; those and the sequence; stages
              | zero [ranks] ["/" microbatches]    batch, with parameters in shards, in place of "dp"
     zero     = "zero1" | "zero2" | "zero3"
-    pipeline = "gpipe" | "1f1b" | "interleaved" | "interlaced" | "zb" | "3f1b"
+    pipeline = "gpipe" | "1f1b" | "interleaved" | "interlaced" | "zb" | "zbh2" | "3f1b"
 
 A pipeline's axis "pp" need not be named. "*" is for interleaved only: how many stages each rank has. Microbatches are
 a pipeline's, or, without one, run one after the other.
@@ -43,7 +43,7 @@ from torch_vtensor.compile.plans.sequence_parallel import sequence_parallel
 from torch_vtensor.compile.plans.single_device import single_device
 from torch_vtensor.compile.plans.tensor_parallel import tensor_parallel
 from torch_vtensor.compile.plans.zero import zero1, zero2, zero3
-from torch_vtensor.compile.plans.zero_bubble import zero_bubble
+from torch_vtensor.compile.plans.zero_bubble import zero_bubble, zero_bubble_h2
 from torch_vtensor.compile.primitives import Graph, PlanFunction
 
 _PIPELINES: Mapping[str, Any] = {
@@ -52,6 +52,7 @@ _PIPELINES: Mapping[str, Any] = {
     "interleaved": interleaved,
     "interlaced": interlaced,
     "zb": zero_bubble,
+    "zbh2": zero_bubble_h2,
     "3f1b": three_f_one_b,
 }
 _ZERO: Mapping[str, Any] = {"zero1": zero1, "zero2": zero2, "zero3": zero3}
@@ -73,7 +74,7 @@ _AXES = ("pp", "dp", "tp")
 
 _KNOWN = ("single", "pp", *_OVER_RANKS, *_PIPELINES, *_ON_A_RANK, "layerwise")
 _PART = re.compile(
-    r"(?P<name>[13]f1b|zero[123]|[a-z_]+)(?P<count>\d+)?(?:\*(?P<stages>\d+))?(?:/(?P<microbatches>\d+))?"
+    r"(?P<name>[13]f1b|zero[123]|zbh2|[a-z_]+)(?P<count>\d+)?(?:\*(?P<stages>\d+))?(?:/(?P<microbatches>\d+))?"
 )
 
 

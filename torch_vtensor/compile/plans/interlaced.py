@@ -22,11 +22,11 @@ def interlaced(graph: Graph, mesh: Mesh, *, num_microbatches: int | None = None,
     """
     places = parts_of(mesh, "pp")
     found = find_layers(graph, layers)
-    microbatches = cut_into_stages(graph, places, num_microbatches or 4 * len(places), layers)
-    cuts = vocabulary_cuts(graph, found)
-    if not cuts:
+    shared = frozenset(task.operator for cut in vocabulary_cuts(graph, found) for task in cut.tasks)
+    if not shared:
         raise ValueError("the model looks up no embedding outside of its layers, so there is no vocabulary to cut.")
-    for cut in cuts:
+    microbatches = cut_into_stages(graph, places, num_microbatches or 4 * len(places), layers, shared)
+    for cut in vocabulary_cuts(graph, found):
         op_assign(cut.tasks, mesh.ranks)
         cut_over(cut, places, "pp")
     order.one_f_one_b(microbatches)

@@ -1,4 +1,4 @@
-"""A pipeline that computes gradients of weights when it would have to wait."""
+"""Pipelines that compute gradients of weights when they would have to wait."""
 
 from torch_vtensor.compile import order
 from torch_vtensor.compile.mesh import Mesh
@@ -25,3 +25,21 @@ def zero_bubble(graph: Graph, mesh: Mesh, *, num_microbatches: int | None = None
     """
     places = parts_of(mesh, "pp")
     order.zero_bubble(cut_into_stages(graph, places, num_microbatches or 4 * len(places), layers))
+
+
+def zero_bubble_h2(graph: Graph, mesh: Mesh, *, num_microbatches: int | None = None, layers: str | None = None) -> None:
+    """`zero_bubble` with more microbatches under way, which takes memory: no stage waits once it has begun.
+
+    Three stages, eight microbatches::
+
+        rank 0   0 1 2 3 4 a W 5 b W 6 c W 7 d W e W f W g W h W . .
+        rank 1   . 0 1 2 a 3 b 4 c W 5 d W 6 e W 7 f W g W h W W W .
+        rank 2   . . 0 a 1 b 2 c 3 d 4 e W 5 f W 6 g W 7 h W W W W W
+
+    Stage 0 keeps 2p - 1 microbatches' worth; stage s lets 2s gradients of weights wait.
+
+    Source:  Zero Bubble Pipeline Parallelism (arXiv 2401.10241), ZB-H2.
+    Raises:  ValueError as `zero_bubble`.
+    """
+    places = parts_of(mesh, "pp")
+    order.zero_bubble_h2(cut_into_stages(graph, places, num_microbatches or 4 * len(places), layers))

@@ -6,7 +6,8 @@ In the timelines a column is a unit of time, digits are forward of that microbat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 
@@ -112,19 +113,29 @@ def zero_bubble(num_stages: int, num_microbatches: int) -> Orders:
     Source:  Zero Bubble Pipeline Parallelism (arXiv 2401.10241), schedule ZB-H1.
     """
     _check(num_stages=num_stages, num_microbatches=num_microbatches)
-    orders = {}
-    for stage in range(num_stages):
-        order: list[Compute] = []
-        for compute in _alternate(stage, num_stages - stage - 1, num_microbatches):
-            if compute.kind == "F":
-                order.append(compute)
-                continue
-            order.append(Compute("dI", stage, compute.microbatch))
-            if compute.microbatch >= stage:
-                order.append(Compute("dW", stage, compute.microbatch - stage))
-        late = range(max(num_microbatches - stage, 0), num_microbatches)
-        orders[stage] = (*order, *(Compute("dW", stage, microbatch) for microbatch in late))
-    return orders
+    return {
+        stage: _in_three(_alternate(stage, num_stages - stage - 1, num_microbatches), stage)
+        for stage in range(num_stages)
+    }
+
+
+def zero_bubble_h2(num_stages: int, num_microbatches: int) -> Orders:
+    """ZB-H2: no rank waits between its first and its last work, for activations of up to 2p - 1 microbatches.
+
+    Rank s runs twice as many forward ahead as with `zero_bubble`, and lets twice as many dW wait::
+
+        rank 0   0 1 2 3 4 a W 5 b W 6 c W 7 d W e W f W g W h W . .
+        rank 1   . 0 1 2 a 3 b 4 c W 5 d W 6 e W 7 f W g W h W W W .
+        rank 2   . . 0 a 1 b 2 c 3 d 4 e W 5 f W 6 g W 7 h W W W W W
+
+    Bubble:  none, for m >= 2p - 1 and F, dI, dW equally long; ranks still begin one after the other.
+    Source:  Zero Bubble Pipeline Parallelism (arXiv 2401.10241), schedule ZB-H2.
+    """
+    _check(num_stages=num_stages, num_microbatches=num_microbatches)
+    return {
+        stage: _in_three(_alternate(stage, 2 * (num_stages - stage - 1), num_microbatches), 2 * stage)
+        for stage in range(num_stages)
+    }
 
 
 def three_f_one_b(num_stages: int, num_microbatches: int, num_passes: int = 3) -> Orders:
@@ -213,6 +224,21 @@ def _in_turn(forward: list[Compute], backward: list[Compute], num_ahead: int) ->
     for one, other in zip(forward[num_ahead:], backward, strict=False):
         order += one, other
     return (*order, *backward[len(forward) - num_ahead :])
+
+
+def _in_three(order: Sequence[Compute], num_waiting: int) -> tuple[Compute, ...]:
+    """Backward in two, with the dW of so many microbatches waiting until those of later ones have had their dI."""
+    cut: list[Compute] = []
+    waiting: deque[Compute] = deque()
+    for compute in order:
+        if compute.kind == "F":
+            cut.append(compute)
+            continue
+        cut.append(compute._replace(kind="dI"))
+        waiting.append(compute._replace(kind="dW"))
+        if len(waiting) > num_waiting:
+            cut.append(waiting.popleft())
+    return (*cut, *waiting)
 
 
 def _check(**counts: int) -> None:
