@@ -82,6 +82,20 @@ def test_a_round_takes_up_no_more_than_it_is_given(forwards: list[Any], monkeypa
         assert outputs[request_id].generated_tokens == alone("llama", prompt, 8)
 
 
+def test_no_step_is_launched_for_some_while_answers_come_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps_module, "_PROMPT_TOKENS", 150)  # one of them a round
+    model, asked = model_to_serve("llama"), prompts(*[150] * 8)
+    with torch_vtensor.enabled():
+        found = model.generate_batch(asked, generation_config=config_of(max_new_tokens=12))
+        assert counted("steps") == 11
+        with model.continuous_batching_context_manager(generation_config=config_of(max_new_tokens=12)) as manager:
+            ids = manager.add_requests(asked)
+            while ids:
+                ids.remove(manager.get_result(timeout=60).request_id)
+        assert counted("steps") > 2 * 11, "who asked first had its next token before the last one its first"
+    assert [output.generated_tokens for output in found.values()] == [alone("llama", prompt, 12) for prompt in asked]
+
+
 @pytest.mark.parametrize("is_captured", [False, True])
 def test_numbers_of_each_requests_own_go_with_its_prompt(is_captured: bool, forwards: list[Any]) -> None:
     model, asked = model_to_serve("llama"), prompts(20, 30, 25)

@@ -283,7 +283,11 @@ class BatchingManager(ContinuousBatchingManager):
             self._max_batch,
             self.is_captured,
             self._reuse,
-            Pace(self._given.max_batch_tokens, self._given.scheduler_type == "prefill_first"),
+            Pace(
+                self._given.max_batch_tokens,
+                prompts_first=self._given.scheduler_type == "prefill_first",
+                all_together=self._hints is not None,
+            ),
             self._given.safety_margin,
         )
         return Engine(model, traced, layout, terms, self.output_router)

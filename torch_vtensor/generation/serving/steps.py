@@ -3,6 +3,8 @@
 A round takes up 2,048 tokens of prompts at most, and then launches a step, so that those who run wait for about 50 ms
 (a model with 8 billion weights on an H100). While more requests wait for their first token than for their next, it
 takes up 4,096, and only every fourth round launches a step. Long prompts are taken up in parts over several rounds.
+Where answers are handed over all together, as `generate_batch` does, nobody waits for a next token: a step reads all
+weights for however few, so none is launched before all prompts that there is room for have been taken up.
 """
 
 from __future__ import annotations
@@ -35,10 +37,16 @@ _ROUNDS_WITHOUT_STEP = 3  # at most, where somebody is running
 
 
 class Pace(NamedTuple):
-    """How many tokens of prompts a round takes up at most (None: as many as suit), and whether prompts come first."""
+    """What comes first.
+
+    ``prompt_tokens`` is how many tokens of prompts a round takes up at most, None: as many as suit. ``prompts_first``
+    tells whether that is most of what is done while there are any, ``all_together`` whether it is all as long as nobody
+    streams.
+    """
 
     prompt_tokens: int | None
     prompts_first: bool
+    all_together: bool
 
 
 class Steps:
@@ -73,13 +81,16 @@ class Steps:
     def launch(self) -> None:
         """Take up parts of prompts, and launch a step, unless more could have their first token than their next."""
         queues = self._queues
-        prompts_come_first = self._pace.prompts_first or len(queues.prompts) > len(queues.seated)
-        budget = self._pace.prompt_tokens or (_PROMPT_TOKENS if prompts_come_first else _PROMPT_TOKENS_BESIDE)
+        pace = self._pace
+        all_together = pace.all_together and not any(request.state.streaming for request in queues.seated)
+        prompts_come_first = pace.prompts_first or all_together or len(queues.prompts) > len(queues.seated)
+        budget = pace.prompt_tokens or (_PROMPT_TOKENS if prompts_come_first else _PROMPT_TOKENS_BESIDE)
         least = 1
         while queues.prompts and budget >= least:
             budget -= self._take_up_prompts(budget)
             least = _LEAST_TOKENS
-        if queues.prompts and prompts_come_first and self._num_without_step < _ROUNDS_WITHOUT_STEP:
+        may_wait = all_together or self._num_without_step < _ROUNDS_WITHOUT_STEP
+        if queues.prompts and prompts_come_first and may_wait:
             self._num_without_step += 1
         else:
             self._num_without_step = 0
