@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import torch_vtensor
-from torch_vtensor.cli import COMMANDS, machine, main
+from torch_vtensor.cli import COMMANDS, machine, main, plan
 from torch_vtensor.errors import DriverError
 from torch_vtensor.ops.attention_choice import MEASURED
 from torch_vtensor.settings import _READERS as VARIABLES
@@ -241,6 +241,12 @@ def test_plan_shows_a_plan_for_many_ranks(tmp_path: Path, capsys: pytest.Capture
     assert "Plan for a Mesh pp 2 × tp 2, 4 ranks, 2 microbatches" in printed
     assert "rank 0-1 | " in printed
     assert json.loads(trace.read_text())
+
+
+def test_plan_makes_encoder_decoders_too() -> None:
+    pytest.importorskip("transformers")
+    model = plan._make_model("t5", {"num_layers": 1, "d_model": 8, "d_ff": 8, "vocab_size": 16}, torch.bfloat16)
+    assert (type(model).__name__, model.device.type) == ("T5ForConditionalGeneration", "meta")
 
 
 @pytest.mark.parametrize(

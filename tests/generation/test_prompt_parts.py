@@ -50,6 +50,37 @@ def test_parts_are_compiled_once_for_all_layers(
         assert ran == []
 
 
+def test_rotations_of_halves_are_known_by_what_they_do() -> None:
+    from transformers.models.cohere import modeling_cohere
+    from transformers.models.glm import modeling_glm
+    from transformers.models.llama import modeling_llama
+    from transformers.models.mistral import modeling_mistral
+
+    for module, expected in (
+        (modeling_llama, True),
+        (modeling_mistral, True),
+        (modeling_cohere, False),  # neighbours turn against each other
+        (modeling_glm, False),
+    ):
+        assert prompt_parts._turns_halves(module.apply_rotary_pos_emb) is expected, module.__name__
+    assert not prompt_parts._turns_halves(lambda query, key, cos: (query, key))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [48, 128])
+def test_the_kernel_turns_halves_wherever_they_lie(dim: int) -> None:
+    from torch_vtensor.ops.rotary_triton import rotate
+
+    query, key = (torch.randn(2, 300, heads, dim, device="cuda").bfloat16().transpose(1, 2) for heads in (20, 5))
+    cos, sin = torch.randn(2, 1, 300, dim, device="cuda").bfloat16()
+    assert prompt_parts._can_rotate(query, key, cos, sin)
+    assert not prompt_parts._can_rotate(query, key, cos[..., :16], sin[..., :16])
+    for made, x in zip(rotate(query, key, cos, sin), (query, key), strict=True):
+        first, second = x.float().chunk(2, -1)
+        expected = x * cos.float()[:, None] + torch.cat([-second, first], -1) * sin.float()[:, None]
+        torch.testing.assert_close(made, expected.bfloat16())
+
+
 @pytest.mark.slow
 def test_compiled_parts_compute_what_the_model_does() -> None:
     model = model_of("llama")

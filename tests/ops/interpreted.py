@@ -3,6 +3,7 @@
 No bfloat16: the interpreter multiplies matrices of it as the integers that it keeps them in.
 """
 
+import contextlib
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -250,6 +251,19 @@ def skinny_linear() -> None:
     normed = triton.Norm(weight, 0.0, a.eps)
     outs = rows_triton.launch_summed(a.x, a.weights[0], a.biases[0], a.residual, normed, early=False)
     case.check_normed(*(out.unflatten(0, (-1, 1)) for out in outs), weight)
+
+
+def rotary() -> None:
+    from torch_vtensor.ops.rotary_triton import rotate
+
+    torch.cuda.device = lambda device: contextlib.nullcontext()
+    for batch, num_tokens, query_heads, heads, dim, own in ((2, 5, 4, 2, 16, True), (1, 7, 9, 1, 24, False)):
+        query, key = (torch.randn(batch, num_tokens, n, dim).half().transpose(1, 2) for n in (query_heads, heads))
+        cos, sin = torch.randn(2, batch if own else 1, num_tokens, dim).half()
+        for made, x in zip(rotate(query, key, cos, sin), (query, key), strict=True):
+            first, second = x.float().chunk(2, -1)
+            expected = x * cos.float()[:, None] + torch.cat([-second, first], -1) * sin.float()[:, None]
+            torch.testing.assert_close(made, expected.half())
 
 
 if __name__ == "__main__":

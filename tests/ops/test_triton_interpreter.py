@@ -21,6 +21,7 @@ PROGRAM = Path(__file__).parent / "interpreted.py"
         "parts_are_even_and_few",
         "cached_attention",
         "skinny_linear",
+        "rotary",
     ],
 )
 def test_kernel_in_the_interpreter(op: str, run_python: Callable[..., str]) -> None:

@@ -77,16 +77,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _make_model(name: str, changes: dict[str, Any], dtype: Any) -> Any:
-    """A causal language model of a configuration, without memory for its weights."""
+    """A language model of a configuration, an encoder-decoder's too, without memory for its weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     if Path(name).exists():
         config = AutoConfig.from_pretrained(name, **changes)
     else:
         config = AutoConfig.for_model(name, **changes)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).to(dtype)
+        return kind.from_config(config).to(dtype)
 
 
 def _pairs(given: Sequence[str]) -> dict[str, Any]:

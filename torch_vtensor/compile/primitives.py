@@ -7,7 +7,7 @@ import fnmatch
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch_vtensor.compile.cost import task_work
@@ -71,8 +71,10 @@ class Graph:
         """
         return self.tasks.layers(pattern)
 
-    def microbatch(self, count: int) -> Microbatches:
+    def microbatch(self, count: int, *, whole: Collection[Task] = frozenset()) -> Microbatches:
         """Cut everything that runs over the batch into `count` pieces along it, uneven where it does not divide.
+
+        What stays `whole` runs once for all microbatches: forward before the first, backward after the last.
 
         The batch is dimension 0 of the inputs. What is summed over it stays in pieces for as long as that is exact:
         each microbatch has its share of the loss, and its backward pass waits for no other.
@@ -82,7 +84,8 @@ class Graph:
         """
         if self.num_microbatches != 1:
             raise ValueError(f"the batch is cut into {self.num_microbatches} microbatches already; cut it once.")
-        groups = _cut_along(self.tasks, self._batch_dimension(), count, shares_the_rest=True, follows_sums=True)
+        tasks = Tasks(self, [task for task in self.tasks if task not in whole]) if whole else self.tasks
+        groups = _cut_along(tasks, self._batch_dimension(), count, shares_the_rest=True, follows_sums=True)
         for index, group in enumerate(groups):
             self.microbatch_of.update((task, index) for task in group)
         self.num_microbatches = count

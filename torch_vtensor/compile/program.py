@@ -6,6 +6,7 @@ too: ``x[0:4]`` is a part of x, ``d x[0:4]`` its gradient.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,21 @@ class Add(NamedTuple):
     inputs: tuple[str, ...]
     output: str
     in_place: bool = False
+
+
+def _in_order(given: Sequence[tuple[int | None, str]]) -> list[str]:
+    """The keys in the order in which backward passes give them: by microbatch, and what is in none before or after.
+
+    Args:
+        given: microbatch and key, later segments' before earlier ones'.
+    """
+    first = next((number for number, (microbatch, _) in enumerate(given) if microbatch is not None), 0)
+
+    def turn(item: tuple[int, tuple[int | None, str]]) -> float:
+        number, (microbatch, _) = item
+        return microbatch if microbatch is not None else -1 if number < first else math.inf
+
+    return [key for _, (_, key) in sorted(enumerate(given), key=turn)]
 
 
 Work = Forward | Backward | Move | Add | Bucket
@@ -443,7 +459,7 @@ class _Builder:
                     ((_, keys[buffer]),) = given
                     continue
                 total = self._sum(
-                    [key for _, key in sorted(given, key=lambda item: -1 if item[0] is None else item[0])],
+                    _in_order(given),
                     f"d {label}{part.mask}~{of}",
                     part.rank,
                     TensorView(tensor, part.mask.region),

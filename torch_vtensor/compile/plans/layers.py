@@ -66,6 +66,12 @@ def flows(task: Task) -> bool:
     return any(made is not None and made.tensor.differentiable for made in task.outputs)
 
 
+def looks_up_parameter(task: Task) -> bool:
+    """Whether it looks rows of a parameter up."""
+    operator = task.operator
+    return str(operator.target).startswith("aten.embedding.") and operator.inputs[0].kind == "parameter"
+
+
 def around_layers(graph: Graph, layers: Sequence[Tasks]) -> tuple[Tasks, ...]:
     """All through which gradients flow: each layer with what runs after it, the first also with what runs before."""
     layer_of = {task.operator: number for number, layer in enumerate(layers) for task in layer}
