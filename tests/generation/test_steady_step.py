@@ -1,6 +1,8 @@
 """What a step like the one before costs the host: Python's calls and calls into C, counted. Times are benchmarks'."""
 
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import torch_vtensor
-from torch_vtensor.allocator.pools import default_pool
+from torch_vtensor.allocator.pools import default_pool, default_scheduler
 from torch_vtensor.errors import OutOfPagesError
 from torch_vtensor.generation import attention, layers
 
@@ -102,6 +104,38 @@ def test_an_append_is_a_handful_of_calls(memory: Memory, explicit: bool, window:
         num_c += 3
     assert calls.num_python <= num_python * NUM_LAYERS, calls.most_common()
     assert calls.total() - calls.num_python <= num_c * NUM_LAYERS, calls.most_common()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_steady_decoding_makes_no_driver_call_and_holds_a_page_a_sequence_more(memory: Memory, batch: int) -> None:
+    """16 KiB a token and sequence, so a page of 2 MiB is full after 128 steps."""
+    device, heads, dim, num_steps = torch.device("cuda"), 8, 128, 600
+    config = transformers.LlamaConfig(
+        **sizes(num_hidden_layers=4, num_attention_heads=heads, num_key_value_heads=heads, head_dim=dim)
+    )
+    cache, pool = torch_vtensor.VTensorCache(config=config), default_pool(device)
+    scheduler, quiet_steps, over = default_scheduler(device), 0, 0
+
+    def append(num_tokens: int) -> None:
+        for layer in range(4):
+            new = torch.randn(batch, num_tokens, heads, dim, device=device, dtype=torch.bfloat16).transpose(1, 2)
+            cache.update(new, new, layer)
+
+    with torch.no_grad():
+        append(640)
+        waits = scheduler.num_device_waits
+        for _ in range(num_steps):
+            time.sleep(1e-3)  # as long as the shortest of a model's steps, in which memory is mapped ahead
+            before = pool.driver.num_calls_by_thread[threading.get_ident()]
+            append(1)
+            quiet_steps += pool.driver.num_calls_by_thread[threading.get_ident()] == before
+            held = cache.memory()
+            over = max(over, held.committed_bytes - held.written_bytes)
+    assert quiet_steps >= 0.95 * num_steps
+    assert scheduler.num_device_waits == waits
+    assert over <= batch * pool.page_bytes
 
 
 class Depth:
