@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -101,12 +102,30 @@ def _t5() -> Any:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def _gpt_oss() -> Any:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = transformers.GptOssConfig(
+        **decoder(layer_types=kinds, sliding_window=500, num_local_experts=2, num_experts_per_tok=2)
+    )
+    config._experts_implementation = "eager"  # others multiply no float64
+    return transformers.GptOssForCausalLM(config)
+
+
+def _gpt2() -> Any:
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=512, n_layer=4, n_head=8, n_positions=2048, bos_token_id=1, **ENDLESS
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
 MODELS = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**decoder())),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**decoder(sliding_window=500))),
     "gemma3": _gemma3,
     "deepseek_v3": _deepseek_v3,
     "t5": _t5,
+    "gpt_oss": _gpt_oss,
+    "gpt2": _gpt2,
 }
 
 
@@ -197,6 +216,31 @@ def test_threads_on_streams_of_their_own(device: str, memory: Memory) -> None:
         assert found
         assert all(torch.equal(sequences, expected.cpu()) for sequences in found)
     assert memory.num_mapped > 0
+
+
+@pytest.mark.gpu
+def test_a_model_over_two_gpus(memory: Memory, tmp_path: Path) -> None:
+    """Its layers' caches are on the device of the layer, each from that device's pool."""
+    accelerate = pytest.importorskip("accelerate")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = case_of("llama", "cuda", torch.float32)
+    case.model.save_pretrained(tmp_path)
+    parts = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    parts |= {f"model.layers.{layer}": layer // 2 for layer in range(4)}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, device_map=parts)
+    assert accelerate.__version__
+    assert {weight.device.index for weight in model.parameters()} == {0, 1}
+    options = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    for more in ({}, {"num_beams": 3}):
+        theirs = model.generate(**case.inputs, **options, **more)
+        with torch_vtensor.enabled():
+            ours = model.generate(**case.inputs, **options, **more)
+            live = {str(device): pool.live_bytes for device, pool in torch_vtensor.stats().devices.items()}
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert live["cuda:0"] == live["cuda:1"] > 0
+        assert memory.num_stock == 0
+        del ours, theirs
 
 
 def filled(value: float, num_tokens: int) -> torch_vtensor.VTensorCache:
