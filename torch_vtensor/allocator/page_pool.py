@@ -360,6 +360,12 @@ class PagePool:
             self.publish()
         return freed_bytes
 
+    def note_tiers(self) -> None:
+        """Find out whether anything is left of what ``is_tiered`` stands for."""
+        self.is_tiered = self.offloads.used_bytes > 0 or any(
+            range_.is_idle or range_.is_asleep for range_ in list(self.ranges.values())
+        )
+
     # Other processes
 
     def show(self, status: StatusRecord, listen: Callable[[], object]) -> None:

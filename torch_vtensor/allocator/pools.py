@@ -12,11 +12,12 @@ from collections.abc import Iterator
 import torch
 
 from torch_vtensor.allocator.driver import Driver
-from torch_vtensor.allocator.growth import GrowthScheduler, is_ahead_of_need
+from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.neighbours import idle_memory_of_others
 from torch_vtensor.allocator.page_pool import PagePool, read_budget
 from torch_vtensor.allocator.recorder import Recorder
 from torch_vtensor.allocator.watcher import Watcher
+from torch_vtensor.allocator.worker import is_ahead_of_need
 from torch_vtensor.settings import load_settings, status_folder
 from torch_vtensor.status import StatusFile
 
