@@ -4,7 +4,7 @@ A range's life:
 
     reserve ──> in use ──(last view gone)──> dead ──(fence recorded)──> parked ──> adopted by the next sequence
                                                                           │
-                                                    pressure, trim, idle above the watermark
+                                        pressure, trim, above the watermark, unwanted for a while
                                                                           │
                                                                           └──(fence passed)──> unmapped, pages pooled
 
@@ -18,6 +18,7 @@ import itertools
 import logging
 import math
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
@@ -26,16 +27,19 @@ from contextlib import ExitStack, suppress
 from torch_vtensor.allocator import tiers
 from torch_vtensor.allocator.address_range import AddressRange
 from torch_vtensor.allocator.captures import bar_captures, outside_captures
-from torch_vtensor.allocator.idle_ranges import IdleRanges
+from torch_vtensor.allocator.idle_ranges import IdleRanges, Left
 from torch_vtensor.allocator.page_pool import Page, PagePool, PoolStats
 from torch_vtensor.allocator.watcher import is_watching
 from torch_vtensor.allocator.worker import Worker, is_ahead_of_need, run
 from torch_vtensor.errors import DriverError, VTensorError
+from torch_vtensor.settings import IDLE_SECONDS, MIB
 
 __all__ = ["GrowthScheduler", "RangeHold"]
 
 _log = logging.getLogger(__name__)
 _IDLE_FRACTION = 8  # idle memory above 1/8 of the limit goes back, down to 1/16
+_MOST_BYTES_AT_ONCE = 256 * MIB  # given back under one hold of the pool's lock: some 3 ms where pages are small
+_LEAST_PAUSE_S = 0.01  # between two looks at what is idle
 
 
 class RangeHold:
@@ -62,14 +66,31 @@ class GrowthScheduler:
         pool: the device's pages.
         idle_bytes: how much parked and pooled memory to keep for the next sequence; more than that is returned to
             the system in the background. Default: an eighth of the pool's limit.
+        idle_seconds: how long any of it is kept that nobody wants, beyond a fifth of what is live. What was parked, or
+            stayed pooled, for so long goes back in the background too, after twice that at the latest; None: never.
+        clock: what time it is, in seconds.
 
+    Raises: ValueError for ``idle_seconds`` that are not more than 0.
     Source: vTensor (arXiv 2407.15309) section 4.3, the vTensor scheduler: there a thread spins through every step;
         here it sleeps until a sequence is about to need a page.
     """
 
-    def __init__(self, pool: PagePool, idle_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        idle_bytes: int | None = None,
+        *,
+        idle_seconds: float | None = IDLE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if idle_seconds is not None and not idle_seconds > 0:
+            raise ValueError(f"idle_seconds is {idle_seconds}: give more than 0 seconds, or None")
         self.pool = pool
         self._idle_bytes = idle_bytes
+        self._idle_seconds = idle_seconds
+        self._clock = clock
+        self._is_watching_idle = False
+        self._look_at_idle = _weakly(self._give_back_unwanted)
         self._idle = IdleRanges(pool)
         self._dead: deque[AddressRange] = deque()
         self._forsaken: deque[Sequence[Page]] = deque()
@@ -78,6 +99,7 @@ class GrowthScheduler:
         self._thread_lock = threading.RLock()
         pool.reclaimers.append(self._reclaim)
         pool.offloaders.append(self._offload_idle)
+        pool.keepers.append(self._watch_idle)
 
     @property
     def idle_bytes(self) -> int:
@@ -161,18 +183,11 @@ class GrowthScheduler:
 
     def run_soon(self, job: Callable[[], object]) -> None:
         """Run ``job`` on the scheduler's thread; one that raises is logged, and its caller meets the cause itself."""
-        with self._thread_lock:
-            if self._thread is None or not self._thread.is_alive():
-                try:
-                    self._thread = Worker(self.pool.driver.prepare_thread)
-                except RuntimeError:
-                    self._thread = None  # no thread can be started, as while the interpreter ends
-                else:
-                    weakref.finalize(self, self._thread.jobs.put, None).atexit = False  # it ends with its scheduler
-            if self._thread is not None:
-                self._thread.jobs.put(job)
-                return
-        run(job)
+        worker = self._worker()
+        if worker is None:
+            run(job)
+        else:
+            worker.jobs.put(job)
 
     def settle(self) -> None:
         """Return once the scheduler's thread has done everything it was asked to do so far."""
@@ -324,17 +339,57 @@ class GrowthScheduler:
         self.pool.driver.collect()
         num_dead = len(self._dead)  # one that dies during this call may have work behind this call's fence
         if not num_dead or self.pool.driver.is_capturing() or self._leaves_fences_to_others():
+            self._watch_idle()  # what torch's allocator has pooled without a word
             return
         with ExitStack() as held:
             # A fence would wait for who begins a capture just now, and that one may wait for the pool's lock.
             if not bar_captures(self.pool.driver, held):
                 return
             fence = self.pool.driver.fence()
+        now = self._clock()
         while num_dead and self._dead:  # a close() in a finalizer can come in between
             num_dead -= 1
-            self._idle.put(self._dead.popleft(), fence)
+            self._idle.put(self._dead.popleft(), fence, now)
+        self._watch_idle()
         if self._idle.has_retired or self._idle.is_more_than(self.idle_bytes):
             self.run_soon(self._collect)
+
+    def _worker(self) -> Worker | None:
+        """The scheduler's thread; None where none can be started, as while the interpreter ends."""
+        with self._thread_lock:
+            if self._thread is None or not self._thread.is_alive():
+                try:
+                    self._thread = Worker(self.pool.driver.prepare_thread, self._clock)
+                except RuntimeError:
+                    self._thread = None
+                else:
+                    weakref.finalize(self, self._thread.jobs.put, None).atexit = False  # it ends with its scheduler
+            return self._thread
+
+    def _watch_idle(self) -> None:
+        """Have the scheduler's thread look at idle memory after a while, if there is any and it will not anyway."""
+        if self._is_watching_idle or self._idle_seconds is None or self.pool.is_foreign:
+            return
+        worker = self._worker() if self._idle.has_memory else None
+        if worker is not None:
+            self.pool.ledger.watch()
+            worker.run_at(self._clock() + max(self._idle_seconds, _LEAST_PAUSE_S), self._look_at_idle)
+            self._is_watching_idle = True
+
+    def _give_back_unwanted(self) -> None:
+        """Return idle memory that nobody wanted for a while; of much some at a time, and others are let in between."""
+        assert self._idle_seconds is not None
+        with self.pool.lock:
+            left = Left.WANTED
+            try:
+                if not self.pool.driver.is_capturing():  # asking a fence would break the capture
+                    left = self._idle.give_back(self._clock() - self._idle_seconds, _MOST_BYTES_AT_ONCE)
+            finally:
+                self._is_watching_idle = left is Left.MORE
+                if left is Left.MORE:
+                    self.run_soon(self._look_at_idle)
+                elif left is Left.WANTED:
+                    self._watch_idle()
 
     def _empty_parked(self) -> None:
         """Unmap all that is dead; waits for the device, unless a graph is being captured: then nothing happens."""
@@ -361,3 +416,14 @@ class GrowthScheduler:
             self._drain()
             if not self.pool.driver.is_capturing():  # asking a fence would break the capture
                 self._idle.reclaim(nbytes)
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """A call of a bound method that does not keep its object alive, and is none once that is gone."""
+    alive = weakref.WeakMethod(method)
+
+    def call() -> None:
+        if (found := alive()) is not None:
+            found()
+
+    return call

@@ -6,6 +6,7 @@ retired     to be unmapped once the device is done with it, whose pages are pool
 
 from __future__ import annotations
 
+import enum
 import math
 from collections import Counter
 from collections.abc import Hashable
@@ -15,7 +16,9 @@ from torch_vtensor.allocator.address_range import AddressRange
 from torch_vtensor.allocator.driver import Fence
 from torch_vtensor.allocator.page_pool import PagePool, Tier
 
-__all__ = ["IdleRanges", "Uses"]
+__all__ = ["IdleRanges", "Left", "Uses"]
+
+_LIVE_FRACTION = 5  # idle memory of 1/5 of what is live may stay, so that no more than 1.2 times what is live is kept
 
 
 class _Idle(NamedTuple):
@@ -23,6 +26,15 @@ class _Idle(NamedTuple):
 
     range: AddressRange
     fence: Fence
+    since: float
+
+
+class Left(enum.Enum):
+    """What there is to do after `give_back`: nothing; something that may become unwanted; or more at once."""
+
+    NOTHING = enum.auto()
+    WANTED = enum.auto()
+    MORE = enum.auto()
 
 
 class Uses(NamedTuple):
@@ -48,17 +60,23 @@ class IdleRanges:
         """Whether anything waits to be unmapped."""
         return bool(self._retired)
 
-    def put(self, range_: AddressRange, fence: Fence) -> None:
+    @property
+    def has_memory(self) -> bool:
+        """Whether anything is parked, retired or pooled."""
+        return bool(self._parked or self._retired) or self.pool.ledger.free_bytes > 0
+
+    def put(self, range_: AddressRange, fence: Fence, now: float) -> None:
         """Keep what died, to be adopted if that can be. No driver call.
 
         Args:
             fence: behind the work that may still use it.
+            now: the time, in seconds.
         """
         adoptable = (
             range_.is_whole and range_.committed_bytes > 0 and range_.exclusive_from() == 0 and range_.is_on_device
         )
         range_.is_idle, range_.away_at = False, None
-        (self._parked if adoptable else self._retired).append(_Idle(range_, fence))
+        (self._parked if adoptable else self._retired).append(_Idle(range_, fence, now))
 
     def adopt(self, num_strips: int, strip_bytes: int, most_bytes: int, salt: Hashable) -> AddressRange | None:
         """The range parked last of a tenant that has the addresses, and at most ``most_bytes`` a strip committed.
@@ -108,6 +126,38 @@ class IdleRanges:
             self._retired.append(self._parked.pop(0))
             self.empty_retired(wait=False)
             self.pool.trim(max(keep_bytes - self._num_parked_bytes(), 0))
+
+    def give_back(self, since: float, most_bytes: int) -> Left:
+        """Return what nobody wants to the system, as far as more is idle than a fifth of what is live.
+
+        That is pooled pages that are unwanted (``Ledger.watch``), then ranges parked since ``since`` or longer, those
+        first that have been the longest.
+
+        Args:
+            most_bytes: stop when so many were returned.
+
+        Effects: what is retired is unmapped. Nothing that the device is not done with; never waits for it.
+        Raises:  DriverError, with what is left kept.
+        """
+        ledger = self.pool.ledger
+        self.empty_retired(wait=False)
+        if not (ledger.counts().unwanted_bytes or self._is_unwanted(since)):
+            return Left.WANTED if self.has_memory else Left.NOTHING
+        uses = self.uses()
+        excess_bytes = uses.parked_bytes + ledger.free_bytes - uses.live_bytes // _LIVE_FRACTION
+        enough_bytes, freed_bytes = min(excess_bytes, most_bytes), 0
+        while True:
+            freed_bytes += self.pool.trim_unwanted(enough_bytes - freed_bytes)
+            if freed_bytes >= enough_bytes:
+                return Left.NOTHING if freed_bytes >= excess_bytes else Left.MORE
+            if not self._is_unwanted(since):
+                return Left.WANTED
+            oldest = self._parked.pop(0)
+            self._retired.append(oldest)
+            sizes = Counter(page.nbytes for page in oldest.range.pages)
+            self.empty_retired(wait=False)
+            for nbytes, num_pages in sizes.items():
+                ledger.give_up(nbytes, num_pages)
 
     def reclaim(self, nbytes: float) -> None:
         """Unmap until ``nbytes`` are pooled; waits for the device only if it must.
@@ -159,6 +209,10 @@ class IdleRanges:
             self._retired[:0] = remaining
             if self.pool.is_tiered:
                 self.pool.note_tiers()
+
+    def _is_unwanted(self, since: float) -> bool:
+        """Whether the range that was parked first has been since then, and the device is done with it."""
+        return bool(self._parked) and self._parked[0].since <= since and self._parked[0].fence.passed()
 
     def _num_parked_bytes(self) -> int:
         return sum(idle.range.committed_bytes * idle.range.num_strips for idle in self._parked)

@@ -55,7 +55,7 @@ def default_scheduler(device: torch.device) -> GrowthScheduler:
             budget_bytes = _budget_bytes if _budget_bytes is not None else load_settings().budget_bytes
             pool = PagePool(_make_driver(device), budget_bytes, offload_bytes=load_settings().offload_bytes)
             pool.driver.marks_ranges = load_settings().nvtx and device.type == "cuda"
-            scheduler = GrowthScheduler(pool)
+            scheduler = GrowthScheduler(pool, idle_seconds=load_settings().idle_seconds)
             if load_settings().status:
                 _show(pool)
             _record(pool)

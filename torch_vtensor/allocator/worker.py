@@ -8,6 +8,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 
 from torch_vtensor.errors import VTensorError
 
@@ -23,18 +24,21 @@ def is_ahead_of_need() -> bool:
 
 
 class Worker:
-    """A daemon thread that runs jobs in order and sleeps in between.
+    """A daemon thread that runs jobs in order, one of them at a given time, and sleeps in between.
 
     Args:
         prepare: called on the thread first.
+        clock: what time it is, in seconds.
 
     Raises: RuntimeError where no thread can be started.
     """
 
-    def __init__(self, prepare: Callable[[], None]) -> None:
+    def __init__(self, prepare: Callable[[], None], clock: Callable[[], float]) -> None:
         self.jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         """None ends the thread. A SimpleQueue may be put to from a finalizer."""
         self._prepare = prepare
+        self._clock = clock
+        self._timed: tuple[float, Callable[[], object]] | None = None
         self._thread = threading.Thread(target=self._work, name=_THREAD_NAME, daemon=True)
         self._thread.start()
         atexit.register(_stop, weakref.ref(self))
@@ -42,6 +46,11 @@ class Worker:
     def is_alive(self) -> bool:
         """Whether jobs are still run."""
         return self._thread.is_alive()
+
+    def run_at(self, time_s: float, job: Callable[[], object]) -> None:
+        """Run a job once it is ``time_s``, before those that wait then; it takes the place of one set before."""
+        self._timed = time_s, job
+        self.jobs.put(_notice)
 
     def stop(self) -> None:
         """End the thread behind the jobs that it was given, and wait for that five seconds at most."""
@@ -53,7 +62,22 @@ class Worker:
         while job is not None:
             run(job)
             del job  # it may hold the scheduler, whose end ends this thread
-            job = self.jobs.get()
+            job = self._next()
+
+    def _next(self) -> Callable[[], object] | None:
+        while True:
+            timed, wait_s = self._timed, None
+            if timed is not None:
+                wait_s = min(timed[0] - self._clock(), threading.TIMEOUT_MAX)
+                if wait_s <= 0:
+                    self._timed = None
+                    return timed[1]
+            with suppress(queue.Empty):
+                return self.jobs.get(timeout=wait_s)
+
+
+def _notice() -> None:
+    """Nothing: the thread looks at its time anew."""
 
 
 def run(job: Callable[[], object]) -> None:
