@@ -207,8 +207,8 @@ class GrowthScheduler:
         """
         if self.pool.is_foreign:
             return 0
-        with tiers.between_uses(self.pool, tags):
-            tiers.check_can_move(self.pool)
+        with tiers.between_uses(self.pool, tags), ExitStack() as held:
+            tiers.keep_captures_out(self.pool, held)
             committed_bytes = self.pool.ledger.committed_bytes
             self._empty_parked()
             if tiers.has_tag(tiers.PREFIX_TAG, tags) and tiers.has_tag(tiers.PREFIX_TAG, discard):
@@ -241,8 +241,8 @@ class GrowthScheduler:
         """
         if self.pool.is_foreign:
             return 0
-        with tiers.between_uses(self.pool, tags):
-            tiers.check_can_move(self.pool)
+        with tiers.between_uses(self.pool, tags), ExitStack() as held:
+            tiers.keep_captures_out(self.pool, held)
             used_bytes = self.pool.ledger.committed_bytes - self.pool.ledger.free_bytes
             for sleeper in self.pool.sleepers:
                 sleeper.wake(self, tags)
@@ -258,9 +258,9 @@ class GrowthScheduler:
 
         Raises: OffloadLimitError or DriverError, with every row where it was, or outside the device.
         """
-        with self.pool.lock:
+        with self.pool.lock, ExitStack() as held:
             self.mark_idle(hold)
-            tiers.check_can_move(self.pool)
+            tiers.keep_captures_out(self.pool, held)
             self._drain()
             self._idle.empty_retired(wait=True)
             return tiers.offload(self, [hold.range])
@@ -276,10 +276,10 @@ class GrowthScheduler:
 
         Raises: OutOfPagesError or DriverError, with every row where it was, or on the device.
         """
-        with self.pool.lock:
+        with self.pool.lock, ExitStack() as held:
             hold.range.is_idle = False
             try:
-                tiers.check_can_move(self.pool)
+                tiers.keep_captures_out(self.pool, held)
                 self._drain()
                 self._idle.empty_retired(wait=True)  # which may map the same pages
                 return tiers.prefetch(self, [hold.range])
