@@ -209,7 +209,9 @@ class VTensorMachine(RuleBasedStateMachine):
         except OutOfPagesError as error:
             self.memory_really_was_short(error)
         else:
-            assert vtensor.offloaded_bytes == 0
+            others = [it for it in self.scheduler.pool.ranges.values() if it is not vtensor._range and not it.is_idle]
+            used = {page for range_ in others for page in range_.pages}
+            assert all(page in used for page in vtensor._range.pages if page.is_outside), "nobody else uses it there"
 
     @precondition(lambda self: self.tensors)
     @rule()
