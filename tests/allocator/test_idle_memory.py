@@ -77,10 +77,17 @@ def test_with_nothing_live_all_goes_after_a_while_and_not_before(clock: Clock, s
         assert again.tensor().sum() == 20 * PAGE
 
 
+def test_what_was_pooled_without_a_word_to_the_scheduler_goes_as_well(clock: Clock, scheduler: GrowthScheduler) -> None:
+    pool_pages(scheduler, 10)
+    for _ in range(2):
+        clock.pass_by(SECONDS, scheduler)
+    assert scheduler.pool.driver.inner.physical_bytes() == 0
+
+
 def test_a_fifth_of_what_is_live_stays_of_that_which_was_used_last(clock: Clock, scheduler: GrowthScheduler) -> None:
     live = pages(scheduler, 100)
     pool_pages(scheduler, 5)
-    for capacity in (34, 33, 32, 31):  # the next may have no fewer addresses
+    for capacity in (31, 32, 33, 34):
         pages(scheduler, 9, capacity, adopt=False).close()
         clock.pass_by(0.1, scheduler)
     clock.pass_by(SECONDS, scheduler)
@@ -88,7 +95,7 @@ def test_a_fifth_of_what_is_live_stays_of_that_which_was_used_last(clock: Clock,
     assert stats.committed_bytes <= 1.2 * stats.live_bytes
     assert idle_pages(scheduler) == (18, 2), "pooled pages first: they spare nobody the mapping"
     before = stats.num_driver_calls
-    adopted = [pages(scheduler, 9, capacity, first_rows=9) for capacity in (31, 32)]
+    adopted = [pages(scheduler, 9, capacity, first_rows=9) for capacity in (34, 33)]  # with no fewer addresses
     assert scheduler.stats().num_driver_calls == before, "those parked last were kept"
     for vtensor in [*adopted, live]:
         vtensor.close()
@@ -158,15 +165,21 @@ def test_a_sequence_that_grows_keeps_no_more_than_it_takes(clock: Clock, schedul
 
 def test_nothing_wakes_while_there_is_nothing_to_do(clock: Clock, scheduler: GrowthScheduler) -> None:
     live = pages(scheduler, 50)
-    for _ in range(3):
-        pages(scheduler, 5).close()
-        clock.pass_by(SECONDS, scheduler)
-        assert sum(idle_pages(scheduler)) <= 10
-        clock.pass_by(2 * SECONDS, scheduler)
-        asked = clock.num_asked
-        scheduler.run_soon(lambda: None)
+    pages(scheduler, 5).close()
+    clock.pass_by(SECONDS, scheduler)
+    assert idle_pages(scheduler) == (5, 0), "little enough to stay"
+    clock.pass_by(2 * SECONDS, scheduler)
+    asked = clock.num_asked
+    for _ in range(2):
         scheduler.settle()
-        assert clock.num_asked == asked, "it waits for a time"
+    assert clock.num_asked == asked, "it waits for a time"
+    scheduler.trim()
+    clock.pass_by(SECONDS, scheduler)
+    asked = clock.num_asked
+    scheduler.reap()
+    for _ in range(2):
+        scheduler.settle()
+    assert clock.num_asked == asked, "there is nothing to look at"
     live.close()
 
 
@@ -242,6 +255,9 @@ def test_nothing_goes_under_a_running_kernel(clock: Clock, make_scheduler: MakeS
         clock.pass_by(SECONDS, scheduler)
     assert driver.tensor(address, 10 * PAGE, None).sum() == 10 * PAGE
     assert driver.physical_bytes() >= 20 * PAGE
+    again = pages(scheduler, 10, first_rows=10)
+    assert again.data_ptr == address, "it was there for the next sequence meanwhile"
+    again.close()
     driver.finish_work()
     clock.pass_by(SECONDS, scheduler)
     clock.pass_by(SECONDS, scheduler)
@@ -249,7 +265,9 @@ def test_nothing_goes_under_a_running_kernel(clock: Clock, make_scheduler: MakeS
     assert (scheduler.num_device_waits, sum(fence.num_waits for fence in driver.fences)) == (0, 0)
 
 
-def test_nothing_goes_during_a_capture(clock: Clock, make_scheduler: MakeScheduler) -> None:
+def test_nothing_goes_during_a_capture(
+    clock: Clock, make_scheduler: MakeScheduler, caplog: pytest.LogCaptureFixture
+) -> None:
     driver = ManualDriver()
     scheduler = make_scheduler(driver, idle_seconds=SECONDS, clock=clock)
     vtensor = pages(scheduler, 10)
@@ -259,7 +277,8 @@ def test_nothing_goes_during_a_capture(clock: Clock, make_scheduler: MakeSchedul
     driver.capturing = True
     vtensor.tensor()
     clock.pass_by(2 * SECONDS, scheduler)
-    assert driver.physical_bytes() == 30 * PAGE, "to ask a fence would break it, and ManualFence would say so"
+    assert driver.physical_bytes() == 30 * PAGE
+    assert not caplog.records, "a fence was asked, which breaks it"
     driver.capturing = False
     vtensor.close()
     clock.pass_by(2 * SECONDS, scheduler)
@@ -355,7 +374,7 @@ def test_what_is_refused_is_tried_again(clock: Clock, make_scheduler: MakeSchedu
 def test_a_process_gives_back_by_itself_and_its_child_leaves_that_to_it(run_python: Callable[..., str]) -> None:
     """With a thread that waits for a time, at fork() and at the end of the process."""
     script = """
-import os, sys, time, warnings
+import os, sys, threading, time, warnings
 import torch
 from torch_vtensor.allocator.pools import default_scheduler
 from torch_vtensor.allocator.vtensor import VTensor
@@ -367,17 +386,32 @@ def call():
     VTensor((1000,), capacity=1000, first_rows=100).append(torch.ones(100, 1000))
     scheduler.reap()
 
+def in_child():
+    pid = os.fork()
+    if pid == 0:
+        scheduler.reap()
+        scheduler.pool.drop([])
+        assert threading.active_count() == 1
+        sys.exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
 call()
 assert scheduler.stats().parked_bytes > 0
-pid = os.fork()
-if pid == 0:
-    scheduler.reap()
-    sys.exit(0)
-assert os.waitpid(pid, 0)[1] == 0
-deadline = time.monotonic() + 60
-while scheduler.pool.driver.inner.physical_bytes():
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
+in_child()
+wait_for(lambda: scheduler.pool.driver.inner.physical_bytes() == 0)
+live = VTensor((1000,), capacity=1000, first_rows=900)
+live.append(torch.ones(900, 1000))
+call()
+wait_for(lambda: not scheduler._is_watching_idle)  # what is idle is little enough
+assert scheduler.stats().parked_bytes > 0
+wait_for(lambda: not scheduler._is_watching_idle)
+in_child()
 call()
 print("done")
 """
