@@ -13,6 +13,9 @@ import torch
 # Models in tests are built from configurations; a test that would download one fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# What a test looks at stays, however slow the machine is; those of idle memory say otherwise.
+os.environ["TORCH_VTENSOR_IDLE_SECONDS"] = "never"
+
 # Where inductor's cache is empty it first compiles a probe of each vector instruction set, half a minute together, and
 # code that uses them takes twice as long to compile as plain C++.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")

@@ -92,7 +92,7 @@ def test_info_shows_every_setting(capsys: pytest.CaptureFixture[str], monkeypatc
 
     before = settings_shown()
     others = {"STATUS": "0", "NVTX": "1", "BUDGET_BYTES": "8GiB", "OFFLOAD_BYTES": "9GiB", "OFFLOAD_FOLDER": "/tmp",
-              "PAGE_BYTES": "128KiB", "LOG": "error"}  # fmt: skip
+              "IDLE_SECONDS": "7", "PAGE_BYTES": "128KiB", "LOG": "error"}  # fmt: skip
     assert others.keys() | {"ENABLE"} == VARIABLES.keys()
     for name, value in others.items():
         with monkeypatch.context() as changed:

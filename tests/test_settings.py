@@ -70,11 +70,13 @@ def test_every_variable_is_read() -> None:
         "TORCH_VTENSOR_ENABLE": "on",
         "TORCH_VTENSOR_BUDGET_BYTES": "8GiB",
         "TORCH_VTENSOR_PAGE_BYTES": "1MiB",
+        "TORCH_VTENSOR_IDLE_SECONDS": "0.5",
         "TORCH_VTENSOR_LOG": "debug",
     }
     assert load_settings(environ) == Settings(
-        enable=True, budget_bytes=8 * GIB, page_bytes=MIB, log_level=logging.DEBUG
+        enable=True, budget_bytes=8 * GIB, page_bytes=MIB, idle_seconds=0.5, log_level=logging.DEBUG
     )
+    assert load_settings({"TORCH_VTENSOR_IDLE_SECONDS": "never"}).idle_seconds is None
 
 
 def test_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +92,9 @@ def test_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> 
         ("BUDGET_BYTES", "0", "Leave it unset"),
         ("PAGE_BYTES", str(mmap.PAGESIZE // 2), "Try 64KiB"),
         ("PAGE_BYTES", str(mmap.PAGESIZE * 3), "Try 64KiB"),
+        ("IDLE_SECONDS", "soon", "such as 5 or 0.5, or 'never'"),
+        ("IDLE_SECONDS", "0", "give more than 0 seconds, or 'never'"),
+        ("IDLE_SECONDS", "inf", "give more than 0 seconds, or 'never'"),
         ("LOG", "loud", "DEBUG, INFO"),
     ],
 )

@@ -1,6 +1,7 @@
 """What the environment asks for: the one place that reads it."""
 
 import logging
+import math
 import mmap
 import os
 import re
@@ -12,6 +13,8 @@ from typing import Any
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
+IDLE_SECONDS = 5.0
+"""Calls a second apart find their memory still mapped, and to map 5 GiB again takes 5 ms, a thousandth of this."""
 
 _PREFIX = "TORCH_VTENSOR_"
 _UNIT_BYTES = {"B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024 * GIB}
@@ -24,7 +27,7 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 class Settings:
     """What a process starts with; arguments given in code come before these.
 
-    Units:   budget_bytes, page_bytes, offload_bytes bytes; log_level as in `logging`.
+    Units:   budget_bytes, page_bytes, offload_bytes bytes; idle_seconds seconds; log_level as in `logging`.
     """
 
     enable: bool = False
@@ -41,6 +44,10 @@ class Settings:
 
     offload_folder: str = "/var/tmp"
     """TORCH_VTENSOR_OFFLOAD_FOLDER: where the unnamed file for offloaded pages of the CPU is; best on a disk."""
+
+    idle_seconds: float | None = IDLE_SECONDS
+    """TORCH_VTENSOR_IDLE_SECONDS: how long memory that nobody wants is kept, beyond a fifth of what is live; None, as
+    text "never": until trim()."""
 
     status: bool = True
     """TORCH_VTENSOR_STATUS: whether other processes can see, and limit, what this one holds (`top`, `limit`)."""
@@ -60,6 +67,8 @@ class Settings:
                 f"page_bytes is {self.page_bytes}; a page is a power of two of at least {mmap.PAGESIZE} bytes, "
                 "this system's own page. Try 64KiB."
             )
+        if self.idle_seconds is not None and not 0 < self.idle_seconds < math.inf:
+            raise ValueError(f"idle_seconds is {self.idle_seconds}; give more than 0 seconds, or 'never'.")
 
 
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
@@ -134,6 +143,13 @@ def _parse_switch(text: str) -> bool:
     return _SWITCH[text.lower()]
 
 
+def _parse_seconds(text: str) -> float | None:
+    try:
+        return None if text.lower() == "never" else float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no number of seconds; use one such as 5 or 0.5, or 'never'.") from None
+
+
 def _parse_log_level(text: str) -> int:
     if text.upper() not in _LOG_LEVELS:
         raise ValueError(f"{text!r} is not a level; the levels are {', '.join(_LOG_LEVELS)}.")
@@ -146,6 +162,7 @@ _READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "PAGE_BYTES": ("page_bytes", parse_bytes),
     "OFFLOAD_BYTES": ("offload_bytes", parse_bytes),
     "OFFLOAD_FOLDER": ("offload_folder", str),
+    "IDLE_SECONDS": ("idle_seconds", _parse_seconds),
     "STATUS": ("status", _parse_switch),
     "NVTX": ("nvtx", _parse_switch),
     "LOG": ("log_level", _parse_log_level),

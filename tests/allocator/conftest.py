@@ -4,6 +4,7 @@ import gc
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -25,13 +26,20 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "torch_vte
 
 @pytest.fixture
 def make_scheduler() -> Iterator[MakeScheduler]:
-    """`make_scheduler(driver=HostDriver(PAGE), budget_bytes=None, idle_bytes=None)`; none of them may leak."""
+    """`make_scheduler(driver=HostDriver(PAGE), budget_bytes=None, idle_bytes=None, idle_seconds=None, clock=…)`.
+
+    None of them may leak.
+    """
     made = []
 
     def make(
-        driver: Driver | None = None, budget_bytes: int | None = None, idle_bytes: int | None = None
+        driver: Driver | None = None,
+        budget_bytes: int | None = None,
+        idle_bytes: int | None = None,
+        **options: Any,
     ) -> GrowthScheduler:
-        scheduler = GrowthScheduler(PagePool(driver or HostDriver(PAGE, OFFLOAD_FOLDER), budget_bytes), idle_bytes)
+        pool = PagePool(driver or HostDriver(PAGE, OFFLOAD_FOLDER), budget_bytes)
+        scheduler = GrowthScheduler(pool, idle_bytes, **{"idle_seconds": None, **options})
         made.append(scheduler)
         return scheduler
 
@@ -52,8 +60,8 @@ def make_cuda_scheduler() -> Iterator[MakeScheduler]:
     torch.cuda.empty_cache()
     free_bytes = torch.cuda.mem_get_info()[0]
 
-    def make(budget_bytes: int | None = None, idle_bytes: int | None = None) -> GrowthScheduler:
-        made.append(GrowthScheduler(PagePool(driver, budget_bytes), idle_bytes))
+    def make(budget_bytes: int | None = None, idle_bytes: int | None = None, **options: Any) -> GrowthScheduler:
+        made.append(GrowthScheduler(PagePool(driver, budget_bytes), idle_bytes, **{"idle_seconds": None, **options}))
         return made[-1]
 
     yield make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from scripted_drivers import FailingDriver
@@ -20,9 +21,9 @@ _MOST_TRIES = 20
 class Life:
     """Named tensors of two strips, what they hold, and steps that can each be tried until they work."""
 
-    def __init__(self, driver: FailingDriver) -> None:
+    def __init__(self, driver: FailingDriver, idle_bytes: int = 0, **options: Any) -> None:
         self.driver = driver
-        self.scheduler = GrowthScheduler(PagePool(driver), idle_bytes=0)
+        self.scheduler = GrowthScheduler(PagePool(driver), idle_bytes, **{"idle_seconds": None, **options})
         self.tensors: dict[str, VTensor] = {}
         self.expected: dict[str, torch.Tensor] = {}
 

@@ -12,8 +12,10 @@ import torch
 from scripted_drivers import PAGE, ManualDriver, ManualFence
 from vtensors import MakeScheduler, pages
 
-from torch_vtensor.allocator import captures
+from torch_vtensor.allocator import captures, tiers
 from torch_vtensor.allocator.captures import another_captures, between_captures, capturing
+from torch_vtensor.allocator.pinned_memory import PinnedMemory
+from torch_vtensor.allocator.prefix import Lane, PrefixTree
 from torch_vtensor.allocator.vtensor import VTensor
 from torch_vtensor.errors import OutOfPagesError, VTensorError
 
@@ -201,25 +203,116 @@ def test_nothing_waits_with_the_pools_lock(other: Capturing, make_scheduler: Mak
     assert len(driver.fences) == 1
 
 
+class Begun(ManualDriver):
+    """Fences break captures, and whoever looks finds none: one begins right after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fences_break_captures = True
+
+    def refuse_fences(self) -> None:
+        def fence() -> ManualFence:
+            raise AssertionError("it would wait for the capture, with the pool's lock")
+
+        self.fence = fence
+
+
+def test_a_prefix_is_not_recorded_during_a_capture_that_began_just_now(
+    other: Capturing, make_scheduler: MakeScheduler
+) -> None:
+    driver = Begun()
+    scheduler = make_scheduler(driver)
+    vtensor = VTensor((PAGE,), capacity=100, dtype=torch.uint8, outer_shape=(1,), scheduler=scheduler)
+    vtensor.append(torch.ones(1, 10, PAGE, dtype=torch.uint8))
+    tree = PrefixTree([Lane.of(vtensor)], scheduler=scheduler)
+    driver.refuse_fences()
+    assert tree.record(range(10), [vtensor]) == 0
+    with pytest.raises(ValueError, match="0 of them are cached"):
+        tree.keep(range(10), [vtensor])
+    other.join()
+    del driver.fence
+    assert tree.record(range(10), [vtensor]) == 10
+    assert tree.evict() == 0, "the tensor has them"
+
+
+def test_rows_are_used_where_they_are_during_a_capture_that_began_just_now(make_scheduler: MakeScheduler) -> None:
+    driver = Begun()
+    scheduler = make_scheduler(driver)
+    vtensor = pages(scheduler, 10)
+    vtensor.offload()
+    capture = Capturing()
+    driver.refuse_fences()
+    vtensor.append(torch.ones(1, PAGE, dtype=torch.uint8))
+    assert vtensor.offloaded_bytes == 10 * PAGE
+    with pytest.raises(VTensorError, match="cannot change places while another thread's graph is still"):
+        scheduler.prefetch(vtensor._hold)
+    capture.join()
+    del driver.fence
+    assert vtensor.prefetch() == 10 * PAGE
+    assert vtensor.tensor().unique().tolist() == [1]
+
+
+def test_what_is_idle_stays_during_a_capture_that_began_just_now(
+    make_scheduler: MakeScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Begun()
+    scheduler = make_scheduler(driver, budget_bytes=20 * PAGE)
+    vtensor, other = pages(scheduler, 10), pages(scheduler, 5)
+    vtensor.offload(when_needed=True)
+    capture = Capturing()
+    driver.refuse_fences()
+    with pytest.raises(OutOfPagesError):
+        other.append(torch.ones(10, PAGE, dtype=torch.uint8))
+    assert vtensor.offloaded_bytes == 0
+    capture.join()
+    del driver.fence
+    other.append(torch.ones(10, PAGE, dtype=torch.uint8))
+    assert vtensor.offloaded_bytes == 10 * PAGE
+
+
+def test_what_cannot_be_mapped_sleeps_on_during_a_capture_that_began_just_now(make_scheduler: MakeScheduler) -> None:
+    driver = Begun()
+    driver.pins = PinnedMemory(driver.device, lambda ptr, nbytes: None, lambda ptr, nbytes: None)
+    scheduler = make_scheduler(driver)
+    vtensor = pages(scheduler, 10)
+    held = list(vtensor.lend(0, 10).pages())
+    scheduler.pool.hold(held)  # as a prefix tree does
+    scheduler.sleep()
+    capture = Capturing()
+    driver.refuse_fences()
+    with pytest.raises(VTensorError, match="cannot change places while another thread's graph is still"):
+        tiers.make_mappable(scheduler, held)
+    capture.join()
+    del driver.fence
+    tiers.make_mappable(scheduler, held)
+    assert all(page.is_mappable for page in held)
+    scheduler.wake()
+    scheduler.pool.let_go(held)
+    assert vtensor.tensor().unique().tolist() == [1]
+
+
 def test_no_capture_begins_while_something_moves(make_scheduler: MakeScheduler) -> None:
     driver = ManualDriver()
     driver.fences_break_captures = True
     scheduler = make_scheduler(driver)
     vtensor = pages(scheduler, 10)
     seen: list[bool] = []
+    threads: list[threading.Thread] = []
     make_fence = driver.fence
 
     def fence() -> ManualFence:
-        thread = threading.Thread(target=lambda: Capturing().join(), daemon=True)
-        thread.start()
-        thread.join(0.1)
-        seen.append(thread.is_alive())
+        threads.append(threading.Thread(target=lambda: Capturing().join(), daemon=True))
+        threads[-1].start()
+        threads[-1].join(0.1)
+        seen.append(threads[-1].is_alive())
         return make_fence()
 
     driver.fence = fence
     vtensor.offload()
     assert seen[0], "it waits"
     vtensor.prefetch()
+    for thread in threads:  # whose captures would be in others' way
+        thread.join(10)
 
 
 def test_who_bars_captures_bars_nobody_else() -> None:

@@ -200,3 +200,76 @@ def test_an_adopted_range_is_written_behind_its_last_reader(scheduler: GrowthSch
     torch.cuda.synchronize()
     assert result.unique().tolist() == [4000.0]
     assert second.tensor().unique().tolist() == [9.0]
+
+
+def test_after_load_drops_a_fifth_of_what_is_live_stays_idle(make_cuda_scheduler: MakeScheduler) -> None:
+    scheduler = make_cuda_scheduler(idle_bytes=2**40, idle_seconds=0.1)
+    before = torch.cuda.mem_get_info()[0]
+    live, out, graph = make(scheduler, 100_000, 2.0), torch.zeros(ROW, device="cuda"), torch.cuda.CUDAGraph()
+    torch.sum(live.tensor(), 0, out=out)
+    with torch.cuda.graph(graph):
+        torch.sum(live.tensor(), 0, out=out)
+    for vtensor in [make(scheduler, 100_000, 1.0, adopt=False) for _ in range(8)]:
+        vtensor.close()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    scheduler.reap()
+
+    def used_bytes() -> int:
+        return before - torch.cuda.mem_get_info()[0]
+
+    assert used_bytes() > 8 * live.committed_bytes
+    assert eventually(lambda: used_bytes() <= 1.2 * live.committed_bytes)
+    assert scheduler.num_device_waits == 0
+    out.zero_()
+    graph.replay()
+    assert out.unique().tolist() == [200_000.0]
+    assert make(scheduler, 100_000, 3.0).tensor().unique().tolist() == [3.0]
+    graph.reset()
+
+
+def test_trim_returns_ten_gib(scheduler: GrowthScheduler) -> None:
+    """In large pages, and in the small ones of a tensor that grew; how long it takes, benchmarks tell."""
+    large = VTensor((ROW,), capacity=2**22, scheduler=scheduler)
+    large.commit(5 * 2**18)  # 5 GiB
+    small = VTensor((ROW,), capacity=2**22, scheduler=scheduler)
+    for num_rows in range(512, 5 * 2**18 + 1, 512):
+        small.commit(num_rows)
+    before = torch.cuda.mem_get_info()[0]
+    for vtensor in (large, small):
+        vtensor.close()
+    assert scheduler.trim() >= 10 * 2**30
+    assert torch.cuda.mem_get_info()[0] - before >= 10 * 2**30
+
+
+def test_idle_memory_goes_neither_under_a_running_kernel_nor_into_a_capture(make_cuda_scheduler: MakeScheduler) -> None:
+    scheduler = make_cuda_scheduler(idle_bytes=2**40, idle_seconds=0.01)
+    side, vtensor, kept = torch.cuda.Stream(), make(scheduler, 20_000, 2.0), make(scheduler, 1000, 3.0)
+    result, out = torch.zeros(ROW, device="cuda"), torch.zeros(ROW, device="cuda")
+    torch.sum(vtensor.tensor(), 0, out=result)
+    torch.sum(kept.tensor(), 0, out=out)
+    result.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        view = vtensor.tensor()
+        torch.cuda._sleep(3 * _SLEEP)
+        torch.sum(view, 0, out=result)
+    del view
+    vtensor.close()
+    while not side.query():
+        scheduler.reap()  # it may look at any time
+    side.synchronize()
+    assert result.unique().tolist() == [40_000.0]
+    view = kept.tensor()
+    for _ in range(20):
+        make(scheduler, 2000, 4.0).close()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            deadline = time.monotonic() + 0.03  # it looks meanwhile
+            torch.sum(view, 0, out=out)
+            while time.monotonic() < deadline:
+                pass
+        out.zero_()
+        graph.replay()
+        assert out.unique().tolist() == [3000.0]
+    assert scheduler.stats().driver_calls["destroy"].count > 0

@@ -6,6 +6,7 @@ RunPython = Callable[..., str]
 
 _PRELUDE = """
 import atexit, os, sys, threading, warnings
+os.environ.pop("TORCH_VTENSOR_IDLE_SECONDS")  # idle memory is watched, as in a user's process
 import torch
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.host_driver import HostDriver

@@ -166,7 +166,7 @@ def test_a_forgotten_scheduler_takes_its_thread_and_its_memory_along() -> None:
         return Path("/proc/self/maps").read_text().count("torch_vtensor")
 
     def live_and_forget() -> tuple[Callable[[], object], threading.Thread]:
-        scheduler = GrowthScheduler(PagePool(HostDriver(PAGE)))
+        scheduler = GrowthScheduler(PagePool(HostDriver(PAGE)), idle_seconds=1000)
         vtensor = pages(scheduler, 50)
         vtensor.commit_ahead(60)
         vtensor.close()

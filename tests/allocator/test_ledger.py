@@ -24,6 +24,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.budget: int | None = None
         self.out: list[tuple[int, int]] = []
         self.free: dict[int, list[int]] = defaultdict(list)
+        self.unwanted: dict[int, int] = defaultdict(int)  # pages, by size
         self.next_handle = 1
 
     def committed(self) -> int:
@@ -42,7 +43,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if self.budget is not None and counted + nbytes > self.budget:
             assert taken is Take.OVER_BUDGET
         elif self.free[nbytes]:
-            assert taken == self.free[nbytes].pop(), "the page pooled last is reused first"
+            assert taken == self.unpool(nbytes), "the page pooled last is reused first"
             self.out.append((taken, nbytes))
         else:
             assert taken is Take.CHARGED
@@ -67,13 +68,44 @@ class LedgerMachine(RuleBasedStateMachine):
             assert popped is None
             return
         nbytes = max(pooled)
-        assert popped == (self.free[nbytes].pop(), nbytes)
+        assert popped == (self.unpool(nbytes), nbytes)
+        self.destroy(popped, destroying_fails)
+
+    @rule(destroying_fails=st.booleans())
+    def pop_unwanted(self, destroying_fails: bool) -> None:
+        popped = self.ledger.pop_unwanted()
+        unwanted = [nbytes for nbytes, num_pages in self.unwanted.items() if num_pages]
+        if not unwanted:
+            assert popped is None
+            return
+        nbytes = max(unwanted)
+        self.unwanted[nbytes] -= 1
+        assert popped == (self.unpool(nbytes), nbytes)
+        self.destroy(popped, destroying_fails)
+
+    def unpool(self, nbytes: int) -> int:
+        handle = self.free[nbytes].pop()
+        self.unwanted[nbytes] = min(self.unwanted[nbytes], len(self.free[nbytes]))
+        return handle
+
+    def destroy(self, popped: tuple[int, int], fails: bool) -> None:
+        handle, nbytes = popped
         assert self.ledger.committed_bytes == self.committed() + nbytes, "charged until it is destroyed"
-        if destroying_fails:
-            self.ledger.put(*popped)
-            self.free[nbytes].append(popped[0])
+        if fails:
+            self.ledger.put(handle, nbytes)
+            self.free[nbytes].append(handle)
         else:
             self.ledger.uncharge(nbytes)
+
+    @rule()
+    def watch(self) -> None:
+        self.ledger.watch()
+        self.unwanted.update({nbytes: len(handles) for nbytes, handles in self.free.items()})
+
+    @rule(nbytes=SIZES, num_pages=st.integers(0, 3))
+    def give_up(self, nbytes: int, num_pages: int) -> None:
+        self.ledger.give_up(nbytes, num_pages)
+        self.unwanted[nbytes] = min(self.unwanted[nbytes] + num_pages, len(self.free[nbytes]))
 
     @rule(budget=st.none() | st.integers(0, 2**20))
     def set_budget(self, budget: int | None) -> None:
@@ -89,6 +121,7 @@ class LedgerMachine(RuleBasedStateMachine):
             budget_bytes=self.budget,
             num_free_pages=num_free,
             num_pages=num_free + len(self.out),
+            unwanted_bytes=sum(nbytes * num_pages for nbytes, num_pages in self.unwanted.items()),
         )
         assert (self.ledger.committed_bytes, self.ledger.free_bytes) == (self.committed(), self.free_bytes())
         assert (self.ledger.budget_bytes, self.ledger.torch_bytes) == (self.budget, 0)
@@ -142,7 +175,7 @@ def test_page_that_is_not_out_cannot_come_back(return_page) -> None:
     ledger.put(6, 4096)
     with pytest.raises(AssertionError, match="4096 bytes"):
         return_page(ledger)
-    assert ledger.counts() == LedgerCounts(4096, 4096, 0, None, 1, 1)
+    assert ledger.counts() == LedgerCounts(4096, 4096, 0, None, 1, 1, 0)
 
 
 def test_wrong_arguments_are_refused() -> None:
@@ -153,7 +186,7 @@ def test_wrong_arguments_are_refused() -> None:
         ledger.budget_bytes = 2**63
     with pytest.raises(ValueError, match="nbytes is 0"):
         ledger.take(0)
-    assert ledger.counts() == LedgerCounts(0, 0, 0, 100, 0, 0)
+    assert ledger.counts() == LedgerCounts(0, 0, 0, 100, 0, 0, 0)
 
 
 def test_closed_ledger_is_refused() -> None:
@@ -164,6 +197,9 @@ def test_closed_ledger_is_refused() -> None:
         lambda: ledger.take(1),
         lambda: ledger.put(1, 1),
         ledger.pop_free,
+        ledger.pop_unwanted,
+        ledger.watch,
+        lambda: ledger.give_up(1, 1),
         ledger.counts,
         lambda: ledger.address,
     ):

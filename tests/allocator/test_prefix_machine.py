@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scripted_drivers import PAGE, FailingDriver
 from sequences import LANES, SALTS, check, close, expected_rows
+from vtensors import Clock
 
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.page_pool import PagePool, Tier
@@ -45,7 +46,8 @@ class PrefixMachine(RuleBasedStateMachine):
     def make(self, budget_pages: int | None, max_pages: int | None) -> None:
         self.driver = FailingDriver()
         budget_bytes = None if budget_pages is None else budget_pages * PAGE
-        self.scheduler = GrowthScheduler(PagePool(self.driver, budget_bytes), 20 * PAGE)
+        self.clock = Clock()
+        self.scheduler = GrowthScheduler(PagePool(self.driver, budget_bytes), 20 * PAGE, clock=self.clock)
         max_bytes = None if max_pages is None else max_pages * PAGE
         self.tree = PrefixTree(LANES, scheduler=self.scheduler, max_bytes=max_bytes, max_mappings=_MOST_MAPPINGS)
         self.tensors: list[Modelled] = []
@@ -167,6 +169,12 @@ class PrefixMachine(RuleBasedStateMachine):
     @rule(calls_until=st.integers(0, 12))
     def refuse_soon(self, calls_until: int) -> None:
         self.driver.fail_at = len(self.driver.calls) + calls_until
+
+    @rule()
+    def load_drops(self) -> None:
+        self.clock.drop_load(self.scheduler)
+        self.driver.fail_at = None
+        self.driver.refused.clear()
 
     @rule(what=st.sampled_from(["trim", "reclaim", "drop"]))
     def memory(self, what: str) -> None:

@@ -16,6 +16,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scripted_drivers import PAGE, FailingDriver
+from vtensors import Clock
 
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.page_pool import PagePool, Tier
@@ -48,7 +49,8 @@ class TiersMachine(RuleBasedStateMachine):
     def make(self, budget: int | None, idle_pages: int) -> None:
         self.driver = self.make_driver()
         self.pool = PagePool(self.driver)
-        self.scheduler = GrowthScheduler(self.pool, idle_pages * PAGE)
+        self.clock = Clock()
+        self.scheduler = GrowthScheduler(self.pool, idle_pages * PAGE, clock=self.clock)
         self.tree = PrefixTree((_LANE,), scheduler=self.scheduler, max_bytes=100 * PAGE)
         self.tensors: list[Modelled] = []
         self.recorded: dict[int, torch.Tensor] = {}  # by the token that a prefix repeats
@@ -188,6 +190,11 @@ class TiersMachine(RuleBasedStateMachine):
     @rule(budget=st.sampled_from(_BUDGETS))
     def set_budget(self, budget: int | None) -> None:
         self.pool.budget_bytes = None if budget is None else budget * PAGE
+
+    @rule()
+    def load_drops(self) -> None:
+        with self.may_be_refused():
+            self.clock.drop_load(self.scheduler)
 
     @rule(what=st.sampled_from(["trim", "evict"]))
     def give_back(self, what: str) -> None:

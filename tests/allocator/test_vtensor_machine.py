@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scripted_drivers import OFFLOAD_FOLDER, PAGE
 from strategies import TensorSpec, budgets, row_counts, tensor_specs
+from vtensors import Clock
 
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.host_driver import HostDriver
@@ -43,7 +44,8 @@ class VTensorMachine(RuleBasedStateMachine):
     @initialize(budget_bytes=budgets(PAGE), idle_pages=st.sampled_from([0, 10, 10_000]))
     def make_scheduler(self, budget_bytes: int | None, idle_pages: int) -> None:
         self.driver = HostDriver(PAGE, OFFLOAD_FOLDER)
-        self.scheduler = GrowthScheduler(PagePool(self.driver, budget_bytes), idle_pages * PAGE)
+        self.clock = Clock()
+        self.scheduler = GrowthScheduler(PagePool(self.driver, budget_bytes), idle_pages * PAGE, clock=self.clock)
         self.tensors: list[Modelled] = []
         self.views: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.seed = 0
@@ -172,6 +174,10 @@ class VTensorMachine(RuleBasedStateMachine):
         elif self.tensors:
             self.commit(self.pick(data), data, what)
 
+    @rule()
+    def load_drops(self) -> None:
+        self.clock.drop_load(self.scheduler)
+
     def commit(self, it: Modelled, data: st.DataObject, what: str) -> None:
         vtensor, address = it.vtensor, it.vtensor.data_ptr
         try:
@@ -203,7 +209,9 @@ class VTensorMachine(RuleBasedStateMachine):
         except OutOfPagesError as error:
             self.memory_really_was_short(error)
         else:
-            assert vtensor.offloaded_bytes == 0
+            others = [it for it in self.scheduler.pool.ranges.values() if it is not vtensor._range and not it.is_idle]
+            used = {page for range_ in others for page in range_.pages}
+            assert all(page in used for page in vtensor._range.pages if page.is_outside), "nobody else uses it there"
 
     @precondition(lambda self: self.tensors)
     @rule()

@@ -9,8 +9,36 @@ from scripted_drivers import PAGE
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.host_driver import HostDriver
 from torch_vtensor.allocator.vtensor import VTensor
+from torch_vtensor.settings import IDLE_SECONDS
 
 MakeScheduler = Callable[..., GrowthScheduler]  # the fixture of that name
+
+
+class Clock:
+    """The time that a test says it is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.num_asked = 0
+
+    def __call__(self) -> float:
+        self.num_asked += 1
+        return self.now
+
+    def pass_by(self, seconds: float, *schedulers: GrowthScheduler) -> None:
+        """Let time pass, and the schedulers' threads do what is due then."""
+        self.now += seconds
+        for scheduler in schedulers:
+            scheduler.settle()  # it looks at the time behind this
+            scheduler.settle()
+
+    def drop_load(self, scheduler: GrowthScheduler) -> None:
+        """Let time pass in which nobody wants anything, and what the driver refuses is tried again."""
+        scheduler.reap()
+        for _ in range(10):
+            self.pass_by(IDLE_SECONDS, scheduler)
+        stats = scheduler.stats()
+        assert stats.parked_bytes + stats.pooled_bytes <= stats.live_bytes // 5
 
 
 def assert_all_given_back(scheduler: GrowthScheduler) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import garbage
 
 import torch_vtensor
@@ -49,6 +51,16 @@ class Memory:
         for scheduler in pools.all_schedulers().values():
             scheduler.reap()
             scheduler.settle()
+
+    def wait_for_idle_memory(self) -> None:
+        """Wait until what nobody wants went back by itself."""
+        deadline = time.monotonic() + 60
+        while any(
+            pool.parked_bytes + pool.pooled_bytes > pool.live_bytes // 5
+            for pool in torch_vtensor.stats().devices.values()
+        ):
+            assert time.monotonic() < deadline, torch_vtensor.stats()
+            time.sleep(0.002)
 
     def check_nothing_left(self) -> None:
         """Every cache of the test has ended: all of its memory and addresses go back."""

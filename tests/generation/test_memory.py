@@ -283,6 +283,22 @@ def test_the_next_conversation_adopts_the_memory_of_the_last(memory: Memory) -> 
         assert num_calls("unmap") == num_calls("release") == 0
 
 
+def test_between_calls_idle_memory_goes_back_and_the_next_one_is_answered_alike(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_VTENSOR_IDLE_SECONDS", "0.01")
+    model, inputs = model_of("llama"), FAMILIES["llama"].inputs(2)
+    expected = generate(model, inputs, 60).sequences
+    kept = grown(300)
+    with torch_vtensor.enabled():
+        for _ in range(3):
+            assert torch.equal(generate(model, inputs, 60).sequences, expected)
+            memory.wait_for_idle_memory()
+            pool = torch_vtensor.stats().devices[CPU]
+            assert pool.committed_bytes <= 1.2 * kept.memory().committed_bytes
+    assert num_calls("destroy") > 0
+
+
 def num_calls(name: str) -> int:
     calls = torch_vtensor.stats().devices[CPU].driver_calls
     return calls[name].count if name in calls else 0

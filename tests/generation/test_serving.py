@@ -292,6 +292,27 @@ def test_windows_give_their_pages_back(memory: Memory) -> None:
 
 
 @one_layout
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_without_requests_a_manager_keeps_what_is_its_own_and_no_more(
+    memory: Memory, is_captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_VTENSOR_IDLE_SECONDS", "0.01")
+    model, asked = model_to_serve("llama"), prompts(60, 50)
+    with torch_vtensor.enabled(compile=is_captured):
+        served = Served(model, generation_config=config_of(max_new_tokens=20))
+        own_bytes = memory.live_bytes
+        for turn in range(3):
+            for index, prompt in enumerate(asked):
+                served.manager.add_request(prompt, request_id=f"{turn}.{index}")
+            outputs = served.run()
+            assert memory.live_bytes == own_bytes
+            memory.wait_for_idle_memory()
+            found = [outputs[f"{turn}.{index}"].generated_tokens for index in range(2)]
+            assert found == [alone("llama", prompt, 20) for prompt in asked]
+        served.close()
+
+
+@one_layout
 def test_cancelled_requests_leave_their_memory_at_once(memory: Memory) -> None:
     model = model_to_serve("llama")
     with torch_vtensor.enabled():

@@ -61,7 +61,7 @@ class Soak:
         self.driver = Refusing(driver)
         self.device = driver.device
         self.num_bytes = num_bytes
-        self.scheduler = GrowthScheduler(PagePool(self.driver, num_bytes), idle_bytes=num_bytes // 8)
+        self.scheduler = GrowthScheduler(PagePool(self.driver, num_bytes), num_bytes // 8, idle_seconds=0.02)
         self.tree = PrefixTree((_LANE,), scheduler=self.scheduler, max_bytes=num_bytes // 4)
         self.sequences: list[Sequence] = []
         self.columns = torch.arange(1024, dtype=torch.int32, device=self.device)

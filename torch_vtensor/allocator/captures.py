@@ -21,6 +21,7 @@ __all__ = [
     "between_captures",
     "captures_here",
     "capturing",
+    "no_captures",
     "outlast_captures",
     "outside_captures",
 ]
@@ -119,6 +120,15 @@ def bar_captures(driver: Driver, held: ExitStack) -> bool:
             return False
         held.callback(captures.unbar)
     return not _captured_elsewhere(driver)
+
+
+def no_captures(driver: Driver, held: ExitStack) -> bool:
+    """Whether nobody captures now, this thread included; then no other begins to until ``held`` ends.
+
+    Waits for nothing. For who makes fences with a lock that captures may need: to look alone leaves others the time to
+    begin one, for whose end a fence would wait.
+    """
+    return bar_captures(driver, held) and not driver.is_capturing()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ A range's life:
 
     reserve ──> in use ──(last view gone)──> dead ──(fence recorded)──> parked ──> adopted by the next sequence
                                                                           │
-                                                    pressure, trim, idle above the watermark
+                                        pressure, trim, above the watermark, unwanted for a while
                                                                           │
                                                                           └──(fence passed)──> unmapped, pages pooled
 
@@ -14,36 +14,32 @@ taken nor the driver called. Everything else happens at the next operation or on
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import logging
 import math
-import queue
 import threading
+import time
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import ExitStack, suppress
-from typing import NamedTuple
 
 from torch_vtensor.allocator import tiers
 from torch_vtensor.allocator.address_range import AddressRange
 from torch_vtensor.allocator.captures import bar_captures, outside_captures
-from torch_vtensor.allocator.driver import Fence
-from torch_vtensor.allocator.page_pool import Page, PagePool, PoolStats, Tier
+from torch_vtensor.allocator.idle_ranges import IdleRanges, Left
+from torch_vtensor.allocator.page_pool import Page, PagePool, PoolStats
 from torch_vtensor.allocator.watcher import is_watching
+from torch_vtensor.allocator.worker import Worker, is_ahead_of_need, run
 from torch_vtensor.errors import DriverError, VTensorError
+from torch_vtensor.settings import IDLE_SECONDS, MIB
 
-__all__ = ["GrowthScheduler", "RangeHold", "is_ahead_of_need"]
+__all__ = ["GrowthScheduler", "RangeHold"]
 
 _log = logging.getLogger(__name__)
-_THREAD_NAME = "torch_vtensor growth"
 _IDLE_FRACTION = 8  # idle memory above 1/8 of the limit goes back, down to 1/16
-
-
-def is_ahead_of_need() -> bool:
-    """Whether this is a scheduler's thread, whose work somebody may need later: nobody else has to suffer for it."""
-    return threading.current_thread().name == _THREAD_NAME
+_MOST_BYTES_AT_ONCE = 256 * MIB  # given back under one hold of the pool's lock: some 3 ms where pages are small
+_LEAST_PAUSE_S = 0.01  # between two looks at what is idle
 
 
 class RangeHold:
@@ -63,13 +59,6 @@ class RangeHold:
         self._dead.append(self.range)
 
 
-class _Idle(NamedTuple):
-    """A range that nothing refers to, usable again after ``fence``."""
-
-    range: AddressRange
-    fence: Fence
-
-
 class GrowthScheduler:
     """Hands out address ranges of one pool, grows them ahead of need, and reclaims them behind the device.
 
@@ -77,24 +66,40 @@ class GrowthScheduler:
         pool: the device's pages.
         idle_bytes: how much parked and pooled memory to keep for the next sequence; more than that is returned to
             the system in the background. Default: an eighth of the pool's limit.
+        idle_seconds: how long any of it is kept that nobody wants, beyond a fifth of what is live. What was parked, or
+            stayed pooled, for so long goes back in the background too, after twice that at the latest; None: never.
+        clock: what time it is, in seconds.
 
+    Raises: ValueError for ``idle_seconds`` that are not more than 0.
     Source: vTensor (arXiv 2407.15309) section 4.3, the vTensor scheduler: there a thread spins through every step;
         here it sleeps until a sequence is about to need a page.
     """
 
-    def __init__(self, pool: PagePool, idle_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        idle_bytes: int | None = None,
+        *,
+        idle_seconds: float | None = IDLE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if idle_seconds is not None and not idle_seconds > 0:
+            raise ValueError(f"idle_seconds is {idle_seconds}: give more than 0 seconds, or None")
         self.pool = pool
-        self.num_device_waits = 0
         self._idle_bytes = idle_bytes
+        self._idle_seconds = idle_seconds
+        self._clock = clock
+        self._is_watching_idle = False
+        self._look_at_idle = _weakly(self._give_back_unwanted)
+        self._idle = IdleRanges(pool)
         self._dead: deque[AddressRange] = deque()
         self._forsaken: deque[Sequence[Page]] = deque()
-        self._parked: list[_Idle] = []
-        self._retired: list[_Idle] = []
         self._idle_clock = itertools.count()
-        self._thread: _Worker | None = None
+        self._thread: Worker | None = None
         self._thread_lock = threading.RLock()
         pool.reclaimers.append(self._reclaim)
         pool.offloaders.append(self._offload_idle)
+        pool.keepers.append(self._watch_idle)
 
     @property
     def idle_bytes(self) -> int:
@@ -102,6 +107,11 @@ class GrowthScheduler:
         if self._idle_bytes is not None:
             return self._idle_bytes
         return self.pool.limit_bytes // _IDLE_FRACTION
+
+    @property
+    def num_device_waits(self) -> int:
+        """How often memory was short enough to wait for the device."""
+        return self._idle.num_device_waits
 
     def reserve(
         self,
@@ -122,16 +132,11 @@ class GrowthScheduler:
         with self.pool.lock:
             self._drain()
             if first_bytes is not None and not self.pool.driver.is_capturing():
-                limit = 2 * first_bytes + self.pool.page_bytes
-                for index in range(len(self._parked) - 1, -1, -1):
-                    parked = self._parked[index].range
-                    fits = parked.num_strips == num_strips and parked.strip_bytes >= strip_bytes
-                    if fits and parked.committed_bytes <= limit and parked.salt == salt:
-                        self._parked[index].fence.order_after()
-                        del self._parked[index]
-                        parked.tag = tag
-                        self.pool.tags.add(tag)
-                        return RangeHold(parked, self._dead)
+                parked = self._idle.adopt(num_strips, strip_bytes, 2 * first_bytes + self.pool.page_bytes, salt)
+                if parked is not None:
+                    parked.tag = tag
+                    self.pool.tags.add(tag)
+                    return RangeHold(parked, self._dead)
             new = AddressRange(self.pool, num_strips, strip_bytes, salt, tag)
             return RangeHold(new, self._dead)
 
@@ -178,19 +183,11 @@ class GrowthScheduler:
 
     def run_soon(self, job: Callable[[], object]) -> None:
         """Run ``job`` on the scheduler's thread; one that raises is logged, and its caller meets the cause itself."""
-        with self._thread_lock:
-            if self._thread is None or not self._thread.is_alive():
-                try:
-                    self._thread = _Worker(self.pool.driver.prepare_thread)
-                except RuntimeError:
-                    self._thread = None  # no thread can be started, as while the interpreter ends
-                else:
-                    # It ends with its scheduler; a SimpleQueue may be put to from a finalizer.
-                    weakref.finalize(self, self._thread.jobs.put, None).atexit = False
-            if self._thread is not None:
-                self._thread.jobs.put(job)
-                return
-        _run(job)
+        worker = self._worker()
+        if worker is None:
+            run(job)
+        else:
+            worker.jobs.put(job)
 
     def settle(self) -> None:
         """Return once the scheduler's thread has done everything it was asked to do so far."""
@@ -210,8 +207,8 @@ class GrowthScheduler:
         """
         if self.pool.is_foreign:
             return 0
-        with tiers.between_uses(self.pool, tags):
-            tiers.check_can_move(self.pool)
+        with tiers.between_uses(self.pool, tags), ExitStack() as held:
+            tiers.keep_captures_out(self.pool, held)
             committed_bytes = self.pool.ledger.committed_bytes
             self._empty_parked()
             if tiers.has_tag(tiers.PREFIX_TAG, tags) and tiers.has_tag(tiers.PREFIX_TAG, discard):
@@ -229,7 +226,7 @@ class GrowthScheduler:
                         sleeper.wake(self, tags)
                 raise
             finally:
-                self._note_tiers()
+                self.pool.note_tiers()
             try:
                 self._empty_parked()
                 self.pool.trim()
@@ -244,8 +241,8 @@ class GrowthScheduler:
         """
         if self.pool.is_foreign:
             return 0
-        with tiers.between_uses(self.pool, tags):
-            tiers.check_can_move(self.pool)
+        with tiers.between_uses(self.pool, tags), ExitStack() as held:
+            tiers.keep_captures_out(self.pool, held)
             used_bytes = self.pool.ledger.committed_bytes - self.pool.ledger.free_bytes
             for sleeper in self.pool.sleepers:
                 sleeper.wake(self, tags)
@@ -253,7 +250,7 @@ class GrowthScheduler:
             for range_ in list(self.pool.ranges.values()):
                 if not range_.is_idle:
                     range_.note_away()  # where somebody used shared pages meanwhile
-            self._note_tiers()
+            self.pool.note_tiers()
             return max(self.pool.ledger.committed_bytes - self.pool.ledger.free_bytes - used_bytes, 0)
 
     def offload(self, hold: RangeHold) -> int:
@@ -261,11 +258,11 @@ class GrowthScheduler:
 
         Raises: OffloadLimitError or DriverError, with every row where it was, or outside the device.
         """
-        with self.pool.lock:
+        with self.pool.lock, ExitStack() as held:
             self.mark_idle(hold)
-            tiers.check_can_move(self.pool)
+            tiers.keep_captures_out(self.pool, held)
             self._drain()
-            self._empty_retired(wait=True)
+            self._idle.empty_retired(wait=True)
             return tiers.offload(self, [hold.range])
 
     def mark_idle(self, hold: RangeHold) -> None:
@@ -279,16 +276,16 @@ class GrowthScheduler:
 
         Raises: OutOfPagesError or DriverError, with every row where it was, or on the device.
         """
-        with self.pool.lock:
+        with self.pool.lock, ExitStack() as held:
             hold.range.is_idle = False
             try:
-                tiers.check_can_move(self.pool)
+                tiers.keep_captures_out(self.pool, held)
                 self._drain()
-                self._empty_retired(wait=True)  # which may map the same pages
+                self._idle.empty_retired(wait=True)  # which may map the same pages
                 return tiers.prefetch(self, [hold.range])
             finally:
                 hold.range.note_away()
-                self._note_tiers()
+                self.pool.note_tiers()
 
     def trim(self) -> int:
         """Return all parked and pooled memory, and unused prefixes, to the system; waits for the device if it must.
@@ -312,19 +309,14 @@ class GrowthScheduler:
         pool = self.pool
         with pool.lock:
             self._drain()
-            pages, counts = [page for page in pool.live_pages() if page.tier is Tier.DEVICE], pool.ledger.counts()
-            idle_refs = Counter(page for idle in self._parked + self._retired for page in idle.range.pages)
-            parked_bytes = sum(page.nbytes for page in pages if page.num_refs == idle_refs[page])
-            prefixes = [page for page in pages if page.num_held and page.num_refs - idle_refs[page] == page.num_held]
-            prefix_bytes = sum(page.nbytes for page in prefixes)
-            num_uses = {page: page.num_refs - idle_refs[page] - max(page.num_held - 1, 0) for page in pages}
+            uses, counts = self._idle.uses(), pool.ledger.counts()
             return PoolStats(
                 reserved_bytes=pool.reserved_bytes,
                 committed_bytes=counts.committed_bytes,
-                live_bytes=sum(page.nbytes for page in pages) - parked_bytes - prefix_bytes,
-                shared_bytes=sum(page.nbytes for page in pages if num_uses[page] > 1),
-                prefix_bytes=prefix_bytes,
-                parked_bytes=parked_bytes,
+                live_bytes=uses.live_bytes,
+                shared_bytes=uses.shared_bytes,
+                prefix_bytes=uses.prefix_bytes,
+                parked_bytes=uses.parked_bytes,
                 pooled_bytes=counts.free_bytes,
                 torch_bytes=counts.torch_bytes,
                 offloaded_bytes=pool.offloads.used_bytes,
@@ -347,35 +339,63 @@ class GrowthScheduler:
         self.pool.driver.collect()
         num_dead = len(self._dead)  # one that dies during this call may have work behind this call's fence
         if not num_dead or self.pool.driver.is_capturing() or self._leaves_fences_to_others():
+            self._watch_idle()  # what torch's allocator has pooled without a word
             return
         with ExitStack() as held:
             # A fence would wait for who begins a capture just now, and that one may wait for the pool's lock.
             if not bar_captures(self.pool.driver, held):
                 return
             fence = self.pool.driver.fence()
+        now = self._clock()
         while num_dead and self._dead:  # a close() in a finalizer can come in between
             num_dead -= 1
-            dead = self._dead.popleft()
-            adoptable = dead.is_whole and dead.committed_bytes > 0 and dead.exclusive_from() == 0 and dead.is_on_device
-            dead.is_idle, dead.away_at = False, None
-            (self._parked if adoptable else self._retired).append(_Idle(dead, fence))
-        if self._retired or self._num_parked_bytes() + self.pool.ledger.free_bytes > self.idle_bytes:
+            self._idle.put(self._dead.popleft(), fence, now)
+        self._watch_idle()
+        if self._idle.has_retired or self._idle.is_more_than(self.idle_bytes):
             self.run_soon(self._collect)
 
-    def _note_tiers(self) -> None:
-        """Find out whether anything is left of what ``PagePool.is_tiered`` stands for."""
-        pool = self.pool
-        pool.is_tiered = pool.offloads.used_bytes > 0 or any(
-            range_.is_idle or range_.is_asleep for range_ in list(pool.ranges.values())
-        )
+    def _worker(self) -> Worker | None:
+        """The scheduler's thread; None where none can be started, as while the interpreter ends."""
+        with self._thread_lock:
+            if self._thread is None or not self._thread.is_alive():
+                try:
+                    self._thread = Worker(self.pool.driver.prepare_thread, self._clock)
+                except RuntimeError:
+                    self._thread = None
+                else:
+                    weakref.finalize(self, self._thread.jobs.put, None).atexit = False  # it ends with its scheduler
+            return self._thread
+
+    def _watch_idle(self) -> None:
+        """Have the scheduler's thread look at idle memory after a while, if there is any and it will not anyway."""
+        if self._is_watching_idle or self._idle_seconds is None or self.pool.is_foreign:
+            return
+        worker = self._worker() if self._idle.has_memory else None
+        if worker is not None:
+            self.pool.ledger.watch()
+            worker.run_at(self._clock() + max(self._idle_seconds, _LEAST_PAUSE_S), self._look_at_idle)
+            self._is_watching_idle = True
+
+    def _give_back_unwanted(self) -> None:
+        """Return idle memory that nobody wanted for a while; of much some at a time, and others are let in between."""
+        assert self._idle_seconds is not None
+        with self.pool.lock:
+            left = Left.WANTED
+            try:
+                if not self.pool.driver.is_capturing():  # asking a fence would break the capture
+                    left = self._idle.give_back(self._clock() - self._idle_seconds, _MOST_BYTES_AT_ONCE)
+            finally:
+                self._is_watching_idle = left is Left.MORE
+                if left is Left.MORE:
+                    self.run_soon(self._look_at_idle)
+                elif left is Left.WANTED:
+                    self._watch_idle()
 
     def _empty_parked(self) -> None:
         """Unmap all that is dead; waits for the device, unless a graph is being captured: then nothing happens."""
         self._drain()
         if not self.pool.driver.is_capturing():
-            self._retired += self._parked
-            self._parked.clear()
-            self._empty_retired(wait=True)
+            self._idle.empty()
 
     def _offload_idle(self, nbytes: float) -> None:
         if not is_ahead_of_need() and not self._leaves_fences_to_others():
@@ -388,93 +408,22 @@ class GrowthScheduler:
     def _collect(self) -> None:
         """Empty what is retired and, above the watermark, what is parked, as far as the device is done with it."""
         with self.pool.lock:
-            self._empty_retired(wait=False)
-            keep_bytes = self.idle_bytes // 2
-            if self._num_parked_bytes() + self.pool.ledger.free_bytes <= self.idle_bytes:
-                return
-            # Pooled pages first: a parked range saves its adopter the mapping as well.
-            self.pool.trim(max(keep_bytes - self._num_parked_bytes(), 0))
-            while self._parked and self._num_parked_bytes() > keep_bytes:
-                self._retired.append(self._parked.pop(0))
-                self._empty_retired(wait=False)
-                self.pool.trim(max(keep_bytes - self._num_parked_bytes(), 0))
-
-    def _num_parked_bytes(self) -> int:
-        return sum(idle.range.committed_bytes * idle.range.num_strips for idle in self._parked)
+            self._idle.shrink(self.idle_bytes, keep_bytes=self.idle_bytes // 2)
 
     def _reclaim(self, nbytes: float) -> None:
         """Turn parked ranges into pooled pages until ``nbytes`` are free; waits for the device only if it must."""
         with self.pool.lock:
             self._drain()
-            if self.pool.driver.is_capturing():
-                return  # asking a fence would break the capture
-            for wait in (False, True):
-                self._empty_retired(wait, nbytes)
-                for idle in list(self._parked):
-                    if self.pool.ledger.free_bytes >= nbytes:
-                        return
-                    if wait or idle.fence.passed():
-                        self._parked.remove(idle)
-                        self._retired.append(idle)
-                        self._empty_retired(wait, nbytes)
-
-    def _empty_retired(self, wait: bool, enough_bytes: float = math.inf) -> None:
-        """Unmap what is retired until ``enough_bytes`` are pooled; by age, so that heads come before their rest."""
-        remaining: list[_Idle] = []
-        try:
-            while self._retired and self.pool.ledger.free_bytes < enough_bytes:
-                idle = self._retired[0]
-                passed = idle.fence.passed()
-                if idle.range.num_heads or not (passed or wait):
-                    remaining.append(self._retired.pop(0))
-                    continue
-                if not passed:
-                    self.num_device_waits += 1
-                    idle.fence.wait()
-                idle.range.empty()
-                idle.range.release()
-                self._retired.pop(0)
-        finally:
-            self._retired[:0] = remaining
-            if self.pool.is_tiered:
-                self._note_tiers()
+            if not self.pool.driver.is_capturing():  # asking a fence would break the capture
+                self._idle.reclaim(nbytes)
 
 
-class _Worker:
-    """A daemon thread that runs jobs in order and sleeps in between."""
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """A call of a bound method that does not keep its object alive, and is none once that is gone."""
+    alive = weakref.WeakMethod(method)
 
-    def __init__(self, prepare: Callable[[], None]) -> None:
-        self.jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._prepare = prepare
-        self._thread = threading.Thread(target=self._run, name=_THREAD_NAME, daemon=True)
-        self._thread.start()
-        atexit.register(_stop, weakref.ref(self))
+    def call() -> None:
+        if (found := alive()) is not None:
+            found()
 
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def stop(self) -> None:
-        self.jobs.put(None)
-        self._thread.join(timeout=5)
-
-    def _run(self) -> None:
-        job: Callable[[], object] | None = self._prepare
-        while job is not None:
-            _run(job)
-            del job  # it may hold the scheduler, whose end ends this thread
-            job = self.jobs.get()
-
-
-def _run(job: Callable[[], object]) -> None:
-    try:
-        job()
-    except VTensorError as error:
-        _log.debug("work ahead was not possible: %s", error)
-    except Exception:
-        _log.exception("a job of the growth thread failed; later jobs still run")
-
-
-def _stop(worker: weakref.ref[_Worker]) -> None:
-    alive = worker()
-    if alive is not None:
-        alive.stop()
+    return call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch_vtensor.allocator import native
@@ -12,7 +13,7 @@ from torch_vtensor.errors import ClosedError
 
 __all__ = ["Ledger", "LedgerCounts", "Take", "load_library"]
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _INT64_MAX = 2**63 - 1
 
 
@@ -26,7 +27,10 @@ class Take(enum.Enum):
 
 
 class LedgerCounts(NamedTuple):
-    """A ledger's figures at one moment: ``committed_bytes = free_bytes + torch_bytes + what PagePool holds``."""
+    """A ledger's figures at one moment: ``committed_bytes = free_bytes + torch_bytes + what PagePool holds``.
+
+    Of the ``free_bytes``, which are pooled, ``unwanted_bytes`` are those that ``Ledger.watch`` explains.
+    """
 
     committed_bytes: int
     free_bytes: int
@@ -34,6 +38,7 @@ class LedgerCounts(NamedTuple):
     budget_bytes: int | None
     num_free_pages: int
     num_pages: int
+    unwanted_bytes: int
 
 
 class _Counts(ctypes.Structure):
@@ -62,6 +67,9 @@ def load_library() -> ctypes.PyDLL:
         ("take", ctypes.c_int, [pointer, i64, pointer]),
         ("put", ctypes.c_int, [pointer, ctypes.c_uint64, i64]),
         ("pop", ctypes.c_int, [pointer, pointer, pointer]),
+        ("pop_unwanted", ctypes.c_int, [pointer, pointer, pointer]),
+        ("watch", None, [pointer]),
+        ("give_up", None, [pointer, i64, i64]),
         ("uncharge", ctypes.c_int, [pointer, i64]),
         ("set_budget", None, [pointer, i64]),
         ("show", None, [pointer, pointer]),
@@ -120,9 +128,19 @@ class Ledger:
 
     def pop_free(self) -> tuple[int, int] | None:
         """Take the largest pooled page out, as (handle, bytes), to destroy it and then `uncharge` its bytes."""
-        handle, nbytes = ctypes.c_uint64(), ctypes.c_int64()
-        found = self._library.vtp_ledger_pop(self.address, ctypes.byref(handle), ctypes.byref(nbytes))
-        return (handle.value, nbytes.value) if found else None
+        return self._pop(self._library.vtp_ledger_pop)
+
+    def watch(self) -> None:
+        """From here on, pooled pages that nobody takes are unwanted: of each size the fewest that were pooled since."""
+        self._library.vtp_ledger_watch(self.address)
+
+    def give_up(self, nbytes: int, num_pages: int) -> None:
+        """Count so many more pooled pages of a size as unwanted, if there are so many."""
+        self._library.vtp_ledger_give_up(self.address, nbytes, num_pages)
+
+    def pop_unwanted(self) -> tuple[int, int] | None:
+        """As ``pop_free``, of the unwanted ones."""
+        return self._pop(self._library.vtp_ledger_pop_unwanted)
 
     def uncharge(self, nbytes: int) -> None:
         """Note that one page of these bytes was destroyed, or never created."""
@@ -177,6 +195,11 @@ class Ledger:
     def __del__(self) -> None:
         if getattr(self, "_address", None):
             self.close()
+
+    def _pop(self, pop: Callable[..., int]) -> tuple[int, int] | None:
+        handle, nbytes = ctypes.c_uint64(), ctypes.c_int64()
+        found = pop(self.address, ctypes.byref(handle), ctypes.byref(nbytes))
+        return (handle.value, nbytes.value) if found else None
 
     def _read(self) -> _Counts:
         counts = _Counts()

@@ -124,7 +124,8 @@ class PoolStats(NamedTuple):
 class PagePool:
     """Creates, shares, pools and destroys pages; knows nothing of addresses.
 
-    A page whose last reference is dropped stays in the pool, because taking a pooled page costs no driver call.
+    A page whose last reference is dropped stays in the pool, because taking a pooled page costs no driver call; its
+    ``keepers`` hear of it, and see to it that what nobody takes goes back to the system.
     Under pressure the pool first asks its ``reclaimers`` (parked ranges give their pages back), then its ``evictors``
     (prefixes that nobody uses go), then destroys pooled pages of other sizes, then asks its ``offloaders`` (what is
     idle leaves the device), then, where it is the device that is full, other processes, and only then raises.
@@ -156,6 +157,8 @@ class PagePool:
         self.reclaimers: list[Callable[[float], None]] = []
         self.evictors: list[Callable[[float], None]] = []
         self.offloaders: list[Callable[[float], None]] = []
+        self.keepers: list[Callable[[], None]] = []
+        """Called, with the lock, whenever pages may have been pooled."""
         self.sleepers: list[Sleeper] = []
         self.rounds: list[Rounds] = []
         self.offloads = OffloadPool(self.driver, offload_bytes)
@@ -274,6 +277,8 @@ class PagePool:
                 elif page.num_refs == 1:
                     self.shared_bytes -= page.nbytes
             self.publish()
+            for keep in self.keepers:
+                keep()
 
     def hold(self, pages: Iterable[Page]) -> None:
         """Keep pages, mapped or not, by one more reference to each."""
@@ -341,24 +346,23 @@ class PagePool:
 
         Raises: DriverError with the refused page still pooled.
         """
-        if self.is_foreign:
-            return 0
-        freed_bytes = 0
         with self.lock:
-            left_bytes = self.ledger.free_bytes
-            while left_bytes > keep_bytes and (popped := self.ledger.pop_free()) is not None:
-                handle, nbytes = popped
-                try:
-                    self.driver.destroy(handle, nbytes)
-                except BaseException:
-                    self.ledger.put(handle, nbytes)
-                    raise
-                self._tenants.pop(handle, None)
-                self.ledger.uncharge(nbytes)
-                freed_bytes += nbytes
-                left_bytes -= nbytes
-            self.publish()
-        return freed_bytes
+            return self._destroy(self.ledger.pop_free, self.ledger.free_bytes - keep_bytes)
+
+    def trim_unwanted(self, nbytes: int) -> int:
+        """Destroy pooled pages that nobody wants (``Ledger.watch``), the largest first, until ``nbytes`` are freed.
+
+        Returns: bytes freed; fewer where no more are unwanted.
+        Raises:  DriverError with the refused page still pooled, as one that is wanted.
+        """
+        with self.lock:
+            return self._destroy(self.ledger.pop_unwanted, nbytes)
+
+    def note_tiers(self) -> None:
+        """Find out whether anything is left of what ``is_tiered`` stands for."""
+        self.is_tiered = self.offloads.used_bytes > 0 or any(
+            range_.is_idle or range_.is_asleep for range_ in list(self.ranges.values())
+        )
 
     # Other processes
 
@@ -469,6 +473,22 @@ class PagePool:
         page = Page(handle, nbytes, salt, self._is_dirty(handle, taken is Take.CHARGED, salt))
         self._pages[page] = None
         return page
+
+    def _destroy(self, pop: Callable[[], tuple[int, int] | None], nbytes: int) -> int:
+        """Destroy what ``pop`` takes out of the pool until that are ``nbytes``, or more; returns the bytes."""
+        freed_bytes = 0
+        while not self.is_foreign and freed_bytes < nbytes and (popped := pop()) is not None:
+            handle, page_bytes = popped
+            try:
+                self.driver.destroy(handle, page_bytes)
+            except BaseException:
+                self.ledger.put(handle, page_bytes)
+                raise
+            self._tenants.pop(handle, None)
+            self.ledger.uncharge(page_bytes)
+            freed_bytes += page_bytes
+        self.publish()
+        return freed_bytes
 
     def _is_dirty(self, handle: int, is_new: bool, salt: Hashable) -> bool:
         """Whether the page may show what another tenant wrote; where not, it is ``salt``'s from now on."""

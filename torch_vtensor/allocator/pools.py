@@ -12,11 +12,12 @@ from collections.abc import Iterator
 import torch
 
 from torch_vtensor.allocator.driver import Driver
-from torch_vtensor.allocator.growth import GrowthScheduler, is_ahead_of_need
+from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.neighbours import idle_memory_of_others
 from torch_vtensor.allocator.page_pool import PagePool, read_budget
 from torch_vtensor.allocator.recorder import Recorder
 from torch_vtensor.allocator.watcher import Watcher
+from torch_vtensor.allocator.worker import is_ahead_of_need
 from torch_vtensor.settings import load_settings, status_folder
 from torch_vtensor.status import StatusFile
 
@@ -54,7 +55,7 @@ def default_scheduler(device: torch.device) -> GrowthScheduler:
             budget_bytes = _budget_bytes if _budget_bytes is not None else load_settings().budget_bytes
             pool = PagePool(_make_driver(device), budget_bytes, offload_bytes=load_settings().offload_bytes)
             pool.driver.marks_ranges = load_settings().nvtx and device.type == "cuda"
-            scheduler = GrowthScheduler(pool)
+            scheduler = GrowthScheduler(pool, idle_seconds=load_settings().idle_seconds)
             if load_settings().status:
                 _show(pool)
             _record(pool)

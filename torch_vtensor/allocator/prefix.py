@@ -21,9 +21,11 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import NamedTuple
 
+from torch_vtensor.allocator.captures import no_captures
 from torch_vtensor.allocator.driver import Fence
 from torch_vtensor.allocator.growth import GrowthScheduler
 from torch_vtensor.allocator.page_pool import Page, PagePool, Tier
@@ -397,16 +399,17 @@ class PrefixTree:
                 f"the tensors' salts are {[vtensor.salt for vtensor in vtensors]}, and they are to be found under "
                 f"{salt!r}: what one tenant computed is not lent to another"
             )
-        if self.pool.is_foreign or self.pool.driver.is_capturing() or not tokens:
-            return 0
-        path, num_known = self._walk(tokens, salt)
-        if num_known < len(tokens):
-            runs = [vtensor.lend(slot, len(tokens)) for vtensor in vtensors]
-            if not path:
-                path = [self._roots.setdefault(salt, self._make_root(runs))]
-            self._add(path, tokens, num_known, runs)
-            self._num_recorded += len(tokens) - num_known
-        return len(tokens) - num_known
+        with ExitStack() as held:
+            if self.pool.is_foreign or not tokens or not no_captures(self.pool.driver, held):
+                return 0
+            path, num_known = self._walk(tokens, salt)
+            if num_known < len(tokens):
+                runs = [vtensor.lend(slot, len(tokens)) for vtensor in vtensors]
+                if not path:
+                    path = [self._roots.setdefault(salt, self._make_root(runs))]
+                self._add(path, tokens, num_known, runs)
+                self._num_recorded += len(tokens) - num_known
+            return len(tokens) - num_known
 
     def _source(self, path: list[_Node], num_rows: int, padding: int) -> Source:
         padding = min(padding, num_rows)

@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
 from torch_vtensor.allocator.address_range import AddressRange
-from torch_vtensor.allocator.captures import outside_captures
+from torch_vtensor.allocator.captures import no_captures, outside_captures
 from torch_vtensor.allocator.moves import Arrival, Place, arrive, leave, units_of
 from torch_vtensor.allocator.page_pool import Page, PagePool, Tier
 from torch_vtensor.errors import DriverError, OffloadLimitError, OutOfPagesError, VTensorError
@@ -38,8 +38,8 @@ __all__ = [
     "Sleeper",
     "between_uses",
     "call",
-    "check_can_move",
     "has_tag",
+    "keep_captures_out",
     "make_mappable",
     "offload",
     "offload_idle",
@@ -313,11 +313,11 @@ def make_mappable(scheduler: GrowthScheduler, pages: Iterable[Page]) -> None:
     Raises:  OffloadLimitError or DriverError, or VTensorError while a graph is being captured, with all as it was.
     """
     pool = scheduler.pool
-    with pool.lock:
+    with pool.lock, ExitStack() as held:
         asleep = [page for page in dict.fromkeys(pages) if page.tier is Tier.ASLEEP and not page.is_mappable]
         if not asleep:
             return
-        check_can_move(pool)
+        keep_captures_out(pool, held)
         try:
             _bring_back(scheduler, asleep, lambda place: False)
         except OutOfPagesError:
@@ -331,8 +331,8 @@ def offload_idle(scheduler: GrowthScheduler, nbytes: float) -> None:
     Effects: nothing while a graph is being captured; stops at what cannot be offloaded, without an error.
     """
     pool = scheduler.pool
-    with pool.lock:
-        if pool.driver.is_capturing():
+    with pool.lock, ExitStack() as held:
+        if not no_captures(pool.driver, held):
             return
         idle = [range_ for range_ in pool.ranges.values() if range_.is_idle and not range_.is_asleep]
         for range_ in sorted(idle, key=lambda range_: range_.idle_since):
@@ -377,10 +377,13 @@ def _is_discarded(page: Page, at: list[Place], discard: Collection[str] | None) 
     return page.num_held == 0 and all(has_tag(place.range.tag, discard) for place in at)
 
 
-def check_can_move(pool: PagePool) -> None:
-    """Raise VTensorError while a graph is being captured, ForkedProcessError in a child process."""
+def keep_captures_out(pool: PagePool, held: ExitStack) -> None:
+    """Have no other thread begin to capture a graph until ``held`` ends: memory moves behind fences. Waits for nothing.
+
+    Raises: VTensorError while a graph is being captured, ForkedProcessError in a child process.
+    """
     pool.check_process()
-    if pool.driver.is_capturing():
+    if not no_captures(pool.driver, held):
         whose = "a graph is" if pool.driver.is_capturing_here() else "another thread's graph is still"
         raise VTensorError(
             f"memory on {pool.device} cannot change places while {whose} being captured: sleep, wake, offload or "

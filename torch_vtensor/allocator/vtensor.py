@@ -7,7 +7,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from torch_vtensor.allocator import tiers
 from torch_vtensor.allocator._torch_compat import num_storage_users
 from torch_vtensor.allocator.address_range import AddressRange
-from torch_vtensor.allocator.captures import outlast_captures, outside_captures
+from torch_vtensor.allocator.captures import no_captures, outlast_captures, outside_captures
 from torch_vtensor.allocator.growth import GrowthScheduler, RangeHold
 from torch_vtensor.allocator.page_pool import Tier
 from torch_vtensor.allocator.page_run import PageRun
@@ -510,17 +510,19 @@ class VTensor:
             range_.commit(nbytes)
 
     def _bring_back(self) -> None:
-        if self.scheduler.pool.driver.is_capturing():
-            self._range.note_away()
-        else:
+        pool = self.scheduler.pool
+        with pool.lock, ExitStack() as held:
+            if not no_captures(pool.driver, held):
+                self._range.note_away()
+                return
             try:
                 self.scheduler.prefetch(self._awake())
             except OutOfPagesError:
                 pass  # rows outside the device can be used as well
             except VTensorError as error:
-                if isinstance(error, DriverError) or not self.scheduler.pool.driver.is_capturing():
+                if isinstance(error, DriverError) or not pool.driver.is_capturing():
                     raise
-                self._range.note_away()  # a capture began meanwhile
+                self._range.note_away()  # somebody who does not say so here began a capture meanwhile
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of every strip, which have memory, as a view of the cached storage."""

@@ -57,6 +57,7 @@ def _describe_settings(settings: Settings) -> dict[str, str | None]:
         "host page": format_bytes(settings.page_bytes),
         "offload": "what there is" if settings.offload_bytes is None else format_bytes(settings.offload_bytes),
         "offload folder": settings.offload_folder,
+        "unwanted memory": "kept" if settings.idle_seconds is None else f"kept {settings.idle_seconds:g} s",
         "shown in `top`": "yes" if settings.status else "no",
         "NVTX ranges": "yes" if settings.nvtx else "no",
         "log level": logging.getLevelName(settings.log_level),

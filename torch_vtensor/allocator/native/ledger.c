@@ -11,6 +11,7 @@ typedef struct {
     int64_t bytes;
     int64_t num_pages; /* charged: pooled or out */
     int64_t num_free;
+    int64_t num_unwanted; /* of the free ones: see vtp_ledger_watch */
     int64_t capacity;
     uint64_t *free_handles;
 } size_class;
@@ -132,6 +133,14 @@ static void count_held(vtp_ledger *ledger, int64_t bytes, page_holder holder) {
     }
 }
 
+/* Take a pooled page out: it is one of the wanted ones as long as there are some. */
+static uint64_t unpool(vtp_ledger *ledger, size_class *class) {
+    ledger->free_bytes -= class->bytes;
+    class->num_free--;
+    class->num_unwanted = class->num_unwanted < class->num_free ? class->num_unwanted : class->num_free;
+    return class->free_handles[class->num_free];
+}
+
 static int take(vtp_ledger *ledger, int64_t bytes, uint64_t *handle) {
     size_class *class = find_class(ledger, bytes);
     int reuse = class != NULL && class->num_free > 0;
@@ -142,8 +151,7 @@ static int take(vtp_ledger *ledger, int64_t bytes, uint64_t *handle) {
         return VTP_OVER_BUDGET;
     }
     if (reuse) {
-        *handle = class->free_handles[--class->num_free];
-        ledger->free_bytes -= bytes;
+        *handle = unpool(ledger, class);
         return VTP_REUSED;
     }
     if (class == NULL) {
@@ -185,9 +193,8 @@ int ledger_pop(vtp_ledger *ledger, uint64_t *handle, int64_t *bytes, page_holder
     for (int i = ledger->num_classes - 1; i >= 0 && !found; i--) {
         size_class *class = &ledger->classes[i];
         if (class->num_free > 0) {
-            *handle = class->free_handles[--class->num_free];
+            *handle = unpool(ledger, class);
             *bytes = class->bytes;
-            ledger->free_bytes -= class->bytes;
             count_held(ledger, class->bytes, holder);
             found = 1;
         }
@@ -232,6 +239,40 @@ int vtp_ledger_uncharge(vtp_ledger *ledger, int64_t bytes) {
     return ledger_uncharge(ledger, bytes, HELD_BY_PAGE_POOL);
 }
 
+void vtp_ledger_watch(vtp_ledger *ledger) {
+    pthread_mutex_lock(&ledger->mutex);
+    for (int i = 0; i < ledger->num_classes; i++) {
+        ledger->classes[i].num_unwanted = ledger->classes[i].num_free;
+    }
+    pthread_mutex_unlock(&ledger->mutex);
+}
+
+void vtp_ledger_give_up(vtp_ledger *ledger, int64_t bytes, int64_t num_pages) {
+    pthread_mutex_lock(&ledger->mutex);
+    size_class *class = find_class(ledger, bytes);
+    if (class != NULL) {
+        int64_t num_wanted = class->num_free - class->num_unwanted;
+        class->num_unwanted += num_pages < num_wanted ? num_pages : num_wanted;
+    }
+    pthread_mutex_unlock(&ledger->mutex);
+}
+
+int vtp_ledger_pop_unwanted(vtp_ledger *ledger, uint64_t *handle, int64_t *bytes) {
+    int found = 0;
+    pthread_mutex_lock(&ledger->mutex);
+    for (int i = ledger->num_classes - 1; i >= 0 && !found; i--) {
+        size_class *class = &ledger->classes[i];
+        if (class->num_unwanted > 0) {
+            class->num_unwanted--;
+            *handle = unpool(ledger, class);
+            *bytes = class->bytes;
+            found = 1;
+        }
+    }
+    unlock(ledger);
+    return found;
+}
+
 void vtp_ledger_set_budget(vtp_ledger *ledger, int64_t budget_bytes) {
     pthread_mutex_lock(&ledger->mutex);
     ledger->budget_bytes = budget_bytes < 0 ? -1 : budget_bytes;
@@ -267,6 +308,7 @@ void vtp_ledger_read(vtp_ledger *ledger, vtp_ledger_counts *counts) {
     for (int i = 0; i < ledger->num_classes; i++) {
         counts->num_free_pages += ledger->classes[i].num_free;
         counts->num_pages += ledger->classes[i].num_pages;
+        counts->unwanted_bytes += ledger->classes[i].num_unwanted * ledger->classes[i].bytes;
     }
     pthread_mutex_unlock(&ledger->mutex);
 }

@@ -31,7 +31,7 @@ typedef struct {
 static device_state devices[MAX_DEVICES] = {[0 ... MAX_DEVICES - 1] = {.mutex = PTHREAD_MUTEX_INITIALIZER}};
 
 int vtensor_pool_abi_version(void) {
-    return 5;
+    return 6;
 }
 
 /* Of the segments that the calling thread makes on each device. */

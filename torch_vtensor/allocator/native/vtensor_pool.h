@@ -33,6 +33,7 @@ typedef struct {
     int64_t budget_bytes;    /* -1: no limit */
     int64_t num_free_pages;
     int64_t num_pages;
+    int64_t unwanted_bytes; /* of the pooled ones: see vtp_ledger_watch */
 } vtp_ledger_counts;
 
 /* What a ledger shows to other processes, in memory that they map as well. The version is odd while the figures change:
@@ -55,6 +56,13 @@ VTP_EXPORT int vtp_ledger_take(vtp_ledger *ledger, int64_t bytes, uint64_t *hand
 VTP_EXPORT int vtp_ledger_put(vtp_ledger *ledger, uint64_t handle, int64_t bytes);
 /* 1 and the largest pooled page, which stays charged until it is put back or uncharged; 0 where none is pooled. */
 VTP_EXPORT int vtp_ledger_pop(vtp_ledger *ledger, uint64_t *handle, int64_t *bytes);
+/* What is pooled now, and not taken from here on, is unwanted: of each size the fewest pages that are pooled at any
+ * moment, whichever they are. */
+VTP_EXPORT void vtp_ledger_watch(vtp_ledger *ledger);
+/* So many more of the pooled pages of these bytes are unwanted, if there are so many. */
+VTP_EXPORT void vtp_ledger_give_up(vtp_ledger *ledger, int64_t bytes, int64_t num_pages);
+/* As vtp_ledger_pop, of the unwanted ones. */
+VTP_EXPORT int vtp_ledger_pop_unwanted(vtp_ledger *ledger, uint64_t *handle, int64_t *bytes);
 /* A page of these bytes was destroyed, or never created: 1. 0 where none of these bytes is out. */
 VTP_EXPORT int vtp_ledger_uncharge(vtp_ledger *ledger, int64_t bytes);
 VTP_EXPORT void vtp_ledger_set_budget(vtp_ledger *ledger, int64_t budget_bytes);
