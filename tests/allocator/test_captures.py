@@ -297,19 +297,23 @@ def test_no_capture_begins_while_something_moves(make_scheduler: MakeScheduler) 
     scheduler = make_scheduler(driver)
     vtensor = pages(scheduler, 10)
     seen: list[bool] = []
+    threads: list[threading.Thread] = []
     make_fence = driver.fence
 
     def fence() -> ManualFence:
-        thread = threading.Thread(target=lambda: Capturing().join(), daemon=True)
-        thread.start()
-        thread.join(0.1)
-        seen.append(thread.is_alive())
+        threads.append(threading.Thread(target=lambda: Capturing().join(), daemon=True))
+        threads[-1].start()
+        threads[-1].join(0.1)
+        seen.append(threads[-1].is_alive())
         return make_fence()
 
     driver.fence = fence
     vtensor.offload()
     assert seen[0], "it waits"
     vtensor.prefetch()
+    del driver.fence
+    for thread in threads:  # whose captures would be in others' way
+        thread.join(10)
 
 
 def test_who_bars_captures_bars_nobody_else() -> None:
