@@ -311,6 +311,7 @@ def test_no_capture_begins_while_something_moves(make_scheduler: MakeScheduler) 
     vtensor.offload()
     assert seen[0], "it waits"
     vtensor.prefetch()
+    del driver.fence
     for thread in threads:  # whose captures would be in others' way
         thread.join(10)
 
