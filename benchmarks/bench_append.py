@@ -24,6 +24,7 @@ from transformers import DynamicCache, LlamaConfig, LogitsProcessorList, StaticC
 import torch_vtensor
 from torch_vtensor.allocator.pools import default_scheduler
 from torch_vtensor.allocator.row_copy import NOT_COPIED, row_copier
+from torch_vtensor.settings import IDLE_SECONDS
 
 GIB = 2**30
 
@@ -44,6 +45,7 @@ def main() -> None:
             capacity(device),
             growth(device, quick=arguments.quick),
             fork(device, quick=arguments.quick),
+            idle(device),
             give_back(device),
         ]
     path = report.write("append", device, "\n\n".join(parts), arguments.out)
@@ -201,6 +203,32 @@ def fork(device: torch.device, quick: bool) -> str:
         )
         + f"\n\n64 forks with a tail of 40 tokens each: {live_bytes / GIB:.3f} GiB live, "
         f"{ratio:.3f} x (prefix + tails); 64 copies would be {64 * (prefix_bytes + tails_bytes / 64) / GIB:.1f} GiB."
+    )
+
+
+def idle(device: torch.device) -> str:
+    """What stays of the memory of five sequences that have ended beside a live one, with nothing asked for."""
+    torch_vtensor.trim()
+    before, gib = used_bytes(device), 1 if device.type == "cuda" else 0.0625
+    rows = int(gib * GIB) // (128 * 1024)
+    tensors = [
+        torch_vtensor.VTensor((65536,), capacity=2 * rows, dtype=torch.bfloat16, device=device) for _ in range(6)
+    ]
+    for vtensor in tensors:
+        vtensor.commit(rows)
+    live, *ended = tensors
+    taken = used_bytes(device) - before
+    for vtensor in ended:
+        vtensor.close()
+    default_scheduler(device).reap()
+    began, most = time.perf_counter(), 1.2 * live.committed_bytes
+    while default_scheduler(device).stats().committed_bytes > most and time.perf_counter() - began < 4 * IDLE_SECONDS:
+        time.sleep(0.01)
+    seconds, left, live_bytes = time.perf_counter() - began, used_bytes(device) - before, live.committed_bytes
+    live.close()
+    return (
+        f"## Idle memory after load has dropped\n\n{taken / GIB:.2f} GiB were in use by six sequences; {seconds:.1f} s "
+        f"after five of them had ended {left / GIB:.2f} GiB were, {left / live_bytes:.2f} x what is live."
     )
 
 
