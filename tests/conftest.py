@@ -1,5 +1,6 @@
 """What every test can rely on: no network, GPU tests skipped with the reason, a fresh Python to run code in."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -44,6 +45,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         found = "sees none" if torch.version.cuda else "is built without CUDA"
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=f"needs a CUDA GPU; torch {torch.__version__} {found}"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_was_there_before_stays() -> None:
+    """Collections of garbage look at what this file's tests make alone, and not at imports and kept models as well.
+
+    Hundreds of tests collect to see that nothing is left; each took a second for a million objects that stay anyway.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

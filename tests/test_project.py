@@ -15,41 +15,55 @@ from torch_vtensor.allocator import native
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"cuda", "cupy", "matplotlib", "numba", "tqdm", "transformers", "triton"}
+MODULES = (
+    "torch_vtensor",
+    "torch_vtensor.allocator.torch_pool",
+    "torch_vtensor.allocator.vtensor",
+    "torch_vtensor.cli",
+    "torch_vtensor.compile",
+    "torch_vtensor.ops",
+    "torch_vtensor.settings",
+)
+# Each module is imported by a process that has imported torch and nothing of ours: forks of one that has.
 IMPORTS = """
-import builtins, sys, torch
+import builtins, importlib, os, sys, torch
 
 import_ = builtins.__import__
 asked = set()
 
 def note(name, globals=None, locals=None, fromlist=(), level=0):
-    importer = (globals or {{}}).get("__name__", "").partition(".")[0]
+    importer = (globals or {}).get("__name__", "").partition(".")[0]
     if level == 0 and importer != name.partition(".")[0]:
-        asked.add(f"{{importer}}:{{name.partition('.')[0]}}")
+        asked.add(f"{importer}:{name.partition('.')[0]}")
     return import_(name, globals, locals, fromlist, level)
 
-builtins.__import__ = note
-import {module}
-builtins.__import__ = import_
-assert not torch.cuda.is_initialized()
-print(*asked)
+for module in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        builtins.__import__ = note
+        importlib.import_module(module)
+        builtins.__import__ = import_
+        assert not torch.cuda.is_initialized()
+        print(module, *asked, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, module
+assert not any(name.startswith("torch_vtensor") for name in sys.modules)
 """
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "torch_vtensor",
-        "torch_vtensor.allocator.torch_pool",
-        "torch_vtensor.allocator.vtensor",
-        "torch_vtensor.cli",
-        "torch_vtensor.compile",
-        "torch_vtensor.ops",
-        "torch_vtensor.settings",
-    ],
-)
-def test_import_asks_for_nothing_heavy_beside_torch(module: str, run_python: Callable[..., str]) -> None:
+@pytest.fixture(scope="module")
+def asked_for() -> dict[str, list[list[str]]]:
+    """By module: who asks for what while it is imported."""
+    command = [sys.executable, "-c", IMPORTS, *MODULES]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    return {module: [pair.split(":") for pair in pairs] for module, *pairs in map(str.split, printed)}
+
+
+@pytest.mark.xdist_group("imports")  # one process sees them all
+@pytest.mark.parametrize("module", MODULES)
+def test_import_asks_for_nothing_heavy_beside_torch(module: str, asked_for: dict[str, list[list[str]]]) -> None:
     """Also not for what torch has loaded already where it is installed, as it does with cuda-bindings."""
-    asked = [pair.split(":") for pair in run_python(IMPORTS.format(module=module)).split()]
+    asked = asked_for[module]
     assert ["torch_vtensor", "logging"] in asked, "it was imported just now"
     assert [(importer, name) for importer, name in asked if name in HEAVY and importer != "torch"] == []
 

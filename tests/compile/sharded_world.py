@@ -1,15 +1,17 @@
-"""What two ranks do in test_parameters.py: run by torchrun as a module, with the path for results as its argument."""
+"""What two ranks do in test_parameters.py: a program, whose argument is the folder for what they have to say."""
 
 import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from forked_ranks import prepare_to_fork, run_world
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -152,39 +154,39 @@ def run(plan: PlanFunction, how: str, evaluates_by: PlanFunction) -> Trained:
     return trained
 
 
-def train_on(checkpoint: dict[str, Any] | None, plan: PlanFunction) -> dict[str, Any]:
-    """Go on training from a checkpoint, or begin and make one."""
-    model = Tiny()
-    step, optimizer = compiled(model, plan), adamw(model)
-    if checkpoint is None:
-        list(train(step, model, optimizer, batches()[:STEPS_BEFORE_CHECKPOINT]))
-    else:
-        with torch.no_grad():
-            step(batches()[0])  # shards the parameters: what is loaded is cut
-        ss.load_state_dict(step, checkpoint["model"])
-        ss.load_state_dict(optimizer, copy.deepcopy(checkpoint["optimizer"]))
-        list(train(step, model, optimizer, batches()[STEPS_BEFORE_CHECKPOINT:]))
-    return {"model": ss.state_dict(model), "optimizer": ss.state_dict(optimizer)}
+def whole(step: Callable[..., Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"model": ss.state_dict(step), "optimizer": ss.state_dict(optimizer)}
 
 
-def train_from_parts(folder: Path, plan: PlanFunction, *, saves: bool) -> dict[str, Any]:
-    """The same with torch.distributed.checkpoint: each rank writes its parts, and reads those that its plan keeps."""
+def parts(step: Callable[..., Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What torch.distributed.checkpoint saves and loads: each rank's parts."""
+    return {"model": ss.state_dict(step, whole=False), "optimizer": ss.state_dict(optimizer, whole=False)}
+
+
+def train_and_save(plan: PlanFunction, folder: Path) -> dict[str, Any]:
+    """Begin to train; what is returned is whole, and every rank writes its parts into the folder."""
     model = Tiny()
     step, optimizer = compiled(model, plan), adamw(model)
-    if saves:
-        list(train(step, model, optimizer, batches()[:STEPS_BEFORE_CHECKPOINT]))
+    list(train(step, model, optimizer, batches()[:STEPS_BEFORE_CHECKPOINT]))
+    dcp.save(parts(step, optimizer), checkpoint_id=folder)
+    return whole(model, optimizer)
+
+
+def load_and_train(plan: PlanFunction, saved: dict[str, Any] | Path) -> dict[str, Any]:
+    """Go on from what is whole, or from parts in a folder, of which each rank reads those that its plan keeps."""
+    model = Tiny()
+    step, optimizer = compiled(model, plan), adamw(model)
+    with torch.no_grad():
+        step(batches()[0])  # shards the parameters: what is loaded is cut
+    if isinstance(saved, Path):
+        state = parts(step, optimizer)
+        dcp.load(state, checkpoint_id=saved)
     else:
-        with torch.no_grad():
-            step(batches()[0])  # shards the parameters
-    state = {"model": ss.state_dict(step, whole=False), "optimizer": ss.state_dict(optimizer, whole=False)}
-    if saves:
-        dcp.save(state, checkpoint_id=folder)
-    else:
-        dcp.load(state, checkpoint_id=folder)
-        ss.load_state_dict(step, state["model"])
-        ss.load_state_dict(optimizer, state["optimizer"])
-        list(train(step, model, optimizer, batches()[STEPS_BEFORE_CHECKPOINT:]))
-    return {"model": ss.state_dict(model), "optimizer": ss.state_dict(optimizer)}
+        state = copy.deepcopy(saved)
+    ss.load_state_dict(step, state["model"])
+    ss.load_state_dict(optimizer, state["optimizer"])
+    list(train(step, model, optimizer, batches()[STEPS_BEFORE_CHECKPOINT:]))
+    return whole(model, optimizer)
 
 
 def train_scaled(function: Callable[[Tensor], Tensor], model: Tiny, *, breaks: bool) -> dict[str, Any]:
@@ -201,25 +203,29 @@ def train_scaled(function: Callable[[Tensor], Tensor], model: Tiny, *, breaks: b
     return {"model": ss.state_dict(model), "scale": scaler.get_scale()}
 
 
-def main(path: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def tell(folder: Path) -> None:
+    """What one rank does; what it has to say is in a file named after it."""
     results: dict[str, Any] = {
         "tensor_parallel": vars(run(tensor_parallel, "before", data_parallel)),
         "one_f_one_b": vars(run(one_f_one_b, "after", one_f_one_b)),
         "zero": vars(run(zero, "stepped", tensor_parallel)),
     }
-    results["checkpoint"] = train_on(None, zero)
-    results["loaded"] = train_on(results["checkpoint"], tensor_parallel)
-    train_from_parts(path / "parts", zero, saves=True)
-    results["loaded_parts"] = train_from_parts(path / "parts", tensor_parallel, saves=False)
-    results["part_bytes"] = [file.stat().st_size for file in (path / "parts").glob("*.distcp")]
+    results["checkpoint"] = train_and_save(zero, folder / "parts")
+    results["loaded"] = load_and_train(tensor_parallel, results["checkpoint"])
+    results["loaded_parts"] = load_and_train(tensor_parallel, folder / "parts")
+    results["part_bytes"] = [file.stat().st_size for file in (folder / "parts").glob("*.distcp")]
     model = Tiny()
     results["scaled"] = train_scaled(compiled(model, one_f_one_b), model, breaks=dist.get_rank() == 0)
     on_one = ss.state_dict(Tiny(), on_rank=1)
     results["num_on_rank_1"] = len(on_one)
-    torch.save(results, path / f"{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    torch.save(results, folder / f"{dist.get_rank()}.pt")
+
+
+def main(folder: Path) -> None:
+    prepare_to_fork()
+    codes = run_world(folder / "world", 2, partial(tell, folder))
+    if any(codes):
+        sys.exit("\n".join(log.read_text() for log in sorted((folder / "world").glob("rank*.txt"))))
 
 
 if __name__ == "__main__":

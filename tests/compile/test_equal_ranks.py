@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import pytest
+import ready_models
 import torch
 import transformers
 from ready_models import evoformer, gpt2, llama, swin, t5
@@ -43,18 +44,15 @@ def hidden_states() -> tuple[Callable[..., Tensor], list[Tensor]]:
 
 @cache
 def captured(make: Callable[[], tuple[Callable[..., Tensor], list[Tensor]]], cuts: bool) -> CapturedCall:
-    if make in (large_llama, hidden_states):
-        function, arguments = make()
-    else:
-        example = make()
-        function, arguments = example.loss_of, list(example.arguments)
-    return capture_call(function, arguments, cuts_classes=cuts)
+    return capture_call(*make(), cuts_classes=cuts)
 
 
 def both(make: Callable, name: str, num_ranks: int) -> tuple[Compilation, Compilation]:
     """A plan for all ranks, and for one of each kind."""
     plan = named(name, num_ranks)
-    graph = captured(make, cuts_classes(plan)).captured
+    cuts = cuts_classes(plan)
+    call = captured(make, cuts) if make in (large_llama, hidden_states) else ready_models.captured(make, cuts)[1]
+    graph = call.captured
     mesh = Mesh(tuple(range(num_ranks)), plan.axes)
     of_all, of_some = (compile_plan(graph, plan, mesh, trains=True, one_of_each=one) for one in (False, True))
     return of_all, of_some

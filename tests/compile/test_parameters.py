@@ -14,6 +14,7 @@ import pytest
 import sharded_world
 import torch
 import torch.distributed.checkpoint as dcp
+from forked_ranks import environment
 from sharded_world import Tiny, Trained, adamw, batches, train
 from torch import nn
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
@@ -23,7 +24,6 @@ from torch_vtensor.compile.parameters import shard_parameters
 from torch_vtensor.compile.sharded_tensor import Layout
 from torch_vtensor.compile.tensor_view import Interval, LogicalTensor, Mask
 
-ROOT = Path(__file__).parents[2]
 PLANS = ("tensor_parallel", "one_f_one_b", "zero")
 pytestmark = pytest.mark.xdist_group("processes")  # two worlds at once would share two cores
 
@@ -32,9 +32,8 @@ pytestmark = pytest.mark.xdist_group("processes")  # two worlds at once would sh
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes has to say."""
     path = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.compile.sharded_world", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
+    command = [sys.executable, sharded_world.__file__, str(path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     return [torch.load(path / f"{rank}.pt") for rank in range(2)]
 

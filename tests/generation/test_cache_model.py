@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -277,5 +278,19 @@ class CacheMachine(RuleBasedStateMachine):
 
 def test_equals_dynamic_cache_through_any_life(memory: Memory) -> None:
     machine = type("Machine", (CacheMachine,), {"memory": memory})
-    settings = hypothesis.settings(max_examples=25, stateful_step_count=30)
+    settings = hypothesis.settings(max_examples=100, stateful_step_count=30)
     run_state_machine_as_test(machine, settings=settings)
+
+
+@pytest.mark.skipif(not CAN_RECORD, reason="this version cannot crop a window that has let tokens go")
+def test_beams_of_a_window_that_was_cropped_by_more_than_it_has() -> None:
+    """It counts fewer tokens than none, and transformers leaves the order of such a layer's slots as it is."""
+    pair, window = Pair.empty(), 3
+    first, second = torch.randn(2, 1, 7, 16), torch.randn(2, 1, 1, 16)
+    with torch.no_grad():
+        pair.both(lambda cache: cache.layers[window].activate_past_recording())
+        pair.both(lambda cache: cache.update(first, first, window))
+        pair.both(lambda cache: cache.layers[window].crop(-60))
+        pair.both(lambda cache: cache.update(second, second, window))
+        pair.both(lambda cache: cache.layers[window].reorder_cache(torch.tensor([0, 0])))
+        pair.check()

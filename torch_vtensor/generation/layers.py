@@ -232,7 +232,7 @@ def _ask_anew(state: LayerState | None) -> None:
 
 def reorder_cache(stock: Callable[..., None], layer: DynamicLayer, beam_idx: torch.Tensor) -> None:
     """``DynamicLayer.reorder_cache``: slot i gets slot ``beam_idx[i]``'s tokens, by sharing their pages."""
-    if not _select(layer, beam_idx):
+    if layer.get_seq_length() <= 0 or not _select(layer, beam_idx):  # less than 0: a window cropped by more than it has
         stock(layer, beam_idx)
 
 

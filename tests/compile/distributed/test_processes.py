@@ -1,7 +1,6 @@
 """Ready plans on real processes, which talk by gloo: they train as one process does, and none outlives another."""
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from forked_ranks import ROOT, environment
 
-ROOT = Path(__file__).parents[3]
 KILLED = 13
 
 pytestmark = [
@@ -21,13 +20,6 @@ pytestmark = [
     pytest.mark.xdist_group("processes"),  # two worlds at once would share two cores
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"),
 ]
-
-
-def environment() -> dict[str, str]:
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "compile")))
-    # A process with threads cannot be forked: neither OpenMP's nor that of inductor's compile workers.
-    alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    return os.environ | alone | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
 
 
 @dataclass(frozen=True)
@@ -42,9 +34,8 @@ WORLDS: Mapping[str, tuple[int, Sequence[str]]] = {  # the number of ranks, and 
     "two ranks": (
         2,
         (
-            *("dp2@gpt2@eager", "tp2@tied_llama@eager", "interlaced/2@tied_llama@eager"),
-            *("sp2@mlp@eager", "1f1b/4@mlp@eager", "zb/4@mlp@eager", "zero3/2@mlp@eager"),
-            "zero3@tied_llama@eager",
+            *("dp2@mlp@eager", "tp2@mlp@eager", "sp2@mlp@eager", "1f1b/4@mlp@eager", "zb/4@mlp@eager"),
+            *("zero3/2@mlp@eager", "interlaced/2@tied_llama@eager"),
             *("draw@tp2@eager", "draw@dp2@eager", "draw@1f1b/2@eager"),
             *("scale@1f1b/2@eager", "scale@zero2/2@eager", "scale@tp2@eager"),
             *("begin@zero3@eager", "begin@tp2@eager", "begin@1f1b/2@eager", "die@dp2"),
@@ -53,10 +44,12 @@ WORLDS: Mapping[str, tuple[int, Sequence[str]]] = {  # the number of ranks, and 
     "four ranks": (
         4,
         (
-            *("dp2+tp2@mlp@eager", "dp2+1f1b/2@mlp@eager", "zero2+pp2+zb/2@mlp@eager", "tp2+gpipe/2@gpt2@eager"),
+            *("dp2+tp2@mlp@eager", "dp2+1f1b/2@mlp@eager", "zero2+pp2+zb/2@mlp@eager", "tp2+gpipe/2@mlp@eager"),
             "die@dp2+1f1b/2",
         ),
     ),
+    "two ranks, transformers": (2, ("dp2@gpt2@eager", "tp2@tied_llama@eager", "zero3@tied_llama@eager", "die@dp2")),
+    "four ranks, transformers": (4, ("tp2+gpipe/2@gpt2@eager", "die@dp2+1f1b/2")),
     "compiled": (2, ("dp2@mlp@inductor", "1f1b/2@mlp@inductor", "zero3/2@mlp@inductor", "die@dp2")),
 }
 
@@ -73,21 +66,22 @@ def run_worlds(names: Sequence[str], folder: Path) -> dict[str, World]:
     return found
 
 
-@pytest.fixture(scope="module")
-def eager_worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
-    return run_worlds(["two ranks", "four ranks"], tmp_path_factory.mktemp("worlds"))
+QUICK = ("two ranks", "four ranks")
 
 
 @pytest.fixture(scope="module")
-def compiled_worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
-    return run_worlds(["compiled"], tmp_path_factory.mktemp("worlds"))
+def quick_worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
+    return run_worlds(QUICK, tmp_path_factory.mktemp("worlds"))
 
 
-@pytest.fixture(params=["two ranks", "four ranks", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module")
+def slow_worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
+    return run_worlds([name for name in WORLDS if name not in QUICK], tmp_path_factory.mktemp("worlds"))
+
+
+@pytest.fixture(params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in WORLDS])
 def world(request: pytest.FixtureRequest) -> World:
-    worlds: dict[str, World] = request.getfixturevalue(
-        f"{'compiled' if request.param == 'compiled' else 'eager'}_worlds"
-    )
+    worlds: dict[str, World] = request.getfixturevalue(f"{'quick' if request.param in QUICK else 'slow'}_worlds")
     return worlds[request.param]
 
 

@@ -5,18 +5,12 @@ ranks, and tasks that each of them does in turn: ``plan@model@codegen``, ``draw@
 ``scale@plan@codegen``, ``begin@plan@codegen``, or ``die@plan``.
 Rank 1 of the first world prints to folder/0/rank1.txt. The last line printed here lists the exit codes by world and
 rank.
-
-Ranks are forks of one process that has imported everything: importing it for each would take longer than their work.
 """
 
 import copy
-import datetime
 import json
 import os
-import signal
 import sys
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked_ranks import prepare_to_fork, run_world
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,8 +30,6 @@ from torch_vtensor.compile.sharded_tensor import ShardedTensor
 from torch_vtensor.compile.transport import ProcessGroups
 
 NUM_STEPS = 5
-WAIT = datetime.timedelta(seconds=120)
-WORLD_SECONDS = 600
 
 
 class Block(nn.Module):
@@ -233,14 +226,6 @@ def die(plan: str, device: str = "cpu") -> None:
     train(plan, "mlp", "eager", device)
 
 
-def run_rank(store: Path, rank: int, num_ranks: int, tasks: Sequence[str]) -> None:
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(store), num_ranks), rank=rank, world_size=num_ranks, timeout=WAIT
-    )
-    run_tasks(tasks, "cpu")
-    dist.destroy_process_group()
-
-
 def run_tasks(tasks: Sequence[str], device: str) -> None:
     """Do one task after the other, and say so."""
     for task in tasks:
@@ -259,51 +244,14 @@ def run_tasks(tasks: Sequence[str], device: str) -> None:
         print(task, "is right", flush=True)
 
 
-def fork_rank(folder: Path, rank: int, num_ranks: int, tasks: Sequence[str]) -> int:
-    """The process id of a rank, which prints to a file of its own."""
-    child = os.fork()
-    if child:
-        return child
-    log = os.open(folder / f"rank{rank}.txt", os.O_CREAT | os.O_WRONLY)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    try:
-        run_rank(folder / "store", rank, num_ranks, tasks)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-
-
-def run_world(folder: Path, num_ranks: int, tasks: Sequence[str]) -> list[int]:
-    """The exit codes of the ranks of one world; one that has to be stopped has a negative one."""
-    folder.mkdir()
-    ranks = [fork_rank(folder, rank, num_ranks, tasks) for rank in range(num_ranks)]
-    codes: dict[int, int] = {}
-    until = time.monotonic() + WORLD_SECONDS
-    while len(codes) < num_ranks:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child:
-            codes[child] = os.waitstatus_to_exitcode(status)
-        elif time.monotonic() < until:
-            time.sleep(0.1)
-        else:
-            for rank in set(ranks) - set(codes):
-                os.kill(rank, signal.SIGKILL)
-    return [codes[rank] for rank in ranks]
-
-
 def main(folder: str, *worlds: str) -> None:
-    torch.set_num_threads(1)
     import_module("ready_models")
-    import_module("torch_vtensor.compile.backend")
-    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
-    threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
-    assert len(threads) == 1, f"a process with threads cannot be forked safely, and this has {threads}"
+    prepare_to_fork()
     codes = []
     for number, world in enumerate(worlds):
         num_ranks, tasks = world.split(":")
-        codes.append(run_world(Path(folder) / str(number), int(num_ranks), tasks.split(",")))
+        work = partial(run_tasks, tasks.split(","), "cpu")
+        codes.append(run_world(Path(folder) / str(number), int(num_ranks), work))
     print(json.dumps(codes))
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from distributed.train import WAIT, run_tasks
+from distributed.train import run_tasks
+from forked_ranks import WAIT
 
 if __name__ == "__main__":
     rank = int(os.environ["LOCAL_RANK"])
