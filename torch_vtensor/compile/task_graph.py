@@ -147,8 +147,9 @@ class Task:
 class OperatorGraph:
     """A captured forward program: operators in an order in which they can run, over tensors that nobody overwrites.
 
-    ``inputs`` are all tensors that no operator makes: parameters, buffers, inputs, constants. ``outputs`` are what the
-    program returns, ``mutations`` the new values of inputs that it overwrites, by the overwritten tensor.
+    ``inputs`` are all tensors that no operator makes: parameters, buffers, inputs, constants, in the order in which
+    operators first read them. ``outputs`` are what the program returns, ``mutations`` the new values of inputs that it
+    overwrites, by the overwritten tensor.
     """
 
     inputs: tuple[LogicalTensor, ...]
