@@ -158,7 +158,7 @@ def _overlapping(regions: Iterable[Mask]) -> list[list[Mask]]:
     """Regions in groups, such that those of different groups have nothing in common."""
     groups: list[list[Mask]] = []
     for region in regions:
-        touched = [group for group in groups if any(region.overlap(other) is not None for other in group)]
+        touched = [group for group in groups if any(region.overlaps(other) for other in group)]
         groups = [group for group in groups if group not in touched]
         groups.append([*(other for group in touched for other in group), region])
     return groups

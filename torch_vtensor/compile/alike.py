@@ -64,17 +64,14 @@ class Pattern(NamedTuple):
         ones = []
         for exchange in exchanges:
             group_number = {group: number for number, group in enumerate(exchange.groups)}
-            inputs: list[tuple[int | None, int | None, Placed | None]] = []
-            for reader in exchange.readers:
-                source = exchange.direct_source(reader)
-                group, part = exchange.contributes.get(reader, (None, None))
-                inputs.append(
-                    (
-                        None if source is None else maker_number[id(source)],
-                        None if group is None else group_number[group],
-                        part,
-                    )
+            inputs = [
+                (
+                    None if source is None else maker_number[id(source)],
+                    None if group is None else group_number[group],
+                    part,
                 )
+                for source, group, part in exchange.serves
+            ]
             ones.append(
                 _One(
                     exchange.microbatch,

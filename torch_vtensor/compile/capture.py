@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from torch_vtensor.compile import _torch_compat
 from torch_vtensor.compile.names import InputNames
+from torch_vtensor.compile.regions import inline_regions
 from torch_vtensor.compile.rules import DECOMPOSITIONS, cross_entropy_over_cut_classes
 from torch_vtensor.compile.stretches import find_stretches
 from torch_vtensor.compile.task_graph import Operator, OperatorGraph, Slot
@@ -49,6 +50,7 @@ def capture(
 
     Raises:  NotImplementedError for a program with parts that only run as they are: nested regions, autocast.
     """
+    gm = inline_regions(gm)
     for node in gm.graph.nodes:
         if _torch_compat.is_nested_region(node):
             raise NotImplementedError(
@@ -126,8 +128,15 @@ class _Reader:
         outputs = tuple(value for value in results if isinstance(value, LogicalTensor))
         needed = tuple(_needed(self._operators, outputs, mutations))
         tensors = tuple(value if isinstance(value, LogicalTensor) else None for value in self._arguments)
-        inputs = (*(tensor for tensor in tensors if tensor is not None), *self._constants)
-        return Captured(OperatorGraph(inputs, needed, outputs, mutations), tensors, self._constants, tuple(results))
+        read = dict.fromkeys(tensor for operator in needed for tensor in operator.inputs)
+        first_read = {tensor: number for number, tensor in enumerate(read)}
+        inputs = sorted(
+            (*(tensor for tensor in tensors if tensor is not None), *self._constants),
+            key=lambda tensor: first_read.get(tensor, len(first_read)),
+        )
+        return Captured(
+            OperatorGraph(tuple(inputs), needed, outputs, mutations), tensors, self._constants, tuple(results)
+        )
 
     def _argument(self, index: int, example: Any) -> Any:
         """The tensor that an argument is in the program; a number itself, which the program holds fixed."""

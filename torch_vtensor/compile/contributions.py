@@ -58,7 +58,7 @@ class Contributions:
     ) -> int:
         count = 0
         for (group, part), by_rank in self._jobs.get(tensor, {}).items():
-            if part.overlap(mask) is None:
+            if not part.overlaps(mask):
                 continue
             # Ranks may compute one addend in different numbers of passes; then any of these stands for all of it.
             alike = len({len(jobs) for jobs in by_rank.values()}) == 1

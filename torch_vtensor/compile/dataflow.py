@@ -180,7 +180,7 @@ class _Uses:
         self.tensors = tuple(dict.fromkeys((*self._readers, *self._returned)))
         self._cuts: dict[Hashable, int] = {}
         self._cut_of: dict[Operator, tuple[int, int]] = {}
-        self._relative: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
+        self._relative: defaultdict[int, dict[tuple[int, ...], tuple[int, ...]]] = defaultdict(dict)
 
     def makers(self, tensor: LogicalTensor) -> list[Instance]:
         """Those who make parts of it; none of what is there from the start."""
@@ -245,15 +245,17 @@ class _Uses:
         cut = self._cut_of.get(operator)
         if cut is None:
             ranks, microbatch, tasks = self._plan.ranks, self._plan.microbatch, self._tasks[operator]
-            first = min(min(ranks[task]) for task in tasks) // self._ranks_per_node * self._ranks_per_node
-            key = tuple([(task.piece, self._from(first, ranks[task]), microbatch.get(task)) for task in tasks])
-            cut = self._cut_of[operator] = self._cuts.setdefault(key, len(self._cuts)), first
+            first = min(map(min, {ranks[task] for task in tasks})) // self._ranks_per_node * self._ranks_per_node
+            relative = self._relative[first]
+            key: list[Hashable] = []
+            for task in tasks:
+                on = ranks[task]
+                there = relative.get(on)
+                if there is None:
+                    there = relative[on] = tuple([rank - first for rank in on])
+                key.append((task.piece, there, microbatch.get(task)))
+            cut = self._cut_of[operator] = self._cuts.setdefault(tuple(key), len(self._cuts)), first
         return cut
-
-    def _from(self, first: int, ranks: tuple[int, ...]) -> tuple[int, ...]:
-        if (first, ranks) not in self._relative:
-            self._relative[first, ranks] = tuple(rank - first for rank in ranks)
-        return self._relative[first, ranks]
 
 
 def _flows(task: Task, active: frozenset[LogicalTensor]) -> bool:

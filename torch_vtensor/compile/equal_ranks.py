@@ -68,37 +68,42 @@ def _uses_of_parts(
     """What each rank does with each part of a tensor, and with its region where that is another part."""
     uses: defaultdict[Placed, Counter[Hashable]] = defaultdict(Counter)
     number_of: dict[Hashable, int] = {}  # of the uses that operators make of the tensor
+    counts: dict[tuple[int, int], tuple[Counter[Hashable], Counter[Hashable] | None]] = {}
 
-    def note(part: Placed, *what: Hashable) -> None:
-        uses[part][what] += 1
-        if part.mask.region != part.mask:
-            uses[Placed(part.rank, part.mask.region)]["region", *what] += 1
+    def note(rank: int, mask: Mask, *what: Hashable) -> None:
+        found = counts.get((rank, id(mask)))  # masks take long to hash
+        if found is None:
+            region = mask.region
+            of_region = None if region == mask else uses[Placed(rank, region)]
+            found = counts[rank, id(mask)] = uses[Placed(rank, mask)], of_region
+        of_part, of_region = found
+        of_part[what] += 1
+        if of_region is not None:
+            of_region["region", *what] += 1
 
     for rank, mask in (storage or {}).items():
-        note(Placed(rank, mask), "stored")
+        note(rank, mask, "stored")
     for index, exchange in enumerate(exchanges):
         for part, makers in exchange.makers.items():
-            note(part, "makes", index, len(makers))
-        contributes = exchange.contributes
+            note(*part, "makes", index, len(makers))
         group_number = {id(group): number for number, group in enumerate(exchange.groups)}
-        for reader in exchange.readers:
+        for reader, (source, group, _) in zip(exchange.readers, exchange.serves, strict=True):
             use = None if reader.task is None else (reader.task.operator, reader.position)
-            group, _ = contributes.get(reader, (None, None))
             note(
-                Placed(reader.rank, reader.mask),
-                *("reads", index, number_of.setdefault(use, len(number_of))),
-                exchange.direct_source(reader) is not None,
+                reader.rank,
+                reader.mask,
+                *("reads", index, number_of.setdefault(use, len(number_of)), source is not None),
                 None if group is None else group_number[id(group)],
             )
         for number, communication in enumerate(
             (exchange.communication, *(group.communication for group in exchange.groups))
         ):
-            for what, buffers in (("has", communication.have), ("needs", communication.need)):
+            for name, buffers in (("has", communication.have), ("needs", communication.need)):
                 for part, buffer in buffers.items():
-                    note(part, what, index, number, buffer.mask == part.mask, not buffer.tag)
+                    note(*part, name, index, number, buffer.mask == part.mask, not buffer.tag)
         for number, group in enumerate(exchange.groups):
             for part, addends in group.addends.items():
-                note(part, "adds", index, number, len(addends))
+                note(*part, "adds", index, number, len(addends))
     return uses
 
 

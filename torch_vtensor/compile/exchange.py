@@ -76,19 +76,37 @@ class Exchange:
         """The buffer that a reader reads."""
         return self.communication.need[Placed(reader.rank, reader.mask)]
 
-    def direct_source(self, reader: Reader) -> Instance | None:
-        """The task on the reader's rank whose output it reads as it is, if the gradient also comes back as it is."""
-        part = Placed(reader.rank, reader.mask)
+    @cached_property
+    def serves(self) -> tuple[tuple[Instance | None, GradientGroup | None, Placed | None], ...]:
+        """What an `Input` tells of each reader: its source, and the group and the part of its gradient."""
+        # By identity: what readers and masks hold takes long to hash.
+        contributes = {
+            id(reader): (group, part)
+            for group in self.groups
+            for part, readers in group.addends.items()
+            for reader in readers
+        }
+        sources: dict[tuple[int, int, int], Instance | None] = {}
+        found: list[tuple[Instance | None, GradientGroup | None, Placed | None]] = []
+        for reader in self.readers:
+            group, part = contributes.get(id(reader), (None, None))
+            asked = reader.rank, id(reader.mask), id(group)
+            if asked not in sources:
+                sources[asked] = self._direct_source(Placed(reader.rank, reader.mask), group)
+            found.append((sources[asked], group, part))
+        return tuple(found)
+
+    def _direct_source(self, part: Placed, group: GradientGroup | None) -> Instance | None:
+        """The task on a reader's rank whose output it reads as it is, if the gradient also comes back as it is."""
         makers = self.makers.get(part, ())
         if not makers or self.communication.need[part] != self.communication.have[part]:
             return None
         if self.groups:
-            if reader not in self.contributes:
+            if group is None:
                 return None
-            group, _ = self.contributes[reader]
-            region = Placed(reader.rank, reader.mask.region)
+            region = Placed(part.rank, part.mask.region)
             needed = group.communication.need[region]
-            if needed != group.communication.have.get(region) or reader.mask != reader.mask.region:
+            if needed != group.communication.have.get(region) or part != region:
                 return None
             if needed in group.communication.sent:
                 return None

@@ -26,6 +26,7 @@ from torch_vtensor.compile.plans import cuts_classes
 from torch_vtensor.compile.plans.layerwise import by_layers
 from torch_vtensor.compile.plans.resolve import resolve
 from torch_vtensor.compile.primitives import PlanFunction
+from torch_vtensor.compile.regions import layers_traced_once
 from torch_vtensor.compile.schedules import Timeline, draw, grid, simulate, write_trace
 from torch_vtensor.compile.schedules.job import readable_bytes
 
@@ -209,17 +210,22 @@ def capture_call(
     """
     found: list[CapturedCall] = []
 
-    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def see(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         names = name_inputs(gm, example_inputs)
         captured = capture(gm, example_inputs, names, cuts_classes=cuts_classes)
         found.append(CapturedCall(captured, list(example_inputs)))
-        return gm.forward
 
     function = _torch_compat.original_of(function)
     torch.compiler.reset()
     try:
         with no_garbage():
-            _torch_compat.capture_for_once(function, backend)(*arguments, **keywords)
+            try:
+                with layers_traced_once(function):
+                    _torch_compat.see_one_graph(function, see)(*arguments, **keywords)
+            except Exception:  # several graphs, layers that are no regions, or a fault that is shown now
+                found.clear()
+                torch.compiler.reset()
+                _torch_compat.see_graphs(function, see)(*arguments, **keywords)
     finally:
         torch.compiler.reset()
     if len(found) != 1:

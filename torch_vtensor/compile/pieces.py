@@ -27,12 +27,13 @@ def cut(task: Task, identifier: str, intervals: Sequence[Interval]) -> tuple[Tas
 
     Raises:  ValueError if the rule does not let this identifier be cut, or the intervals do not tile it.
     """
-    rule = find_rule(task.operator)
+    operator, piece, replica = task.operator, task.piece, task.replica
+    rule = find_rule(operator)
     asked = ("cut", rule, identifier, tuple(intervals))
-    pieces = task.piece.found.get(asked)
+    pieces = piece.found.get(asked)
     if pieces is None:
-        pieces = task.piece.found[asked] = _cut(task, rule, identifier, intervals)
-    return tuple([Task(task.operator, piece, task.replica) for piece in pieces]) if len(pieces) > 1 else (task,)
+        pieces = piece.found[asked] = _cut(task, rule, identifier, intervals)
+    return tuple([Task(operator, one, replica) for one in pieces]) if len(pieces) > 1 else (task,)
 
 
 def _cut(task: Task, rule: Rule, identifier: str, intervals: Sequence[Interval]) -> tuple[Piece, ...]:

@@ -204,7 +204,7 @@ def _written(task: Task, tensor: LogicalTensor) -> list[Mask]:
 
 @functools.lru_cache(1 << 16)
 def _overlap(mask: Mask, other: Mask) -> bool:
-    return mask.overlap(other) is not None
+    return mask.overlaps(other)
 
 
 def flows(operator: Operator) -> bool:

@@ -144,14 +144,14 @@ class _Planner:
         that begin in its chunk. So chunks that exist are passed on as they are, and of a value that exists whole the
         chunk that begins at 0 is all and the others are zero.
         """
-        inside = [buffer for buffer in self.have if buffer.mask.overlap(cell)]
+        inside = [buffer for buffer in self.have if buffer.mask.overlaps(cell)]
         of_box: defaultdict[tuple[Interval, ...], list[Buffer]] = defaultdict(list)
         for buffer in inside:
             of_box[buffer.mask.intervals].append(buffer)
         counts = {
             other.mask.chunk.of
             for other in (need if placed.mask.chunk != WHOLE_VALUE else ())
-            if other.mask.chunk != WHOLE_VALUE and other.mask.overlap(cell)
+            if other.mask.chunk != WHOLE_VALUE and other.mask.overlaps(cell)
         }
         exactly = [buffer for buffer in inside if {buffer.mask.chunk.of} == counts]
         # Addends of one box belong together; those of different boxes are mixed only if no box has all.
@@ -173,7 +173,7 @@ class _Planner:
         )
 
     def _nobody_has(self, cell: Mask, placed: Placed) -> str:
-        there = [f"rank {buffer.rank} has {buffer.mask}" for buffer in self.have if buffer.mask.overlap(cell)]
+        there = [f"rank {buffer.rank} has {buffer.mask}" for buffer in self.have if buffer.mask.overlaps(cell)]
         if there:
             exists = f"of it {', '.join(there[:8])}{' …' if len(there) > 8 else ''}, and these do not add up to it"
         else:

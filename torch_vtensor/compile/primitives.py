@@ -87,7 +87,7 @@ class Graph:
         tasks = Tasks(self, [task for task in self.tasks if task not in whole]) if whole else self.tasks
         groups = _cut_along(tasks, self._batch_dimension(), count, shares_the_rest=True, follows_sums=True)
         for index, group in enumerate(groups):
-            self.microbatch_of.update((task, index) for task in group)
+            self.microbatch_of.update(dict.fromkeys(group, index))
         self.num_microbatches = count
         return Microbatches(tuple(groups))
 
@@ -118,8 +118,9 @@ class Graph:
         decided: tuple[dict[Task, object], ...] = (self.microbatch_of, self.recomputed, self.apart, self.ranks)  # type: ignore[assignment]
         for decisions in decided:
             if task in decisions:
-                decisions.update(dict.fromkeys(pieces, decisions[task]))
-                del decisions[task]
+                decision = decisions.pop(task)
+                for piece in pieces:
+                    decisions[piece] = decision
 
     def dimension(self, name: DimensionName, tasks: Tasks) -> Dimension:
         """The dimension that a name means for these tasks.
@@ -179,8 +180,14 @@ class Tasks:
 
     def __init__(self, graph: Graph, tasks: Iterable[Task]) -> None:
         self.graph = graph
-        self._tasks = tuple(tasks)
-        self._current = self._tasks, -1  # what they are now, and after how many cuts that was looked up
+        self._current = tuple(tasks), -1  # what they are now, and after how many cuts that was looked up
+
+    @classmethod
+    def uncut(cls, graph: Graph, tasks: Iterable[Task]) -> Tasks:
+        """Tasks of which none is cut."""
+        made = cls(graph, tasks)
+        made._current = made._current[0], graph.num_cut
+        return made
 
     def select(self, pattern: str) -> Tasks:
         """Those of these tasks that `Graph.select` would take."""
@@ -293,7 +300,7 @@ def op_trans(
     if recompute:
         first = len(graph.recomputed)
         for offset, group in enumerate(groups):
-            graph.recomputed.update((task, first + offset) for task in group)
+            graph.recomputed.update(dict.fromkeys(group, first + offset))
     return tuple(groups)
 
 
@@ -316,7 +323,7 @@ def op_assign(tasks: Tasks | Sequence[Tasks], place: Place | Sequence[Place]) ->
     unknown = [rank for rank in ranks if rank not in tasks.graph.mesh.ranks]
     if unknown or not ranks:
         raise ValueError(f"op_assign got rank {unknown or 'none'}, not in the {tasks.graph.mesh}. Use mesh.ranks.")
-    tasks.graph.ranks.update((task, ranks) for task in tasks)
+    tasks.graph.ranks.update(dict.fromkeys(tasks, ranks))
 
 
 def op_order(*groups: Tasks, finish: bool = False) -> None:
@@ -351,7 +358,7 @@ def compile_apart(*groups: Tasks) -> None:
         apart = groups[0].graph.apart
         first = len(apart)
         for offset, group in enumerate(groups):
-            apart.update((task, first + offset) for task in group)
+            apart.update(dict.fromkeys(group, first + offset))
 
 
 def balance(layers: Sequence[Tasks], num_stages: int) -> tuple[Tasks, ...]:
@@ -445,12 +452,13 @@ def _cut_along(tasks: Tasks, dimension: Dimension, n: int, *, shares_the_rest: b
             rule = find_rule(operator)
             unit = rule.sizes[identifier] // dimension.size
             everything = Interval(0, rule.sizes[identifier])
-            intervals: dict[Interval, list[Interval]] = {}
+            intervals: dict[Interval, tuple[Interval, ...]] = {}
             for task in of_operator:
                 has = task.cuts.get(identifier, everything)
                 if has not in intervals:
                     parts = cut_evenly(has.size // unit, n)
-                    intervals[has] = [Interval(has.start + p.start * unit, has.start + p.stop * unit) for p in parts]
+                    bounds = [(has.start + part.start * unit, has.start + part.stop * unit) for part in parts]
+                    intervals[has] = tuple([Interval(*part) for part in bounds])
                 rows.append(_replace(graph, task, cut(task, identifier, intervals[has])))
             if follows_sums and identifier in rule.summed:
                 summed.update(tensor for tensor in operator.outputs if tensor is not None)
@@ -476,7 +484,7 @@ def _replace(graph: Graph, task: Task, pieces: tuple[Task, ...]) -> tuple[Task, 
 
 
 def _transpose(graph: Graph, rows: Sequence[tuple[Task, ...]]) -> list[Tasks]:
-    return [Tasks(graph, group) for group in zip(*rows, strict=True)]
+    return [Tasks.uncut(graph, group) for group in zip(*rows, strict=True)]
 
 
 def _is_called(tensor: LogicalTensor, dim: int, wanted: str, wanted_dim: str) -> bool:

@@ -92,7 +92,7 @@ class Piece:
         return cls(tuple(Mask.of(tensor.shape) for tensor in operator.inputs), outputs)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Task:
     """A piece of an operator: the unit that a plan places.
 
@@ -103,7 +103,14 @@ class Task:
 
     operator: Operator
     piece: Piece
-    replica: int = 0
+    replica: int
+
+    def __init__(self, operator: Operator, piece: Piece, replica: int = 0) -> None:
+        # Plans make hundreds of thousands, and a frozen dataclass takes twice as long to set its fields.
+        fields = self.__dict__
+        fields["operator"] = operator
+        fields["piece"] = piece
+        fields["replica"] = replica
 
     @classmethod
     def of(cls, operator: Operator) -> Task:
@@ -147,8 +154,9 @@ class Task:
 class OperatorGraph:
     """A captured forward program: operators in an order in which they can run, over tensors that nobody overwrites.
 
-    ``inputs`` are all tensors that no operator makes: parameters, buffers, inputs, constants. ``outputs`` are what the
-    program returns, ``mutations`` the new values of inputs that it overwrites, by the overwritten tensor.
+    ``inputs`` are all tensors that no operator makes: parameters, buffers, inputs, constants, in the order in which
+    operators first read them. ``outputs`` are what the program returns, ``mutations`` the new values of inputs that it
+    overwrites, by the overwritten tensor.
     """
 
     inputs: tuple[LogicalTensor, ...]

@@ -128,6 +128,13 @@ class Mask(NamedTuple):
             intervals.append(Interval(start, stop))
         return Mask(tuple(intervals))
 
+    def overlaps(self, other: Mask) -> bool:
+        """Whether there are indices that both have."""
+        for (start, stop), (other_start, other_stop) in zip(self.intervals, other.intervals, strict=True):
+            if start >= other_stop or other_start >= stop or start >= stop or other_start >= other_stop:
+                return False
+        return True
+
     def contains(self, other: Mask) -> bool:
         """Whether all indices and addends of the other are in this one."""
         return self.chunk.contains(other.chunk) and all(
@@ -267,14 +274,14 @@ def covers(parts: Iterable[Mask], whole: Mask) -> bool:
 
 def missing(parts: Iterable[Mask], whole: Mask) -> Iterator[Mask]:
     """Boxes of `whole` for which no part, and no full set of chunks, has the values."""
-    parts = [part for part in parts if part.overlap(whole) is not None]
+    parts = [part for part in parts if part.overlaps(whole)]
     if not parts:
         yield whole
         return
     first = parts[0]
     box = whole.overlap(first)
     assert box is not None
-    inside = [part for part in parts if part.overlap(box) is not None]
+    inside = [part for part in parts if part.overlaps(box)]
     for dim, interval in enumerate(box.intervals):
         bounds = {bound for part in inside for bound in part.intervals[dim] if interval.start < bound < interval.stop}
         if bounds:
@@ -292,7 +299,7 @@ def missing(parts: Iterable[Mask], whole: Mask) -> Iterator[Mask]:
 
 def cells(box: Mask, masks: Iterable[Mask]) -> Iterator[Mask]:
     """The box cut along the edges of the masks, so that each has all of a cell or nothing of it."""
-    masks = [mask for mask in masks if mask.overlap(box)]
+    masks = [mask for mask in masks if mask.overlaps(box)]
     for dim, (start, stop) in enumerate(box.intervals):
         bounds = sorted({bound for mask in masks for bound in mask.intervals[dim] if start < bound < stop})
         if bounds:

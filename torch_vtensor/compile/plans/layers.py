@@ -166,7 +166,7 @@ def vocabulary_cuts(graph: Graph, layers: Sequence[Tasks]) -> tuple[Cut, ...]:
     The vocabulary is what the largest table that is looked up has rows for, and whatever parameter is as large.
     """
     inside = {task.operator for layer in layers for task in layer}
-    outside = Tasks(graph, [task for task in graph.tasks if task.operator not in inside])
+    outside = Tasks.uncut(graph, [task for task in graph.tasks if task.operator not in inside])
     operators = list(dict.fromkeys(task.operator for task in outside))
     rows = [op.inputs[0].shape[0] for op in operators if "aten.embedding" in str(op.target)]
     found = [dimension for dimension in find_dimensions(operators) if rows and _extent(dimension) == max(rows)]
@@ -216,7 +216,7 @@ def _apart(tasks: Tasks, dimensions: Iterable[Dimension]) -> tuple[Cut, ...]:
 
 
 def _cut(tasks: Tasks, dimension: Dimension) -> Cut:
-    along = Tasks(tasks.graph, [task for task in tasks if task.operator in dimension.identifiers])
+    along = Tasks.uncut(tasks.graph, [task for task in tasks if task.operator in dimension.identifiers])
     name, dim = min((tensor.name, dim) for tensor, dim in dimension.tensor_dims if tensor.kind == "parameter")
     return Cut(along, f"{name}:{dim}", min(_size_left(task, dimension) for task in along))
 

@@ -36,11 +36,12 @@ def place_pieces(groups: Sequence[Tasks], parts: Sequence[Mesh]) -> None:
     for group, part in zip(groups, parts, strict=True):
         graph, inside = group.graph, frozenset(part.ranks)
         on_ranks: defaultdict[tuple[int, ...], list[Task]] = defaultdict(list)
+        ranks_of = graph.ranks
         for task in group:
-            if task in graph.ranks:
-                on_ranks[graph.ranks[task]].append(task)
+            if task in ranks_of:
+                on_ranks[ranks_of[task]].append(task)
         for ranks, tasks in on_ranks.items():
-            op_assign(Tasks(graph, tasks), [rank for rank in ranks if rank in inside])
+            op_assign(Tasks.uncut(graph, tasks), [rank for rank in ranks if rank in inside])
 
 
 def cut_over(cut: Cut, parts: Sequence[Mesh], axis: str) -> None:
