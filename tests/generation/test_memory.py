@@ -20,6 +20,8 @@ from torch_vtensor.allocator.host_driver import HostDriver
 from torch_vtensor.allocator.pools import default_pool, default_scheduler
 from torch_vtensor.allocator.row_copy import CAPTURED, NOT_COPIED, row_copier
 from torch_vtensor.errors import OutOfPagesError
+from torch_vtensor.generation.layer_states import layers_on, states
+from torch_vtensor.generation.modules import devices_of_layers
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, DIM = 3, 2, 16
@@ -98,6 +100,31 @@ def test_committed_stays_close_to_live_while_decoding(memory: Memory) -> None:
         ahead_bytes = int(found.written_bytes * growth_fraction()) + 2 * PAGE_BYTES * strips
         assert found.committed_bytes <= found.written_bytes + ahead_bytes
         assert torch_vtensor.stats().devices[CPU].committed_bytes <= found.written_bytes + ahead_bytes
+
+
+@pytest.mark.parametrize("memory", ["token-major"], indirect=True)
+def test_layers_on_other_devices_have_no_room_beside_those_here(memory: Memory) -> None:
+    elsewhere = torch.device("cpu", 1)  # as if: all tokens are on the one CPU that there is
+    with layers_on({0: CPU, 1: CPU, 2: elsewhere}):
+        cache = grown(300)
+    widths = [state.group.num_layers for layer in cache.layers if (state := states.get(layer)) is not None]
+    assert widths == [2, 2, 1]
+    whole = 300 * TOKEN_BYTES
+    assert whole <= cache.memory().committed_bytes < whole + 2 * PAGE_BYTES + whole // 4
+
+
+def test_a_spread_models_layers_are_looked_up_on_their_devices() -> None:
+    model = model_of("llama")
+    assert devices_of_layers(model) == {}
+    for spread, expected in (
+        ({"": 0}, {}),
+        ({"model.layers.0": "cpu", "lm_head": "disk"}, dict.fromkeys(range(3), CPU)),
+    ):
+        model.hf_device_map = spread
+        try:
+            assert devices_of_layers(model) == expected
+        finally:
+            del model.hf_device_map
 
 
 def test_small_caches_take_no_page(memory: Memory) -> None:

@@ -14,6 +14,8 @@ from torch_vtensor.allocator import tiers
 from torch_vtensor.allocator.pools import all_schedulers
 from torch_vtensor.errors import DriverError
 from torch_vtensor.generation._transformers_compat import CACHE_NAME, Cache
+from torch_vtensor.generation.layer_states import layers_on
+from torch_vtensor.generation.modules import devices_of_layers
 
 __all__ = ["call_with", "generate", "in_use"]
 
@@ -57,5 +59,5 @@ def call_with(cache: Any) -> Iterator[None]:
 
 def generate(stock: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """``model.generate``, during which nobody moves the memory that it uses."""
-    with call_with(kwargs.get(CACHE_NAME)):
+    with call_with(kwargs.get(CACHE_NAME)), layers_on(devices_of_layers(model)):
         return stock(model, *args, **kwargs)

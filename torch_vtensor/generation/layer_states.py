@@ -10,7 +10,8 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "LayerStates",
     "calling",
     "counters",
+    "layers_on",
     "states",
     "take_step",
 ]
@@ -36,7 +38,19 @@ __all__ = [
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 calling = threading.local()
-"""Of each thread: the ``cache`` whose method is running, and a reference to the layer that ``appended`` last."""
+"""Of each thread: the ``cache`` whose method is running, a reference to the layer that ``appended`` last, and the
+``devices`` of its caches' layers."""
+
+
+@contextmanager
+def layers_on(devices: Mapping[int, torch.device]) -> Iterator[None]:
+    """A block in which this thread's caches have layers on these devices, by index; on one, where none are named."""
+    before = getattr(calling, "devices", None)
+    calling.devices = devices
+    try:
+        yield
+    finally:
+        calling.devices = before
 
 
 class Noting:

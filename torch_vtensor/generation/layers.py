@@ -496,7 +496,8 @@ def _group_of(layer: DynamicLayer, shape: KVShape) -> tuple[LayerGroup, int]:
     if group is not None and group.shape == shape:
         return group, index
     cache = getattr(calling, "cache", None) if is_token_major(shape.device) else None
-    siblings = [other for other in cache.layers if _kind(other) == _kind(layer)] if cache is not None else [layer]
+    siblings = [layer] if cache is None else _beside(layer, cache, shape.device)
+    siblings = [other for other in siblings if _kind(other) == _kind(layer)]
     siblings = [other for other in siblings if other is layer or state_of(other) is None]
     group = LayerGroup(shape, len(siblings))
     for place, sibling in enumerate(siblings):
@@ -505,6 +506,16 @@ def _group_of(layer: DynamicLayer, shape: KVShape) -> tuple[LayerGroup, int]:
         else:
             _members[sibling] = (group, place)
     return group, index
+
+
+def _beside(layer: DynamicLayer, cache: Any, device: torch.device) -> list[Any]:
+    """A layer on a device, and the cache's others but for those that are known to be on another device of its kind."""
+    devices = getattr(calling, "devices", None)
+    if not devices:
+        return list(cache.layers)
+    places = (devices.get(index, device) for index in range(len(cache.layers)))
+    is_here = (place == device or place.type != device.type for place in places)
+    return [other for other, here in zip(cache.layers, is_here, strict=True) if here or other is layer]
 
 
 def _kind(layer: Any) -> tuple[type, int | None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["has_foreign_hooks", "is_training", "modules_of"]
+__all__ = ["devices_of_layers", "has_foreign_hooks", "is_training", "modules_of"]
 
 is_training = attrgetter("training")
 """Whether a module is in training mode; as a function, which thousands are asked by."""
@@ -60,6 +60,15 @@ def _found_below(model: Any) -> list[Any]:
 def _children_of(modules: list[Any]) -> list[int]:
     """Who is below whom, by id: those of a list of living modules that has all of them in it."""
     return [id(child) for module in modules if module._modules for child in module._modules.values()]
+
+
+def devices_of_layers(model: Any) -> dict[int, torch.device]:
+    """The device of each layer's weights, by the layer's index; empty unless ``device_map`` has spread the model."""
+    if len({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}) < 2:
+        return {}
+    layers = ((getattr(module, "layer_idx", None), module) for module in modules_of(model))
+    weights = ((index, next(module.parameters(), None)) for index, module in layers if isinstance(index, int))
+    return {index: weight.device for index, weight in weights if weight is not None}
 
 
 def has_foreign_hooks(modules: Iterable[torch.nn.Module]) -> bool:
