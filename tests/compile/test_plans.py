@@ -26,9 +26,11 @@ from torch_vtensor.compile.plans import (
     one_f_one_b,
     tensor_parallel,
 )
+from torch_vtensor.compile.plans.layers import looks_few_up
 from torch_vtensor.compile.plans.zero import zero1
 from torch_vtensor.compile.primitives import PlanFunction
 from torch_vtensor.compile.program import Forward, Move, Work
+from torch_vtensor.compile.task_graph import Task
 
 Make = Callable[[], Example]
 
@@ -121,6 +123,13 @@ def moved(compilation: Compilation, kind: str) -> Counter[str]:
     return count
 
 
+def lookups(compilation: Compilation) -> set[tuple[int, int | None]]:
+    """The rows of each table that is looked up, and in which microbatch."""
+    plan = compilation.program.flow.plan
+    tasks = (task for task in plan.tasks if "embedding" in str(task.operator.target))
+    return {(task.operator.inputs[0].shape[0], plan.microbatch.get(task)) for task in tasks}
+
+
 def moves_of(work: Work) -> tuple[Move, ...]:
     """The steps of communication that a job takes."""
     return work.moves if isinstance(work, Bucket) else (work,) if isinstance(work, Move) else ()
@@ -181,6 +190,7 @@ def test_a_cut_vocabulary_moves_no_logits() -> None:
         # Nor does one segment hand them to another, of which a compiler could fuse nothing with what makes them.
         left = [view for segment in compilation.program.segments for view in segment.departures]
         assert not [view for view in left if 512 in view.tensor.shape and view.tensor.kind != "parameter"]
+    assert {own for table, own in lookups(compilation) if table == 512} == {None}, "once for all microbatches"
 
 
 def test_sequence_parallel_scatters_what_tensor_parallel_adds_up() -> None:
@@ -274,6 +284,14 @@ def test_interleaved_stages_run_round_and_round() -> None:
 def test_a_pipeline_passes_each_microbatch_once_each_way() -> None:
     activations = moved(compiled_by_name(gpt2, "1f1b/4"), "activation")
     assert activations == {"transfer forward": 4, "transfer backward": 4}
+
+
+@pytest.mark.parametrize("num_tokens", [8, 9])
+def test_what_a_lookup_finds_is_kept_if_it_is_no_more_than_the_table(num_tokens: int) -> None:
+    table = nn.Embedding(8, 4)
+    call = capture_call(lambda x: table(x).sum(), torch.zeros(1, num_tokens, dtype=torch.long))
+    lookups = [looks_few_up(Task.of(operator)) for operator in call.captured.graph.operators]
+    assert any(lookups) is (num_tokens == 8)
 
 
 # --------------------------------------------------------------------------------------------------- what is refused

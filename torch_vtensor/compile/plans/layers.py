@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -66,10 +67,13 @@ def flows(task: Task) -> bool:
     return any(made is not None and made.tensor.differentiable for made in task.outputs)
 
 
-def looks_up_parameter(task: Task) -> bool:
-    """Whether it looks rows of a parameter up."""
+def looks_few_up(task: Task) -> bool:
+    """Whether it looks up no more rows of a parameter than that has."""
     operator = task.operator
-    return str(operator.target).startswith("aten.embedding.") and operator.inputs[0].kind == "parameter"
+    if not str(operator.target).startswith("aten.embedding."):
+        return False
+    (table, *_), (found, *_) = operator.inputs, operator.outputs
+    return table.kind == "parameter" and found is not None and math.prod(found.shape) <= math.prod(table.shape)
 
 
 def around_layers(graph: Graph, layers: Sequence[Tasks]) -> tuple[Tasks, ...]:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from torch_vtensor.compile.mesh import Mesh
-from torch_vtensor.compile.plans.layers import around_layers, find_layers, looks_up_parameter
+from torch_vtensor.compile.plans.layers import around_layers, find_layers, looks_few_up
 from torch_vtensor.compile.primitives import Graph, Microbatches, Tasks, balance, op_assign
 from torch_vtensor.compile.task_graph import Operator
 
@@ -20,7 +20,8 @@ def cut_into_stages(
     Embeddings belong to the first layer, head and loss to the last; what is ``shared`` by all places belongs to no
     stage and is left to the plan. What no gradient flows through, masks and positions, runs wherever it is read.
     Tables are looked up in once for all microbatches: the gradient of a lookup, however short, is as large as a table.
-    Where ranks share the rows of each microbatch, those of all would be other rows, and each has lookups of its own.
+    That takes memory for what all of them find; where that is more than the table, each has lookups of its own. So has
+    each where ranks share its rows: of all rows they would share others.
 
     Raises:  ValueError for fewer layers than stages, or after a plan that has placed tasks.
     """
@@ -28,7 +29,7 @@ def cut_into_stages(
         raise ValueError("tasks are placed already: a pipeline comes first, what cuts its stages further after it.")
     units = around_layers(graph, find_layers(graph, layers))
     shares_rows = places[0].axes.get("dp", 1) > 1
-    tables = frozenset(task for task in graph.tasks if looks_up_parameter(task) and not shares_rows)
+    tables = frozenset(task for task in graph.tasks if looks_few_up(task) and not shares_rows)
     own = [Tasks(graph, [task for task in unit if task.operator not in shared]) for unit in units]
     op_assign(balance(own, len(places)), places)
     if num_microbatches == 1:
