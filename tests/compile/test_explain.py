@@ -104,6 +104,23 @@ def test_what_torch_compile_returned_is_explained_too() -> None:
     assert ss.explain(step, x, plan=data, mesh=2).seconds > 0
 
 
+def test_nothing_of_what_is_explained_runs() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(0.5))
+    x = torch.ones(BATCH, WIDTH)
+    before = torch.get_rng_state()
+    ss.explain(lambda x: model(x).sum(), x, plan="single")
+    assert int(model[1].num_batches_tracked) == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_function_of_one_graph_and_what_is_none_is_explained() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return (x * 2).sum()
+
+    assert ss.explain(function, torch.ones(4, 3), plan="single").seconds > 0
+
+
 def test_a_function_of_several_graphs_is_refused() -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         y = x + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -215,17 +216,15 @@ def capture_call(
         captured = capture(gm, example_inputs, names, cuts_classes=cuts_classes)
         found.append(CapturedCall(captured, list(example_inputs)))
 
+    def forget() -> None:
+        found.clear()
+        torch.compiler.reset()
+
     function = _torch_compat.original_of(function)
     torch.compiler.reset()
     try:
         with no_garbage():
-            try:
-                with layers_traced_once(function):
-                    _torch_compat.see_one_graph(function, see)(*arguments, **keywords)
-            except Exception:  # several graphs, layers that are no regions, or a fault that is shown now
-                found.clear()
-                torch.compiler.reset()
-                _torch_compat.see_graphs(function, see)(*arguments, **keywords)
+            _show_graphs(function, see, forget, arguments, keywords)
     finally:
         torch.compiler.reset()
     if len(found) != 1:
@@ -234,3 +233,30 @@ def capture_call(
             f"torch._dynamo.explain(function)(...)."
         )
     return found[0]
+
+
+def _show_graphs(
+    function: Callable[..., Any],
+    see: Callable[[torch.fx.GraphModule, Sequence[Any]], None],
+    forget: Callable[[], None],
+    arguments: Sequence[Any],
+    keywords: Mapping[str, Any],
+) -> None:
+    """Show the graphs of a call: one, of layers traced once or, where these are no regions, of all; else each.
+
+    What fails first is forgotten, and shows again if it is not for the way in which this looked.
+    """
+    for layers in (layers_traced_once(function), contextlib.nullcontext(False)):
+        with layers as are_regions:
+            try:
+                _torch_compat.see_one_graph(function, see)(*arguments, **keywords)
+                return
+            except torch._dynamo.exc.BackendCompilerFailed:
+                if not are_regions:
+                    raise
+            except Exception:
+                pass
+        forget()
+        if not are_regions:
+            break
+    _torch_compat.see_graphs(function, see)(*arguments, **keywords)

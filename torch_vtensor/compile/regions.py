@@ -32,12 +32,15 @@ _marking = threading.RLock()
 
 
 @contextlib.contextmanager
-def layers_traced_once(function: Callable[..., Any]) -> Iterator[None]:
+def layers_traced_once(function: Callable[..., Any]) -> Iterator[bool]:
     """Have dynamo trace layers once that are alike, in the models that a function is, is a method of or names.
+
+    Returns whether there are any.
 
     Effects: meanwhile these layers have another attribute and their classes another ``__call__``, which computes the
     same.
     """
+    alike: list[list[nn.Module]] = []
     with contextlib.ExitStack() as marked:
         if _torch_compat.reuses_regions():
             marked.enter_context(_marking)
@@ -50,7 +53,7 @@ def layers_traced_once(function: Callable[..., Any]) -> Iterator[None]:
                     marked.callback(vars(layer).pop, _REGION, None)
             for cls in dict.fromkeys(type(layers[0]) for layers in alike):
                 marked.enter_context(_calls_regions(cls))
-        yield
+        yield bool(alike)
 
 
 def _held_by(function: Callable[..., Any]) -> Iterator[Any]:
