@@ -161,5 +161,5 @@ def test_predicted_is_what_generated_code_has(
     for name, predicted, measured in checked:
         # What one kernel makes is there at once, and predicted as if one operator ran after the other; where a product
         # frees what it reads, inductor may run it before others.
-        assert measured <= 1.2 * predicted + 1024, name
+        assert measured <= 1.3 * predicted + 1024, name
         assert predicted <= 1.3 * measured + 1024, name

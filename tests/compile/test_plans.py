@@ -26,7 +26,7 @@ from torch_vtensor.compile.plans import (
     one_f_one_b,
     tensor_parallel,
 )
-from torch_vtensor.compile.plans.layers import looks_few_up
+from torch_vtensor.compile.plans.layers import few_lookups
 from torch_vtensor.compile.plans.zero import zero1
 from torch_vtensor.compile.primitives import PlanFunction
 from torch_vtensor.compile.program import Forward, Move, Work
@@ -290,8 +290,48 @@ def test_a_pipeline_passes_each_microbatch_once_each_way() -> None:
 def test_what_a_lookup_finds_is_kept_if_it_is_no_more_than_the_table(num_tokens: int) -> None:
     table = nn.Embedding(8, 4)
     call = capture_call(lambda x: table(x).sum(), torch.zeros(1, num_tokens, dtype=torch.long))
-    lookups = [looks_few_up(Task.of(operator)) for operator in call.captured.graph.operators]
-    assert any(lookups) is (num_tokens == 8)
+    found: list[frozenset[Task]] = []
+    run_plan(call, lambda graph, mesh: found.append(few_lookups(graph)), Mesh((0,)))
+    assert bool(found[0]) is (num_tokens == 8)
+
+
+def test_what_layers_look_up_by_what_they_computed_is_looked_up_in_each_microbatch() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.book = nn.Linear(8, 64), nn.Embedding(64, 8)
+
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = h + self.book(self.router(h).argmax(-1))
+            return made
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layers = nn.Embedding(64, 8), nn.ModuleList(Layer() for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h: torch.Tensor = self.table(x)
+            for layer in self.layers:
+                h = layer(h)
+            return h
+
+    model = Model().double()
+
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = model(x).square().mean()
+        return loss
+
+    x = torch.randint(64, (6, 3))
+    assert_plan_is_right(model, loss_of, (x,), named("1f1b/3", 2), Mesh((0, 1), {"pp": 2}), 1e-9)
+    with pytest.raises(ValueError, match=r"embedding.* needs what microbatches compute"):
+        run_plan(
+            capture_call(loss_of, x),
+            lambda graph, mesh: graph.microbatch(
+                3, whole={task for task in graph.tasks if "embedding" in str(task.operator.target)}
+            ),
+            Mesh((0,)),
+        )
 
 
 # --------------------------------------------------------------------------------------------------- what is refused

@@ -64,6 +64,7 @@ def test_rotations_of_halves_are_known_by_what_they_do() -> None:
     ):
         assert prompt_parts._turns_halves(module.apply_rotary_pos_emb) is expected, module.__name__
     assert not prompt_parts._turns_halves(lambda query, key, cos: (query, key))
+    assert not prompt_parts._turns_halves(lambda query, key, cos, sin: None)
 
 
 @pytest.mark.gpu

@@ -38,7 +38,7 @@ __all__ = ["GrowthScheduler", "RangeHold"]
 
 _log = logging.getLogger(__name__)
 _IDLE_FRACTION = 8  # idle memory above 1/8 of the limit goes back, down to 1/16
-_MOST_BYTES_AT_ONCE = 256 * MIB  # given back under one hold of the pool's lock: some 3 ms where pages are small
+_MOST_BYTES_AT_ONCE = 256 * MIB  # given back under one hold of the pool's lock, of a range that is emptied whole
 _LEAST_PAUSE_S = 0.01  # between two looks at what is idle
 
 

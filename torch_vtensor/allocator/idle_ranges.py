@@ -54,6 +54,8 @@ class IdleRanges:
         self.num_device_waits = 0
         self._parked: list[_Idle] = []
         self._retired: list[_Idle] = []
+        self._left: tuple[int, int, int] | None = None
+        """Bytes left to `give_back`, and what there was then: to find that out takes a look at every page."""
 
     @property
     def has_retired(self) -> bool:
@@ -142,14 +144,22 @@ class IdleRanges:
         ledger = self.pool.ledger
         self.empty_retired(wait=False)
         if not (ledger.counts().unwanted_bytes or self._is_unwanted(since)):
+            self._left = None
             return Left.WANTED if self.has_memory else Left.NOTHING
-        uses = self.uses()
-        excess_bytes = uses.parked_bytes + ledger.free_bytes - uses.live_bytes // _LIVE_FRACTION
+        left, self._left = self._left, None
+        if left is not None and left[1:] == (len(self._parked), ledger.free_bytes):
+            excess_bytes = left[0]
+        else:
+            uses = self.uses()
+            excess_bytes = uses.parked_bytes + ledger.free_bytes - uses.live_bytes // _LIVE_FRACTION
         enough_bytes, freed_bytes = min(excess_bytes, most_bytes), 0
         while True:
             freed_bytes += self.pool.trim_unwanted(enough_bytes - freed_bytes)
             if freed_bytes >= enough_bytes:
-                return Left.NOTHING if freed_bytes >= excess_bytes else Left.MORE
+                if freed_bytes >= excess_bytes:
+                    return Left.NOTHING
+                self._left = excess_bytes - freed_bytes, len(self._parked), ledger.free_bytes
+                return Left.MORE
             if not self._is_unwanted(since):
                 return Left.WANTED
             oldest = self._parked.pop(0)

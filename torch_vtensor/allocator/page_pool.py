@@ -158,7 +158,7 @@ class PagePool:
         self.evictors: list[Callable[[float], None]] = []
         self.offloaders: list[Callable[[float], None]] = []
         self.keepers: list[Callable[[], None]] = []
-        """Called, with the lock, whenever pages may have been pooled."""
+        """Called, with the lock, whenever pages may have been pooled, but for those that torch's allocator pools."""
         self.sleepers: list[Sleeper] = []
         self.rounds: list[Rounds] = []
         self.offloads = OffloadPool(self.driver, offload_bytes)

@@ -74,22 +74,37 @@ class Graph:
     def microbatch(self, count: int, *, whole: Collection[Task] = frozenset()) -> Microbatches:
         """Cut everything that runs over the batch into `count` pieces along it, uneven where it does not divide.
 
-        What stays `whole` runs once for all microbatches: forward before the first, backward after the last.
+        What stays `whole` runs once for all microbatches: forward before the first, backward after the last. It may
+        read nothing that gradients flow through and that is in pieces.
 
         The batch is dimension 0 of the inputs. What is summed over it stays in pieces for as long as that is exact:
         each microbatch has its share of the loss, and its backward pass waits for no other.
 
-        Raises:  ValueError if the batch is smaller than that, or there is none.
+        Raises:  ValueError if the batch is smaller than that, or there is none, or what is whole comes after a piece.
         Source:  SuperScaler (arXiv 2301.08984) section 3.1: micro-batching is an op-trans along the batch.
         """
         if self.num_microbatches != 1:
             raise ValueError(f"the batch is cut into {self.num_microbatches} microbatches already; cut it once.")
         tasks = Tasks(self, [task for task in self.tasks if task not in whole]) if whole else self.tasks
+        if whole:
+            self._check_comes_first(whole)
         groups = _cut_along(tasks, self._batch_dimension(), count, shares_the_rest=True, follows_sums=True)
         for index, group in enumerate(groups):
             self.microbatch_of.update(dict.fromkeys(group, index))
         self.num_microbatches = count
         return Microbatches(tuple(groups))
+
+    def _check_comes_first(self, whole: Collection[Task]) -> None:
+        """Raise ValueError if one of these tasks needs what gradients flow through and that others make in pieces."""
+        dimension, made = self._batch_dimension(), set[LogicalTensor | None]()
+        for task in self.tasks:
+            operator = task.operator
+            comes_after = not made.isdisjoint(operator.inputs)
+            if comes_after and task in whole:
+                raise ValueError(f"{task.name} needs what microbatches compute, so it cannot run once for all of them.")
+            is_cut = task not in whole and identifier_to_cut(operator, dimension) is not None
+            if comes_after or (is_cut and any(one is not None and one.differentiable for one in operator.outputs)):
+                made.update(operator.outputs)
 
     def current(self, tasks: Iterable[Task]) -> list[Task]:
         """The tasks that these are now: each itself, or the pieces that it was cut into."""

@@ -84,6 +84,24 @@ def test_classes_can_be_cut_exactly(num_classes: int, scale: float, reduction: i
     torch.testing.assert_close(made.float(), expected, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_classes", [50, 128], ids=["sums", "parts"])
+def test_classes_that_are_ruled_out_have_no_gradient(num_classes: int) -> None:
+    allowed = torch.full((num_classes,), -torch.inf, dtype=torch.float64)
+    allowed[:3] = 0
+    same = aten.cross_entropy_loss.default
+    compare(
+        lambda x, target: cross_entropy_over_cut_classes(x + allowed, target),
+        lambda x, target: same(x + allowed, target),
+        logits(12, num_classes),
+        targets(3, 12),
+    )
+
+
+def test_no_rows_have_the_loss_that_pytorch_gives_them() -> None:
+    assert cross_entropy_over_cut_classes(logits(0, 128), targets(128, 0)).isnan()
+    assert cross_entropy_over_cut_classes(logits(0, 128), targets(128, 0), None, 2) == 0
+
+
 def test_unusual_losses_keep_their_classes_whole() -> None:
     same = aten.cross_entropy_loss.default
     compare(cross_entropy_over_cut_classes, same, logits(6, 4), targets(4, 6), None, 1, -100, 0.1)

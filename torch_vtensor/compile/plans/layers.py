@@ -67,9 +67,20 @@ def flows(task: Task) -> bool:
     return any(made is not None and made.tensor.differentiable for made in task.outputs)
 
 
-def looks_few_up(task: Task) -> bool:
-    """Whether it looks up no more rows of a parameter than that has."""
-    operator = task.operator
+def few_lookups(graph: Graph) -> frozenset[Task]:
+    """Those who look up no more rows of a parameter than that has, by what is there before any layer runs."""
+    made: set[LogicalTensor | None] = set()  # by what gradients flow through, and of that
+    lookups: set[Task] = set()
+    for task in graph.tasks:
+        comes_after = not made.isdisjoint(task.operator.inputs)
+        if not comes_after and _looks_few_up(task.operator):
+            lookups.add(task)
+        if comes_after or flows(task):
+            made.update(task.operator.outputs)
+    return frozenset(lookups)
+
+
+def _looks_few_up(operator: Operator) -> bool:
     if not str(operator.target).startswith("aten.embedding."):
         return False
     (table, *_), (found, *_) = operator.inputs, operator.outputs

@@ -62,7 +62,8 @@ def cross_entropy_over_cut_classes(
         logits [rows, classes] → [rows, parts, classes / parts] → logsumexp [rows, parts] → logsumexp [rows]
 
     Parts are cut over ranks, so what moves is a number for each, and all that a rank does with its logits is one
-    segment, of which half precision is what backward reads. Where classes have too few divisors for that, everything
+    segment, of which half precision is what backward reads. A loss is rounded as the logits that it is a difference of,
+    which matters where these are far from zero. Where classes have too few divisors for that, everything
     over classes is a sum. The usual stabilizer, the largest logit, is not; a smooth maximum takes its place,
     ``4 log(sum(exp(y / 4)))`` of the logits less the target's, ``y``. It lies between ``max(y)`` and that plus
     ``4 log(classes)``, so the exponentials that follow neither overflow nor all vanish, as long as no logit exceeds the
@@ -80,7 +81,10 @@ def cross_entropy_over_cut_classes(
     own = aten.gather.default(logits, 1, chosen)
     parts = math.gcd(self.shape[1], _PARTS)
     if parts >= _LEAST_PARTS:
-        sums = aten.logsumexp.default(aten.reshape.default(logits, [self.shape[0], parts, -1]), [2])
+        # A part of nothing but -inf would have NaN for a gradient.
+        finite = aten.clamp_min.default(logits, torch.finfo(logits.dtype).min)
+        shape = [self.shape[0], parts, self.shape[1] // parts]
+        sums = aten.logsumexp.default(aten.reshape.default(finite, shape), [2])
         rows = aten.sub.Tensor(aten.logsumexp.default(sums, [1], True), own)
     else:
         y = aten.sub.Tensor(logits, own)

@@ -139,10 +139,15 @@ class _OneOfEach(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, dim: int, first: int) -> Tensor:
-        """`x` where the index lies in this part, which begins at ``first``; 0 elsewhere."""
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, int], output: Tensor) -> None:
+        """Keep what backward reads."""
+        x, index, ctx.dim, ctx.first = inputs
         ctx.save_for_backward(index)
-        ctx.dim, ctx.first, ctx.size, ctx.num_dims = dim, first, x.shape[dim], x.dim()
+        ctx.size, ctx.num_dims = x.shape[ctx.dim], x.dim()
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor, dim: int, first: int) -> Tensor:
+        """`x` where the index lies in this part, which begins at ``first``; 0 elsewhere."""
         local, inside = _local_index(index, first, x.shape[dim])
         part: Tensor = aten.where.ScalarOther(inside, aten.gather.default(x, dim, local), 0)
         return part

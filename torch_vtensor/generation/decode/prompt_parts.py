@@ -56,12 +56,13 @@ def _turns_halves(rotation: Any) -> bool:
     sizes = (2, 4, 3, 8), (2, 1, 3, 8), (2, 3, 8), (2, 3, 8)
     generator = torch.Generator().manual_seed(0)
     query, key, cos, sin = (torch.rand(size, generator=generator, dtype=torch.float64, device="cpu") for size in sizes)
+    expected = [x * cos[:, None] + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin[:, None] for x in (query, key)]
     try:
-        made = rotation(query, key, cos, sin)
-    except Exception:  # it takes other arguments
+        return all(
+            torch.allclose(one, other) for one, other in zip(rotation(query, key, cos, sin), expected, strict=True)
+        )
+    except Exception:  # it takes, or returns, something else
         return False
-    expected = (x * cos[:, None] + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin[:, None] for x in (query, key))
-    return len(made) == 2 and all(torch.allclose(one, other) for one, other in zip(made, expected, strict=True))
 
 
 def _by_kernel(compiled: Any) -> Any:
@@ -78,13 +79,16 @@ def _by_kernel(compiled: Any) -> Any:
 
 
 def _can_rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    if not query.dim() == key.dim() == 4:
+        return False
     batch, _, num_tokens, dim = query.shape
     return (
         dim % 2 == 0
+        and query.dtype.itemsize <= 4
         and cos.shape == sin.shape
         and cos.shape[0] in (1, batch)
         and cos.shape[1:] == (num_tokens, dim)
-        and query.dtype == key.dtype
+        and query.dtype == key.dtype == cos.dtype == sin.dtype
         and all(x.stride(-1) == 1 for x in (query, key, cos, sin))
     )
 

@@ -4,7 +4,8 @@ A round takes up 2,048 tokens of prompts at most, and then launches a step, so t
 (a model with 8 billion weights on an H100). While more requests wait for their first token than for their next, it
 takes up 4,096, and only every fourth round launches a step. Long prompts are taken up in parts over several rounds.
 Where answers are handed over all together, as `generate_batch` does, nobody waits for a next token: a step reads all
-weights for however few, so none is launched before all prompts that there is room for have been taken up.
+weights for however few, so none is launched before all prompts that there is room for have been taken up, or sixteen
+rounds of them, for whoever is served by such a manager later.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _PROMPT_TOKENS = 4096  # in a round, while more wait for their first token than 
 _PROMPT_TOKENS_BESIDE = 2048  # otherwise
 _LEAST_TOKENS = 16  # of a forward, unless a round is for fewer
 _ROUNDS_WITHOUT_STEP = 3  # at most, where somebody is running
+_ROUNDS_WITHOUT_STEP_TOGETHER = 15  # at most, where answers come all together
 
 
 class Pace(NamedTuple):
@@ -89,8 +91,8 @@ class Steps:
         while queues.prompts and budget >= least:
             budget -= self._take_up_prompts(budget)
             least = _LEAST_TOKENS
-        may_wait = all_together or self._num_without_step < _ROUNDS_WITHOUT_STEP
-        if queues.prompts and prompts_come_first and may_wait:
+        most = _ROUNDS_WITHOUT_STEP_TOGETHER if all_together else _ROUNDS_WITHOUT_STEP
+        if queues.prompts and prompts_come_first and self._num_without_step < most:
             self._num_without_step += 1
         else:
             self._num_without_step = 0
