@@ -25,7 +25,7 @@ import report
 import torch
 from plan_models import LLAMA_3_8B, Shape, decoder_config
 
-from torch_vtensor.compile import _torch_compat, backend, capture
+from torch_vtensor.compile import backend, capture
 from torch_vtensor.compile.backend import Compilation
 from torch_vtensor.compile.capture import Captured
 from torch_vtensor.compile.dataflow import find_dataflow
@@ -88,8 +88,8 @@ def main() -> None:
 def check_sharing() -> None:
     """Raise if sharing work between what is alike changes the program, the plan or any action.
 
-    Without sharing, every operator is like no other, dynamo traces each layer, and a graph is traced at once. That
-    numbers names otherwise, where something is left out that nothing depends on; the calls are the same.
+    Without sharing, every operator is like no other, and a graph is traced at once. That numbers names otherwise, where
+    something is left out that nothing depends on; the calls are the same.
     """
     plan, mesh = resolve("pp2+dp2+tp2+1f1b/2", None, 8)
 
@@ -97,18 +97,12 @@ def check_sharing() -> None:
         return capture_model(3, _SMALL, batch=8, sequence=16, cuts=cuts_classes(plan)).captured
 
     shared = backend.compile_plan(small(), plan, mesh, trains=True)
-    with patch.object(_torch_compat, "reuses_regions", lambda: False):
-        layer_by_layer = small()
-    assert str(shared.captured.graph) == str(layer_by_layer.graph)
     with patch.object(Operator, "likeness", None):
         alone = backend.compile_plan(small(), plan, mesh, trains=True)
     assert shared.schedule.actions == alone.schedule.actions
     assert shared.program.jobs == alone.program.jobs
     assert str(Explanation(shared)) == str(Explanation(alone))
-    with (
-        patch.object(_torch_compat, "reuses_regions", lambda: False),
-        patch.object(capture, "find_stretches", lambda gm: None),
-    ):
+    with patch.object(capture, "find_stretches", lambda gm: None):
         at_once = small()
     assert list(calls(shared.captured)) == list(calls(at_once))
     one_of_each = backend.compile_plan(shared.captured, plan, mesh, trains=True, one_of_each=True)

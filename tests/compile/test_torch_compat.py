@@ -15,9 +15,7 @@ from torch_vtensor.compile import Uncut
 from torch_vtensor.compile._torch_compat import (
     generate_with_inductor,
     has_hooks,
-    has_module_hooks,
     is_elementwise,
-    reuses_regions,
 )
 
 REMEDY = f"moved in torch {torch.__version__}: adapt torch_vtensor/compile/_torch_compat.py"
@@ -84,19 +82,6 @@ def test_joint_graphs_tell_nested_regions_by_their_descriptors(compiled: Any, co
     compiled(torch.nn.Linear(2, 2))(torch.ones(1, 2))
     assert compilations, f"custom_partitioner_fn is not called any more, or meta 'desc' of inputs is gone; {REMEDY}"
     assert compilations[0].is_joint
-
-
-def test_regions_are_traced_once_since_they_first_were() -> None:
-    has_them = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-    assert reuses_regions() == has_them, f"the parameters of nested_compile_region {REMEDY}"
-
-
-def test_hooks_of_modules_can_be_seen() -> None:
-    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
-        module = torch.nn.Linear(1, 1)
-        assert not has_module_hooks(module)
-        getattr(module, register)(lambda *_: None)
-        assert has_module_hooks(module), f"the hooks of {register} {REMEDY}"
 
 
 def test_hooks_of_a_gradient_can_be_seen() -> None:

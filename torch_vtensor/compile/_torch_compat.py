@@ -24,8 +24,6 @@ graph at two places, the partitioner (training) and `inner_compile` (every graph
 | `distributed.distributed_c10d._coalescing_manager` | collectives of several tensors in one call |
 | `ProcessGroup._device_types`, `_get_backend`, its `options._timeout` | how long collectives of a group may take |
 | `_dynamo.config.run_gc_after_compile`; `_dynamo.exc.BackendCompilerFailed` | graphs to look at |
-| `compiler.nested_compile_region`, `ops.higher_order.invoke_subgraph` and its arguments | layers traced once |
-| the hooks of a module, as its `__dict__` has them | layers that are not alike |
 | `_C._get_dispatch_mode`, `_schema`, `Tag.pointwise` | telling operators apart |
 
 Run on torch 2.13.0 and 2.15.0. tests/compile/test_torch_compat.py fails by name when one of these moves.
@@ -39,7 +37,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -186,46 +184,6 @@ def operator_name(node: Node) -> str:
 def is_nested_region(node: Node) -> bool:
     """Whether a node calls a higher-order operator, which has a graph of its own."""
     return isinstance(node.target, torch._ops.HigherOrderOperator)
-
-
-def reuses_regions() -> bool:
-    """Whether dynamo traces regions that are alike once; releases before 2.13 trace each."""
-    return "max_reuse_entries" in inspect.signature(torch.compiler.nested_compile_region).parameters
-
-
-def region(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as a region, which dynamo traces once where it is called in the same way."""
-    marked: Callable[..., Any] = torch.compiler.nested_compile_region(function)
-    return marked
-
-
-class RegionCall(NamedTuple):
-    """A call of a region: the attribute of the graph's module that is its body, and what the body's inputs are."""
-
-    body: str
-    operands: tuple[Any, ...]
-
-
-def region_called(node: Node) -> RegionCall | None:
-    """The region that a node of a dynamo graph calls; None for any other node."""
-    if node.target is not torch.ops.higher_order.invoke_subgraph:
-        return None
-    body, _, *operands = node.args
-    assert isinstance(body, Node)
-    return RegionCall(str(body.target), tuple(operands))
-
-
-def move_module_path(node: Node, first: Node, call: Node) -> None:
-    """Have a node, traced as part of the first call of a region, say that it is part of another call."""
-    traced = list(first.meta.get("nn_module_stack", {}).items())
-    stack = list(node.meta.get("nn_module_stack", {}).items())
-    if first is call or stack[: len(traced)] != traced:
-        return
-    moved = dict(call.meta.get("nn_module_stack", {}))
-    old, new = (str(next(reversed(of.values()))[0]) if of else "" for of in (dict(traced), moved))
-    for key, (path, *rest) in stack[len(traced) :]:
-        moved[f"{key}@{new}"] = (new + path.removeprefix(old) if f"{path}.".startswith(f"{old}.") else path, *rest)
-    node.meta["nn_module_stack"] = moved
 
 
 def original_of(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -578,12 +536,6 @@ def is_elementwise(operator: Any) -> bool:
     draws = torch.Tag.nondeterministic_seeded in operator.tags
     returns_tensors = all(str(returned.type) == "Tensor" for returned in operator._schema.returns)  # unlike aten.equal
     return torch.Tag.pointwise in operator.tags and returns_tensors and not draws
-
-
-def has_module_hooks(module: torch.nn.Module) -> bool:
-    """Whether something runs before or after the module's forward or backward pass; what is for all modules is not."""
-    of = vars(module)
-    return any(of[name] for name in of if name.endswith(("_hooks", "_pre_hooks")) and "state_dict" not in name)
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 
 from torch_vtensor.compile import _torch_compat
 from torch_vtensor.compile.names import InputNames
-from torch_vtensor.compile.regions import inline_regions
 from torch_vtensor.compile.rules import DECOMPOSITIONS, cross_entropy_over_cut_classes
 from torch_vtensor.compile.stretches import find_stretches
 from torch_vtensor.compile.task_graph import Operator, OperatorGraph, Slot
@@ -50,7 +49,6 @@ def capture(
 
     Raises:  NotImplementedError for a program with parts that only run as they are: nested regions, autocast.
     """
-    gm = inline_regions(gm)
     for node in gm.graph.nodes:
         if _torch_compat.is_nested_region(node):
             raise NotImplementedError(

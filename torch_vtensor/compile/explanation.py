@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,6 @@ from torch_vtensor.compile.plans import cuts_classes
 from torch_vtensor.compile.plans.layerwise import by_layers
 from torch_vtensor.compile.plans.resolve import resolve
 from torch_vtensor.compile.primitives import PlanFunction
-from torch_vtensor.compile.regions import layers_traced_once
 from torch_vtensor.compile.schedules import Timeline, draw, grid, simulate, write_trace
 from torch_vtensor.compile.schedules.job import readable_bytes
 
@@ -242,21 +240,14 @@ def _show_graphs(
     arguments: Sequence[Any],
     keywords: Mapping[str, Any],
 ) -> None:
-    """Show the graphs of a call: one, of layers traced once or, where these are no regions, of all; else each.
+    """Show the graphs of a call: one, without running anything, or each of several.
 
     What fails first is forgotten, and shows again if it is not for the way in which this looked.
     """
-    for layers in (layers_traced_once(function), contextlib.nullcontext(False)):
-        with layers as are_regions:
-            try:
-                _torch_compat.see_one_graph(function, see)(*arguments, **keywords)
-                return
-            except torch._dynamo.exc.BackendCompilerFailed:
-                if not are_regions:
-                    raise
-            except Exception:
-                pass
+    try:
+        _torch_compat.see_one_graph(function, see)(*arguments, **keywords)
+    except torch._dynamo.exc.BackendCompilerFailed:
+        raise
+    except Exception:
         forget()
-        if not are_regions:
-            break
-    _torch_compat.see_graphs(function, see)(*arguments, **keywords)
+        _torch_compat.see_graphs(function, see)(*arguments, **keywords)
