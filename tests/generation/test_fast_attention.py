@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -321,7 +322,7 @@ def arguments_of(function: Any, rows: int, tokens: int, offset: int, padding: to
         "attention_mask": padding, "allow_is_causal_skip": False, "dtype": torch.float32, "config": None,
     }  # fmt: skip
     first = offset + tokens - rows
-    if HAS_INTERFACE and "q_length" in masking_utils.sdpa_mask.__code__.co_varnames:
+    if HAS_INTERFACE and "q_length" in inspect.signature(masking_utils.sdpa_mask).parameters:
         return arguments | {"q_length": rows, "q_offset": first, "device": "cpu"}
     return arguments | {"cache_position": torch.arange(first, offset + tokens)}
 
