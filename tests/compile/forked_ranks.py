@@ -51,7 +51,6 @@ def prepare_to_fork() -> None:
 
     Raises:  AssertionError where that left a thread behind.
     """
-    torch.set_num_threads(1)
     import_module("torch_vtensor.compile.backend")
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
     threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
