@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from torch_vtensor.compile.mesh import Mesh
 from torch_vtensor.compile.pieces import cut, replicate, split_value
+from torch_vtensor.compile.plan import record
 from torch_vtensor.compile.primitives import Graph, PlanFunction, Tasks, op_assign, op_order, op_trans, store
 from torch_vtensor.compile.task_graph import Task
 from torch_vtensor.compile.tensor_view import Interval
@@ -189,3 +190,15 @@ def test_replicas_that_are_cut_differently_are_refused(differently: Callable[[Gr
 
     with pytest.raises(ValueError, match=r"replicas of linear .* are cut differently.*Cut all replicas alike"):
         plan_case(the_case(), plan, 2)
+
+
+def test_what_was_cut_inside_a_sequence_is_cut_along_the_batch_as_well() -> None:
+    def plan(graph: Graph, mesh: Mesh) -> None:
+        (task,) = named(graph, "cross_entropy_loss")
+        graph.replace(task, cut(task, "a", [Interval(0, 7), Interval(7, 15)]))
+        pieces = op_trans(Tasks(graph, named(graph, "cross_entropy_loss")), "batch", 2)
+        found.extend([tuple(task.cuts["a"]) for group in pieces for task in group])
+
+    found: list[tuple[int, ...]] = []
+    record(plan, the_case().captured.graph, Mesh((0,)))
+    assert sorted(found) == [(0, 3), (3, 7), (7, 10), (10, 15)]

@@ -200,11 +200,12 @@ class _Sums:
                 self.finish()
                 total = total + addend
                 continue
-            if not self._taking_part.isdisjoint((id(total), id(addend))):
+            memory = total.untyped_storage().data_ptr(), addend.untyped_storage().data_ptr()
+            if not self._taking_part.isdisjoint(memory):
                 self.finish()
             self._totals.append(total)
             self._addends.append(addend)
-            self._taking_part.update((id(total), id(addend)))
+            self._taking_part.update(memory)
         return total
 
     def finish(self) -> None:

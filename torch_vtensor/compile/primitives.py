@@ -471,9 +471,9 @@ def _cut_along(tasks: Tasks, dimension: Dimension, n: int, *, shares_the_rest: b
             for task in of_operator:
                 has = task.cuts.get(identifier, everything)
                 if has not in intervals:
-                    parts = cut_evenly(has.size // unit, n)
-                    bounds = [(has.start + part.start * unit, has.start + part.stop * unit) for part in parts]
-                    intervals[has] = tuple([Interval(*part) for part in bounds])
+                    starts = [has.start + part.start * unit for part in cut_evenly(has.size // unit, n)]
+                    # What was cut between units before has a part of one in the end.
+                    intervals[has] = tuple(itertools.starmap(Interval, itertools.pairwise((*starts, has.stop))))
                 rows.append(_replace(graph, task, cut(task, identifier, intervals[has])))
             if follows_sums and identifier in rule.summed:
                 summed.update(tensor for tensor in operator.outputs if tensor is not None)
