@@ -214,15 +214,18 @@ def capture_call(
         captured = capture(gm, example_inputs, names, cuts_classes=cuts_classes)
         found.append(CapturedCall(captured, list(example_inputs)))
 
-    def forget() -> None:
-        found.clear()
-        torch.compiler.reset()
-
     function = _torch_compat.original_of(function)
     torch.compiler.reset()
     try:
         with no_garbage():
-            _show_graphs(function, see, forget, arguments, keywords)
+            try:
+                _torch_compat.see_one_graph(function, see)(*arguments, **keywords)
+            except torch._dynamo.exc.BackendCompilerFailed:
+                raise
+            except Exception:  # several graphs; what else is wrong shows again
+                found.clear()
+                torch.compiler.reset()
+                _torch_compat.see_graphs(function, see)(*arguments, **keywords)
     finally:
         torch.compiler.reset()
     if len(found) != 1:
@@ -231,23 +234,3 @@ def capture_call(
             f"torch._dynamo.explain(function)(...)."
         )
     return found[0]
-
-
-def _show_graphs(
-    function: Callable[..., Any],
-    see: Callable[[torch.fx.GraphModule, Sequence[Any]], None],
-    forget: Callable[[], None],
-    arguments: Sequence[Any],
-    keywords: Mapping[str, Any],
-) -> None:
-    """Show the graphs of a call: one, without running anything, or each of several.
-
-    What fails first is forgotten, and shows again if it is not for the way in which this looked.
-    """
-    try:
-        _torch_compat.see_one_graph(function, see)(*arguments, **keywords)
-    except torch._dynamo.exc.BackendCompilerFailed:
-        raise
-    except Exception:
-        forget()
-        _torch_compat.see_graphs(function, see)(*arguments, **keywords)

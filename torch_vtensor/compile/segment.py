@@ -274,7 +274,8 @@ def _turns_round(flow: Dataflow) -> int | None:
     It is the last that reads such parameters, where a call does the whole step and microbatches run backward in turn.
     """
     plan = flow.plan
-    if not flow.is_whole_step or plan.pipeline is None or plan.pipeline.kind not in ("1f1b", "zb", "zbh2"):
+    pipeline = plan.pipeline
+    if not flow.is_whole_step or pipeline is None or not (pipeline.kind == "1f1b" or pipeline.cuts_backward):
         return None
     anew = {tensor for tensor, stored in plan.stored.items() if stored.anew}
     last = next((one for one in reversed(plan.graph.operators) if not anew.isdisjoint(one.inputs)), None)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from torch_vtensor.compile.mesh import Mesh
 from torch_vtensor.compile.plans.layers import around_layers, few_lookups, find_layers
 from torch_vtensor.compile.primitives import Graph, Microbatches, Tasks, balance, op_assign
-from torch_vtensor.compile.task_graph import Operator, Task
+from torch_vtensor.compile.task_graph import Operator
 
 
 def cut_into_stages(
@@ -28,10 +28,9 @@ def cut_into_stages(
     if graph.ranks:
         raise ValueError("tasks are placed already: a pipeline comes first, what cuts its stages further after it.")
     units = around_layers(graph, find_layers(graph, layers))
-    shares_rows = places[0].axes.get("dp", 1) > 1
-    tables = frozenset[Task]() if shares_rows else few_lookups(graph)
     own = [Tasks(graph, [task for task in unit if task.operator not in shared]) for unit in units]
     op_assign(balance(own, len(places)), places)
     if num_microbatches == 1:
         return Microbatches((graph.tasks,))
-    return graph.microbatch(num_microbatches, whole=tables)
+    shares_rows = places[0].axes.get("dp", 1) > 1
+    return graph.microbatch(num_microbatches, whole=frozenset() if shares_rows else few_lookups(graph))
